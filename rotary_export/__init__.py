@@ -1,0 +1,33 @@
+"""rotary_export: take rotary position embeddings out of PyTorch, as one fused op, proven equal.
+
+Names are handed on lazily: `import rotary_export.runtime` needs numpy alone.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "RotaryExportError": "rotary_export.errors",
+    "RotaryEmbedding": "rotary_export.embedding",
+    "RotaryQueryKey": "rotary_export.embedding",
+    "apply_rotary_emb": "rotary_export.reference",
+    "rotary_embedding": "rotary_export.op.torch_op",
+    "export": "rotary_export.exporters.bundle",
+    "Bundle": "rotary_export.exporters.bundle",
+    "load": "rotary_export.runtime.load",
+    "verify": "rotary_export.parity",
+    "Report": "rotary_export.parity",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rotary_export' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
