@@ -1,0 +1,38 @@
+// The exported functions that need no ONNX Runtime; rotary_export.h documents them.
+#include <cstdio>
+
+#include "rotary_check.h"
+#include "rotary_dispatch.h"
+#include "rotary_export.h"
+
+namespace rotary_export {
+namespace {
+
+bool Rotate(const RotaryExportCall* call, Message* message) {
+  const Selection& selection = SelectedInstructionSet();
+  if (selection.rotate_rows == nullptr) return Fail(message, "%s", selection.problem.text);
+  if (call == nullptr) return true;
+  RotaryParams params;
+  if (!CheckInputs(*call, &params, message) || !CheckOutputs(*call, &params, message) ||
+      !CheckPositions(params, message)) {
+    return false;
+  }
+  selection.rotate_rows(params, 0, params.batch_size * params.seq_len);
+  return true;
+}
+
+}  // namespace
+}  // namespace rotary_export
+
+const char* RotaryExportInstructionSet() { return rotary_export::SelectedInstructionSet().name; }
+
+const char* RotaryExportProviders() { return "CPUExecutionProvider"; }
+
+int RotaryExportRotate(const RotaryExportCall* call, char* message, size_t message_size) {
+  rotary_export::Message problem;
+  const bool done = rotary_export::Rotate(call, &problem);
+  if (message != nullptr && message_size > 0) {
+    std::snprintf(message, message_size, "%s", problem.text);
+  }
+  return done ? 0 : 1;
+}

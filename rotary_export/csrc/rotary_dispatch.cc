@@ -1,0 +1,77 @@
+#include "rotary_dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace rotary_export {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  RotateRowsFunction rotate_rows;
+  bool (*is_supported)();
+};
+
+bool Always() { return true; }
+
+// The sets this library was compiled for, from the plainest to the widest. CMakeLists.txt has their
+// compiler flags; the two must agree.
+#if defined(__x86_64__)
+bool HasAvx2() {
+  // Older compilers' __builtin_cpu_supports does not know f16c.
+  unsigned eax, ebx, ecx, edx;
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+  return f16c && __builtin_cpu_supports("avx2");
+}
+
+bool HasAvx512() {
+  return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+constexpr InstructionSet kInstructionSets[] = {
+    {"baseline", baseline::RotateRows, Always},
+    {"avx2", avx2::RotateRows, HasAvx2},
+    {"avx512", avx512::RotateRows, HasAvx512},
+};
+#elif defined(__aarch64__)
+constexpr InstructionSet kInstructionSets[] = {{"neon", neon::RotateRows, Always}};
+#else
+constexpr InstructionSet kInstructionSets[] = {{"baseline", baseline::RotateRows, Always}};
+#endif
+
+Selection Select() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();  // Static initialisers run in no fixed order, so not to be relied on.
+#endif
+  const char* wanted = std::getenv("ROTARY_EXPORT_ISA");
+  if (wanted != nullptr && wanted[0] == '\0') wanted = nullptr;  // An empty variable is unset.
+  Selection selection = {};
+  char available[64] = "";
+  for (const InstructionSet& set : kInstructionSets) {
+    if (!set.is_supported()) continue;
+    if (available[0] != '\0') std::strcat(available, ", ");
+    std::strcat(available, set.name);
+    if (wanted == nullptr || std::strcmp(wanted, set.name) == 0) {
+      selection.name = set.name;
+      selection.rotate_rows = set.rotate_rows;
+    }
+  }
+  if (selection.name == nullptr) {
+    Fail(&selection.problem, "ROTARY_EXPORT_ISA must be one of %s on this machine, got %s",
+         available, wanted);
+  }
+  return selection;
+}
+
+const Selection selected = Select();
+
+}  // namespace
+
+const Selection& SelectedInstructionSet() { return selected; }
+
+}  // namespace rotary_export
