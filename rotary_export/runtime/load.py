@@ -1,0 +1,99 @@
+"""`load`: from a bundle's folder to a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rotary_export.errors import RotaryExportError
+from rotary_export.manifest import SUFFIXES, Manifest, check_files, read_manifest
+from rotary_export.runtime.session import Session
+
+RUNTIMES = {"onnxruntime": "onnx", "torchscript": "torchscript", "program": "program"}
+
+
+def load(
+    bundle_dir: str | os.PathLike[str],
+    graph: str = "rotate",
+    runtime: str = "onnxruntime",
+    providers: str | Sequence[str] = "auto",
+    use_op_library: bool | str = "auto",
+    require_fused: bool = False,
+) -> Session:
+    """Load one graph of a bundle; its files are checked against their hashes first.
+
+    Args:
+        bundle_dir: The bundle's folder.
+        graph: "tables", "rotate" or "model".
+        runtime: "onnxruntime", "torchscript" or "program". Only the one file of that format is
+            opened.
+        providers: ONNX Runtime's execution providers by name, in order of preference; "auto":
+            CUDA where it works, else the CPU.
+        use_op_library: Register our op library. "auto": where it is installed and has a kernel
+            for the first provider (our CPU kernel would pull nodes off a GPU); True: or an error;
+            False: never.
+        require_fused: Raise where our kernel would not run.
+
+    Returns:
+        The session; `session.providers` and `session.kernel_path` say what runs.
+
+    Raises:
+        RotaryExportError: The bundle is damaged, lacks the graph or the format, or what was asked
+            for by name can't run here; the message says what is missing.
+    """
+    path = Path(bundle_dir)
+    manifest = read_manifest(path)
+    if runtime not in RUNTIMES:
+        raise RotaryExportError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
+    if graph not in manifest.graphs:
+        raise RotaryExportError(
+            f"the bundle {path} has no graph {graph!r}; it has {', '.join(manifest.graphs)}"
+        )
+    files = manifest.graphs[graph].files
+    if RUNTIMES[runtime] not in files:
+        raise RotaryExportError(
+            f"runtime {runtime!r} needs {graph}{SUFFIXES[RUNTIMES[runtime]]}, "
+            f"but the bundle was exported with formats {', '.join(files)}"
+        )
+    check_files(path, manifest, [files[RUNTIMES[runtime]]])
+    return open_session(path, manifest, graph, runtime, providers, use_op_library, require_fused)
+
+
+def open_session(
+    path: Path,
+    manifest: Manifest,
+    graph: str,
+    runtime: str,
+    providers: str | Sequence[str] = "auto",
+    use_op_library: bool | str = "auto",
+    require_fused: bool = False,
+) -> Session:
+    """Open one graph of a checked bundle; arguments as `load`."""
+    info = manifest.graphs[graph]
+    file = path / info.files[RUNTIMES[runtime]]
+    if require_fused and not info.rotary_nodes:
+        raise RotaryExportError(f"require_fused: the graph {graph!r} has no rotary node")
+    if runtime == "onnxruntime":
+        from rotary_export.runtime.ort import OrtSession
+
+        return OrtSession(
+            file,
+            graph,
+            info,
+            providers,
+            use_op_library,
+            require_fused,
+            manifest.minimum_onnxruntime,
+        )
+    if require_fused:
+        raise RotaryExportError(f"require_fused: the runtime {runtime!r} has no fused kernel")
+    if providers != "auto":
+        raise RotaryExportError(f"providers are ONNX Runtime's; {runtime!r} takes none")
+    if use_op_library not in ("auto", False):
+        raise RotaryExportError(
+            f"use_op_library={use_op_library}: the op library is for ONNX Runtime, not {runtime!r}"
+        )
+    from rotary_export.runtime.torch_runtime import TorchSession
+
+    return TorchSession(file, graph, info, runtime)

@@ -1,0 +1,115 @@
+"""Sessions that ONNX Runtime runs, with our op library or without it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rotary_export.errors import RotaryExportError
+from rotary_export.manifest import GraphInfo, TensorInfo
+from rotary_export.runtime import native
+from rotary_export.runtime.providers import (
+    check_version,
+    choose_providers,
+    import_onnxruntime,
+    library_refusal,
+)
+from rotary_export.runtime.session import (
+    Session,
+    Tensors,
+    is_torch,
+    make_bfloat16,
+    resolve_shape,
+)
+
+_ONNX_BFLOAT16 = 16
+_NO_ELEMENTS = np.zeros(1)
+
+
+class OrtSession(Session):
+    """An `.onnx` file, run by ONNX Runtime."""
+
+    def __init__(
+        self,
+        file: Path,
+        graph_name: str,
+        graph: GraphInfo,
+        providers: str | Sequence[str],
+        use_op_library: bool | str,
+        require_fused: bool,
+        minimum_onnxruntime: Mapping[str, str],
+    ) -> None:
+        ort = import_onnxruntime()
+        chosen = choose_providers(providers)
+        refusal = library_refusal(chosen, use_op_library)
+        if refusal and (require_fused or use_op_library is True):
+            asked = "require_fused" if require_fused else "use_op_library=True"
+            raise RotaryExportError(f"{asked}: {refusal}")
+        fused = not refusal
+        check_version(ort.__version__, minimum_onnxruntime["fused" if fused else "portable"])
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        try:
+            if fused:
+                options.register_custom_ops_library(str(native.op_library_path()))
+            self._session = ort.InferenceSession(str(file), options, providers=chosen)
+        except Exception as error:  # ORT's own exceptions share no base class
+            raise RotaryExportError(f"ONNX Runtime can't load {file.name}: {error}") from None
+        got = tuple(self._session.get_providers())
+        if got[0] != chosen[0]:
+            raise RotaryExportError(
+                f"ONNX Runtime could not start {chosen[0]} and would run on {got[0]}"
+            )
+        if not graph.rotary_nodes:
+            kernel_path = "primitive"
+        else:
+            kernel_path = f"fused ({native.instruction_set()})" if fused else graph.portable
+        super().__init__(graph_name, graph, got, kernel_path)
+
+    def _run(self, inputs: Tensors, sizes: Mapping[str, int], wants_torch: bool) -> dict[str, Any]:
+        binding = self._session.io_binding()
+        held = []  # contiguous copies must outlive the run
+        for name, value in inputs.items():
+            buffer = value.contiguous() if is_torch(value) else np.ascontiguousarray(value)
+            buffer = buffer.reshape(value.shape)  # numpy makes a scalar 1-D
+            held.append(buffer)
+            binding.bind_input(name, *_describe(buffer))
+        device = next((v.device for v in inputs.values() if is_torch(v)), None)
+        outputs = {}
+        for info in self.graph.outputs:
+            shape = resolve_shape(info, sizes)
+            outputs[info.name] = _allocate(info, shape, device if wants_torch else None)
+            binding.bind_output(info.name, *_describe(outputs[info.name]))
+        if device is not None and device.type == "cuda":
+            sys.modules["torch"].cuda.current_stream(device).synchronize()
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ORT's own exceptions share no base class
+            raise RotaryExportError(f"ONNX Runtime, {self.graph_name}: {error}") from None
+        return outputs
+
+
+def _describe(buffer: Any) -> tuple[str, int, Any, tuple[int, ...], int]:
+    """Return device, device id, element type, shape and address, as an IO binding takes them."""
+    if is_torch(buffer):
+        name = str(buffer.dtype).removeprefix("torch.")
+        element = _ONNX_BFLOAT16 if name == "bfloat16" else np.dtype(name).type
+        device = buffer.device
+        # A tensor without elements has a null address, which ORT refuses.
+        address = buffer.data_ptr() or _NO_ELEMENTS.ctypes.data
+        return device.type, device.index or 0, element, tuple(buffer.shape), address
+    element = _ONNX_BFLOAT16 if buffer.dtype.name == "bfloat16" else buffer.dtype.type
+    return "cpu", 0, element, buffer.shape, buffer.ctypes.data
+
+
+def _allocate(info: TensorInfo, shape: tuple[int, ...], torch_device: Any) -> Any:
+    if torch_device is not None:
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, info.dtype), device=torch_device)
+    dtype = make_bfloat16() if info.dtype == "bfloat16" else np.dtype(info.dtype)
+    return np.empty(shape, dtype=dtype)

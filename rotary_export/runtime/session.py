@@ -1,0 +1,184 @@
+"""What every session has: checked inputs, numpy or torch, and outputs of the same kind."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rotary_export.errors import RotaryExportError
+from rotary_export.manifest import GraphInfo, TensorInfo
+from rotary_export.op.spec import bad_id_message
+
+Tensors = Mapping[str, Any]  # numpy arrays, or torch tensors
+
+
+def is_torch(value: object) -> bool:
+    """Whether value is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def get_type_name(value: Any) -> str:
+    """Return the dtype of an array or tensor as manifests write it."""
+    return str(value.dtype).removeprefix("torch.")
+
+
+class Session(ABC):
+    """One graph of a bundle, loaded; call it with its inputs by name.
+
+    Attributes:
+        graph_name: "tables", "rotate" or "model".
+        graph: Its inputs and outputs.
+        providers: Execution providers in order of preference, as the runtime reports them.
+        kernel_path: What computes the rotary nodes: "fused (<instruction set>)", "native" (the
+            runtime's own rotary kernel) or "primitive" (plain Mul, Add, ...).
+    """
+
+    def __init__(
+        self, graph_name: str, graph: GraphInfo, providers: tuple[str, ...], kernel_path: str
+    ) -> None:
+        self.graph_name = graph_name
+        self.graph = graph
+        self.providers = providers
+        self.kernel_path = kernel_path
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} {self.graph_name} on {', '.join(self.providers)}: "
+            f"{self.kernel_path}>"
+        )
+
+    def __call__(self, **inputs: Any) -> dict[str, Any]:
+        """Run the graph.
+
+        Args:
+            **inputs: One numpy array per input, or one torch tensor per input (used where they
+                are, without a copy, if contiguous). A scalar input also takes an int.
+
+        Returns:
+            Outputs by name, of the kind of the inputs.
+
+        Raises:
+            RotaryExportError: An input is missing, unknown, of a wrong dtype or shape, or out of
+                its limits.
+        """
+        arrays = {
+            name: np.asarray(value) if type(value) is int else value
+            for name, value in inputs.items()
+        }
+        sizes = check_session_inputs(self.graph_name, self.graph, arrays)
+        return self._run(arrays, sizes, self._check_kinds(inputs))
+
+    def _check_kinds(self, inputs: Tensors) -> bool:
+        """Refuse a mixture and devices that the runtime can't read; return whether it is torch."""
+        for name, value in inputs.items():
+            device = value.device.type if is_torch(value) else "cpu"
+            if device != "cpu" and not (device == "cuda" and "CUDA" in self.providers[0]):
+                raise RotaryExportError(
+                    f"{name} must be on a device that {self.providers[0]} reads, got {device}"
+                )
+        kinds = {is_torch(value) for value in inputs.values() if type(value) is not int}
+        if len(kinds) > 1:
+            given = ", ".join(f"{name} {type(v).__name__}" for name, v in inputs.items())
+            raise RotaryExportError(
+                f"inputs must be all numpy arrays or all torch tensors, got {given}"
+            )
+        return True in kinds
+
+    @abstractmethod
+    def _run(self, inputs: Tensors, sizes: Mapping[str, int], wants_torch: bool) -> dict[str, Any]:
+        """Run on checked inputs; `sizes` are those of the dynamic axes."""
+
+
+def check_session_inputs(name: str, graph: GraphInfo, inputs: Tensors) -> dict[str, int]:
+    """Check inputs against what the graph declares.
+
+    Args:
+        name: Of the graph.
+        graph: What it declares.
+        inputs: Arrays or tensors by name.
+
+    Returns:
+        Sizes of the dynamic axes.
+
+    Raises:
+        RotaryExportError: The first thing that does not fit.
+    """
+    wanted = [info.name for info in graph.inputs]
+    for given in inputs:
+        if given not in wanted:
+            raise RotaryExportError(f"{name} has no input {given!r}; it takes {', '.join(wanted)}")
+    sizes: dict[str, int] = {}
+    for info in graph.inputs:
+        if info.name not in inputs:
+            raise RotaryExportError(
+                f"{name} needs the input {info.name!r}; it takes {', '.join(wanted)}"
+            )
+        value = inputs[info.name]
+        if not (isinstance(value, (np.ndarray, np.generic)) or is_torch(value)):
+            raise RotaryExportError(
+                f"{info.name} must be a numpy array or a torch tensor, got {type(value).__name__}"
+            )
+        if get_type_name(value) != info.dtype:
+            raise RotaryExportError(f"{info.name} must be {info.dtype}, got {get_type_name(value)}")
+        _check_shape(info, tuple(value.shape), sizes)
+        if info.limits is not None:
+            _check_limits(info, value)
+    return sizes
+
+
+def _check_shape(info: TensorInfo, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
+    fits = len(shape) == len(info.shape) and all(
+        got == (sizes.setdefault(want, got) if isinstance(want, str) else want)
+        for want, got in zip(info.shape, shape, strict=True)
+    )
+    if not fits:
+        known = {d: sizes[d] for d in info.shape if isinstance(d, str) and d in sizes}
+        where = "".join(f", {dim}={size}" for dim, size in known.items())
+        wanted = f"({', '.join(str(d) for d in info.shape)})"
+        raise RotaryExportError(f"{info.name} must have shape {wanted}{where}, got {shape}")
+
+
+def _check_limits(info: TensorInfo, value: Any) -> None:
+    """Refuse values out of range; those on another device are left to the kernel."""
+    assert info.limits is not None
+    if is_torch(value):
+        if value.device.type != "cpu":
+            return
+        value = value.numpy()
+    low, high = info.limits
+    bad = np.argwhere((value < low) | (value > high))
+    if not len(bad):
+        return
+    first = tuple(int(i) for i in bad[0])
+    if info.name == "position_ids":
+        batch, row = first
+        raise RotaryExportError(bad_id_message(int(value[first]), batch, row, high + 1))
+    raise RotaryExportError(
+        f"{info.name} must be >= {low} and <= max_{info.name} = {high}, got {int(value[first])}"
+    )
+
+
+def resolve_shape(info: TensorInfo, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of an output, given the sizes of the dynamic axes."""
+    return tuple(sizes[d] if isinstance(d, str) else d for d in info.shape)
+
+
+def make_bfloat16() -> np.dtype[Any]:
+    """Return numpy's bfloat16 dtype.
+
+    Raises:
+        RotaryExportError: ml_dtypes is not installed.
+    """
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise RotaryExportError(
+            "bfloat16 numpy arrays need the package ml_dtypes: pip install ml_dtypes"
+        ) from None
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype

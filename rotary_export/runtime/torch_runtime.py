@@ -1,0 +1,68 @@
+"""Sessions that torch runs: TorchScript files and torch.export programs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rotary_export.errors import RotaryExportError
+from rotary_export.manifest import GraphInfo
+from rotary_export.runtime.session import Session, Tensors, is_torch, make_bfloat16
+
+try:
+    import torch
+except ImportError:
+    raise RotaryExportError(
+        "the runtimes 'torchscript' and 'program' need torch: pip install torch"
+    ) from None
+
+
+class TorchSession(Session):
+    """A `.pt` or `.pt2` file, run by torch on the CPU."""
+
+    def __init__(self, file: Path, graph_name: str, graph: GraphInfo, runtime: str) -> None:
+        super().__init__(graph_name, graph, ("CPU (torch)",), "primitive")
+        try:
+            with warnings.catch_warnings():  # TorchScript is deprecated; the bundle has a .pt2 too
+                warnings.simplefilter("ignore")
+                if runtime == "torchscript":
+                    self._module: Any = torch.jit.load(file)
+                else:
+                    self._module = torch.export.load(file).module()
+        except Exception as error:  # torch's loaders let through what their parsers raise
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise RotaryExportError(
+                f"torch {torch.__version__} can't load {file.name}: {reason}"
+            ) from None
+
+    def _run(self, inputs: Tensors, sizes: Mapping[str, int], wants_torch: bool) -> dict[str, Any]:
+        tensors = [_to_torch(inputs[info.name]) for info in self.graph.inputs]
+        with torch.no_grad():
+            outputs = self._module(*tensors)
+        # A scale of 1.0 is a constant of a TorchScript module; outputs are the caller's to change.
+        outputs = [value.clone() if value.dim() == 0 else value for value in outputs]
+        names = [info.name for info in self.graph.outputs]
+        if wants_torch:
+            return dict(zip(names, outputs, strict=True))
+        return {name: _to_numpy(value) for name, value in zip(names, outputs, strict=True)}
+
+
+def _to_torch(value: Any) -> torch.Tensor:
+    if is_torch(value):
+        tensor: torch.Tensor = value
+        return tensor
+    # Contiguous, since torch knows no negative strides; writeable, or it warns of what we don't do.
+    value = np.require(value, requirements=("C", "W"))
+    if value.dtype.name == "bfloat16":
+        return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(value)
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(make_bfloat16())
+    return tensor.numpy()
