@@ -1,0 +1,234 @@
+"""`export`: a folder with every graph in every format, proven before it is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import rotary_export
+from rotary_export.embedding import RotaryEmbedding
+from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.exporters.graphs import TRACED_SIZES, Graph, check_config, make_graphs
+from rotary_export.exporters.onnx import check_opset, export_onnx, minimum_onnxruntime
+from rotary_export.exporters.program import export_program
+from rotary_export.exporters.torchscript import export_torchscript
+from rotary_export.manifest import (
+    FILE_NAME,
+    SUFFIXES,
+    GraphInfo,
+    Manifest,
+    hash_file,
+    read_manifest,
+)
+from rotary_export.parity import Report, compare_bundle
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was exported.
+
+    Attributes:
+        path: Its folder; a Bundle is accepted wherever a path is.
+        manifest: What is in it.
+        report: The proof.
+    """
+
+    path: Path
+    manifest: Manifest
+    report: Report
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def export(
+    module: RotaryEmbedding,
+    out: str | os.PathLike[str],
+    *,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    interleaved: bool = False,
+    max_seq_len: int | None = None,
+    batch_size: int | None = None,
+    static: bool = False,
+    formats: Sequence[str] = ("onnx", "torchscript", "program"),
+    opset: int = 23,
+    dtype: torch.dtype = torch.float32,
+    force: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Bundle:
+    """Export a rotary embedding as a bundle of two graphs, and prove it equal to eager.
+
+    `tables`: seq_len -> freqs, scale. `rotate`: query, key, position_ids -> query_out, key_out,
+    with dynamic batch and sequence; with `static`: query, key, seq_len.
+
+    Args:
+        module: The embedding, with the buffers that it has now.
+        out: The folder to write; it must not exist, or be a bundle and `force` be given.
+        num_heads: Heads of query; None: a dynamic axis.
+        num_kv_heads: Heads of key; default: as num_heads.
+        head_dim: H, >= module.dim; default: module.dim. Channels past module.dim are copied.
+        interleaved: True: pairs (2i, 2i + 1); False: pairs (i, i + dim/2).
+        max_seq_len: Rows of the tables; default: module.max_seq_len.
+        batch_size: Of a static export.
+        static: query and key have max_seq_len rows, of which the first seq_len are rotated.
+        formats: Of "onnx", "torchscript", "program".
+        opset: Of ai.onnx; from 23 on the portable body is ORT's own rotary kernel.
+        dtype: Of query and key; float32, float16, bfloat16 or float64. Tables stay float32.
+        force: Replace an existing bundle.
+        progress: Called with what is being done.
+
+    Returns:
+        The bundle, with its manifest and proof.
+
+    Raises:
+        RotaryExportError: An argument is wrong or `out` is in the way. Nothing is left behind, and
+            an existing bundle is as it was; so too for:
+        CheckFailedError: The proof failed.
+    """
+    config = check_config(
+        module,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        interleaved=interleaved,
+        max_seq_len=max_seq_len,
+        batch_size=batch_size,
+        static=static,
+        dtype=dtype,
+    )
+    check_opset(opset)
+    _check_formats(formats)
+    path = Path(out).absolute()
+    say = progress or (lambda _: None)
+
+    try:
+        _check_out(path, force)
+        staging = _make_staging(path)
+    except OSError as error:
+        raise _describe(error, path) from None
+    try:
+        graphs = {}
+        for graph in make_graphs(config, {k: v.cpu() for k, v in module.state_dict().items()}):
+            graphs[graph.name] = _write_graph(graph, staging, formats, opset, say)
+        manifest = Manifest(
+            name=path.name,
+            config=asdict(config),
+            dtype=config.dtype,
+            opset=opset,
+            graphs=graphs,
+            minimum_onnxruntime=minimum_onnxruntime(opset),
+            producers={"rotary_export": rotary_export.__version__}
+            | {name: version(name) for name in ("torch", "onnx", "onnxscript")},
+            files={file.name: hash_file(file) for file in sorted(staging.iterdir())},
+        )
+        report = compare_bundle(staging, manifest, lambda what: say(f"verify {what}"))
+        _check_report(report)
+        manifest = replace(manifest, parity=report.to_dict())
+        (staging / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        staging.chmod(0o755)  # mkdtemp's folder is for its owner alone
+        _move_into_place(staging, path, force)
+    except OSError as error:
+        raise _describe(error, path) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Bundle(path, manifest, report)
+
+
+def _check_formats(formats: Sequence[str]) -> None:
+    """Refuse what is not a list of formats."""
+    known = ", ".join(SUFFIXES)
+    if isinstance(formats, str) or not isinstance(formats, Sequence):
+        raise RotaryExportError(f"formats must be a list, of {known}, got {formats!r}")
+    for kind in formats:
+        if kind not in SUFFIXES:
+            raise RotaryExportError(f"formats must be of {known}, got {kind!r}")
+    if not formats:
+        raise RotaryExportError("formats must name at least one format, got none")
+
+
+def _check_out(path: Path, force: bool) -> None:
+    """Refuse to touch what is there, but for a bundle that is to be replaced."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    try:
+        manifest = read_manifest(path)
+    except RotaryExportError as error:
+        raise RotaryExportError(
+            f"{path} exists and is not a bundle; it is left as it is ({error})"
+        ) from None
+    if not force:
+        raise RotaryExportError(f"{path} exists; force=True (--force) replaces it")
+    for file in path.iterdir():
+        if file.name not in (FILE_NAME, *manifest.files):
+            raise RotaryExportError(
+                f"{path} holds {file.name!r}, which is not of the bundle and would be lost"
+            )
+
+
+def _make_staging(path: Path) -> Path:
+    """Make a folder to write in: beside path, or in the nearest parent that there is."""
+    parent = next(folder for folder in path.parents if folder.exists())
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
+
+
+def _describe(error: OSError, path: Path) -> RotaryExportError:
+    return RotaryExportError(f"{path} can't be written: {error.strerror or error}")
+
+
+def _write_graph(
+    graph: Graph, folder: Path, formats: Sequence[str], opset: int, say: Callable[[str], None]
+) -> GraphInfo:
+    """Write one graph in every format."""
+    example = graph.make_inputs(TRACED_SIZES, seq_len=2)
+    files = {kind: f"{graph.name}{SUFFIXES[kind]}" for kind in formats}
+    rotary_nodes, portable = int(graph.name == "rotate"), "primitive"
+    for kind, file in files.items():
+        say(f"export {file}")
+        if kind == "onnx":
+            forms = export_onnx(graph, example, folder / file, opset)
+            if forms and all(form.is_native for form in forms):
+                portable = "native"
+        elif kind == "torchscript":
+            export_torchscript(graph, example, folder / file)
+        else:
+            export_program(graph, example, folder / file)
+    return GraphInfo(graph.inputs, graph.outputs, files, rotary_nodes, portable)
+
+
+def _check_report(report: Report) -> None:
+    """Refuse a bundle that is not what eager computes."""
+    failed = [row for row in report.rows if not row.passed]
+    if failed:
+        row = failed[0]
+        raise CheckFailedError(
+            f"the export is not equal to eager, nothing was written: {row.graph}.{row.output} by "
+            f"{row.runtime} is {row.eager.max_ulp:.3g} ulp off eager at {row.eager.worst} and "
+            f"{row.oracle.max_ulp:.3g} ulp off the oracle at {row.oracle.worst}"
+        )
+
+
+def _move_into_place(staging: Path, path: Path, force: bool) -> None:
+    """Rename staging to path; with force, what was there goes only once it is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not force or not path.exists():
+        staging.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    try:
+        path.rename(old / path.name)
+        staging.rename(path)
+    except BaseException:  # Ctrl-C as well
+        if not path.exists():
+            (old / path.name).rename(path)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

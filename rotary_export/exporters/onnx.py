@@ -1,0 +1,141 @@
+"""ONNX: torch's exporter, then the op's body, tidy names and nothing of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxscript
+import torch
+from onnxscript import ir, optimizer
+
+import rotary_export
+from rotary_export.errors import RotaryExportError
+from rotary_export.exporters.graphs import Graph
+from rotary_export.exporters.program import make_dynamic_shapes, quiet_torch
+from rotary_export.op import spec
+from rotary_export.op.onnx_function import OLDEST_OPSET, Form, add_functions
+from rotary_export.op.onnx_schema import register_schema
+
+ZETA = "zeta"  # the name in ONNX of RotaryEmbedding's buffer `scale`
+NEWEST_OPSET = 25  # the exporter of torch 2.13 and onnxscript 0.7 writes no newer one
+
+# Only scalars are folded into the graph, which computes its tables from inv_freq and zeta.
+_FOLD_LIMIT = 1
+
+
+def _translate_op(
+    x: Any,
+    cos_cache: Any,
+    sin_cache: Any,
+    position_ids: Any = None,
+    key: Any = None,
+    scale_cache: Any = None,
+    interleaved: bool = False,
+    rotary_dim: int = 0,
+    num_heads: int = 0,
+    kv_num_heads: int = 0,
+) -> Any:
+    """Translate the torch op to one node; attributes that have their default are left out."""
+    values = (interleaved, rotary_dim, num_heads, kv_num_heads)
+    attributes = {
+        name: int(value) for name, value in zip(spec.ATTRIBUTES, values, strict=True) if value
+    }
+    inputs = [x, cos_cache, sin_cache, position_ids, key, scale_cache]
+    while inputs[-1] is None:
+        inputs.pop()
+    op = onnxscript.values.Opset(spec.DOMAIN, spec.OP_VERSION)
+    return op.RotaryEmbedding(*inputs, **attributes, _outputs=2)
+
+
+def export_onnx(
+    graph: Graph, example: tuple[torch.Tensor, ...], path: Path, opset: int
+) -> list[Form]:
+    """Write one graph as ONNX.
+
+    Args:
+        graph: What to export.
+        example: Inputs to trace with.
+        path: The file to write.
+        opset: Of ai.onnx, >= 18.
+
+    Returns:
+        The forms of its rotary nodes, one per function body.
+    """
+    register_schema()
+    with quiet_torch():
+        program: Any = torch.onnx.export(
+            graph.module,
+            example,
+            dynamo=True,
+            opset_version=opset,
+            input_names=[info.name for info in graph.inputs],
+            dynamic_shapes=make_dynamic_shapes(graph),
+            custom_translation_table={
+                torch.ops.rotary_export.rotary_embedding.default: _translate_op
+            },
+            optimize=False,
+            verbose=False,
+        )
+        model = program.model
+        optimizer.optimize_ir(model, output_size_limit=_FOLD_LIMIT)
+    _rename(model, graph)
+    _strip_metadata(model)
+    proto = ir.serde.serialize_model(model)
+    forms = add_functions(proto)
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.save(proto, path)
+    return forms
+
+
+def _rename(model: ir.Model, graph: Graph) -> None:
+    """Name the initialisers after their buffers and the outputs as in every format."""
+    for name, value in list(model.graph.initializers.items()):
+        if value.is_graph_output():  # xPos is off: the scale is a constant
+            value.const_value = None
+            del model.graph.initializers[name]
+            one = ir.node("Constant", [], {"value_float": 1.0}, outputs=[value])
+            model.graph.append(one)
+        elif name == "scale":  # a buffer and an output of that name would collide
+            value.name = ZETA
+    for value, info in zip(model.graph.outputs, graph.outputs, strict=True):
+        value.name = info.name
+
+
+def _strip_metadata(model: ir.Model) -> None:
+    """Remove source paths and stack traces; say who made the file."""
+    model.producer_name = "rotary_export"
+    model.producer_version = rotary_export.__version__
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = None
+    model.graph.name = "rotary_export"
+    for index, node in enumerate(model.graph):
+        node.name = f"{node.op_type}_{index}"
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def minimum_onnxruntime(opset: int) -> dict[str, str]:
+    """Return the oldest ONNX Runtime that runs such a file, fused and portable.
+
+    Measured in every dtype, with `tools/measure_minimum_ort`. Portable, older ones have bugs: in a
+    fusion of opset 18 to 22's bodies, and in their rotary op, which wants num_heads of a 4-D X.
+    """
+    fused = {22: "1.21", 23: "1.23", 24: "1.24", 25: "1.24"}
+    return {"fused": fused.get(opset, "1.20"), "portable": "1.22" if opset < 23 else "1.24"}
+
+
+def check_opset(opset: int) -> None:
+    """Refuse an opset that the bodies or the exporter don't know.
+
+    Raises:
+        RotaryExportError: It is out of range.
+    """
+    if not isinstance(opset, int) or not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+        raise RotaryExportError(f"opset must be in [{OLDEST_OPSET}, {NEWEST_OPSET}], got {opset!r}")

@@ -1,0 +1,324 @@
+"""Prove a bundle: every graph, format and runtime against eager PyTorch and a float64 oracle.
+
+Eager here computes from the tables that the bundle stores, so that the comparison is of the same
+operations on the same numbers on every machine; the stored tables themselves are held against the
+oracle. Errors are counted in ulp of the output's dtype (`oracle.Truth` says which).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rotary_export.embedding import RotaryEmbedding
+from rotary_export.errors import RotaryExportError
+from rotary_export.exporters.graphs import ExportConfig, Graph, make_graphs, read_config
+from rotary_export.manifest import Manifest, check_files, read_manifest
+from rotary_export.oracle import Oracle
+from rotary_export.runners import Runner, open_runners, read_constants, to_numpy
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Progress = Callable[[str], None]
+
+MAX_ELEMENTS = 2**24  # of one input of one case; longer tables are tried at their last rows
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """A bound and why it is what it is.
+
+    Attributes:
+        max_ulp: Largest error allowed; 0 means equal to the bit.
+        reason: Why it can't be smaller.
+    """
+
+    max_ulp: float
+    reason: str
+
+
+# Let u be half an ulp of the largest magnitude m in a head vector. The two products of an output
+# sum to at most sqrt(2) m: k roundings of each cost less than 2.83 k u, their sum costs 1 u more.
+TOLERANCES = {
+    # Against eager, given the same tables.
+    "exact": Tolerance(0, "the same operations in the same order on the same numbers, no FMA"),
+    "scale": Tolerance(2, "Pow of ONNX Runtime and of numpy differs from torch's by an ulp"),
+    "native": Tolerance(4, "ONNX Runtime's kernel may use FMA; both are within 2 of the truth"),
+    "native-xpos": Tolerance(
+        10, "the scale is folded into the tables, which are rounded again: both are within 5"
+    ),
+    "native-half": Tolerance(1, "a float32 result that differs by an ulp can round the other way"),
+    # Against the oracle.
+    "oracle-freqs": Tolerance(1.5, "position / interpolation_factor and the product are rounded"),
+    "oracle-scale": Tolerance(2, "the exponent is rounded, then Pow; per unit of exponent"),
+    "oracle-angle": Tolerance(2, "in ulp of the angle, which is rounded before its cos and sin"),
+    "oracle-rotate": Tolerance(2, "k = 1: (2.83 + 1) u"),
+    "oracle-xpos": Tolerance(5, "k = 3, with the scale and, for the key, its reciprocal"),
+    "oracle-half": Tolerance(0.51, "computed in float32 and rounded once to nearest"),
+}
+
+
+@dataclass(frozen=True)
+class Error:
+    """The largest difference of an output from what it is compared with.
+
+    Attributes:
+        max_abs: Largest absolute difference.
+        max_ulp: Largest difference in the unit that the tolerance counts in.
+        exact: Equal to the bit everywhere; a NaN equals a NaN.
+        worst: Index of the largest difference.
+    """
+
+    max_abs: float = 0.0
+    max_ulp: float = 0.0
+    exact: bool = True
+    worst: tuple[int, ...] = ()
+
+    def merge(self, other: Error) -> Error:
+        """Return the worse of two."""
+        worse = self if self.max_ulp >= other.max_ulp else other
+        return Error(
+            max(self.max_abs, other.max_abs), worse.max_ulp, self.exact and other.exact, worse.worst
+        )
+
+
+@dataclass
+class Row:
+    """One line of the report: one output of one graph, run by one runtime.
+
+    Attributes:
+        graph: "tables" or "rotate".
+        output: Its name.
+        runtime: What ran it.
+        kernel_path: As `Session.kernel_path`.
+        eager: Error against eager PyTorch.
+        oracle: Error against the float64 oracle (float64 outputs: long double).
+        eager_tolerance: Key of TOLERANCES.
+        oracle_tolerance: Key of TOLERANCES.
+    """
+
+    graph: str
+    output: str
+    runtime: str
+    kernel_path: str
+    eager_tolerance: str
+    oracle_tolerance: str
+    eager: Error = field(default_factory=Error)
+    oracle: Error = field(default_factory=Error)
+
+    @property
+    def passed(self) -> bool:
+        """Whether both errors are within their tolerances."""
+        limit = TOLERANCES[self.eager_tolerance].max_ulp
+        close = self.eager.exact if limit == 0 else self.eager.max_ulp <= limit
+        return close and self.oracle.max_ulp <= TOLERANCES[self.oracle_tolerance].max_ulp
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as JSON takes it."""
+        return asdict(self) | {
+            "eager_allowed": TOLERANCES[self.eager_tolerance].max_ulp,
+            "oracle_allowed": TOLERANCES[self.oracle_tolerance].max_ulp,
+            "passed": self.passed,
+        }
+
+
+@dataclass
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        rows: One per output, graph and runtime.
+        shapes: What was tried, by graph.
+        skipped: Runtimes that are not here, and why.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    shapes: dict[str, list[str]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every row is within its tolerances."""
+        return all(row.passed for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON takes it."""
+        return {
+            "passed": self.passed,
+            "rows": [row.to_dict() for row in self.rows],
+            "shapes": self.shapes,
+            "skipped": self.skipped,
+        }
+
+
+def compare(got: Array, want: Array, unit: Array) -> Error:
+    """Compare element by element; NaN equals NaN.
+
+    Args:
+        got: Any shape.
+        want: As got; exact means of the same dtype too.
+        unit: What one ulp is, broadcastable to got, in the type to compute in.
+
+    Returns:
+        The largest difference; infinite where only one side is NaN or the shapes differ.
+    """
+    if got.shape != want.shape:
+        return Error(float("inf"), float("inf"), exact=False)
+    same_dtype = got.dtype == want.dtype
+    got, want = got.astype(unit.dtype), want.astype(unit.dtype)
+    both_nan = np.isnan(got) & np.isnan(want)
+    same_bits = both_nan | ((got == want) & (np.signbit(got) == np.signbit(want)))
+    if same_bits.all():
+        return Error(exact=same_dtype)
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(got - want)
+    difference[both_nan | (got == want)] = 0
+    difference[np.isnan(difference)] = np.inf
+    ulp = difference / unit
+    worst = np.unravel_index(int(ulp.argmax()), ulp.shape)
+    index = tuple(int(i) for i in worst)
+    return Error(float(difference.max()), float(ulp[worst]), exact=False, worst=index)
+
+
+def verify(bundle_dir: str | os.PathLike[str], progress: Progress | None = None) -> Report:
+    """Compare every graph of a bundle, in every format and runtime present, with eager PyTorch.
+
+    Args:
+        bundle_dir: The bundle's folder.
+        progress: Called with what is being run.
+
+    Returns:
+        The report; `report.passed` says whether it is within the tolerances.
+
+    Raises:
+        RotaryExportError: The bundle is damaged or can't be loaded.
+    """
+    path = Path(bundle_dir)
+    manifest = read_manifest(path)
+    check_files(path, manifest)
+    return compare_bundle(path, manifest, progress)
+
+
+def compare_bundle(path: Path, manifest: Manifest, progress: Progress | None = None) -> Report:
+    """Verify a bundle whose manifest is at hand; arguments as `verify`."""
+    config = read_config(manifest.config)
+    if missing := {"tables", "rotate"} - manifest.graphs.keys():
+        raise RotaryExportError(f"the manifest has no graph {', '.join(sorted(missing))}")
+    stored = {name: read_constants(path, info) for name, info in manifest.graphs.items()}
+    constants = {name: _pick_constants(by_format) for name, by_format in stored.items()}
+    buffers = RotaryEmbedding(**config.embedding).state_dict()  # a one-row graph stores none
+    buffers |= {name: torch.from_numpy(value) for name, value in constants["tables"].items()}
+    constants["tables"] = {name: to_numpy(value) for name, value in buffers.items()}
+    oracle = Oracle(config, constants["tables"], constants["rotate"])
+    report = Report()
+    for graph in make_graphs(config, buffers):
+        for name, value in constants[graph.name].items():
+            setattr(graph.module, name, torch.from_numpy(value))
+        info = manifest.graphs[graph.name]
+        if (info.inputs, info.outputs) != (graph.inputs, graph.outputs):
+            raise RotaryExportError(f"the manifest's graph {graph.name!r} is not of its config")
+        cases = make_cases(graph, config.max_seq_len)
+        report.shapes[graph.name] = [_describe_case(graph, case) for case in cases]
+        with torch.no_grad():
+            eager = [[to_numpy(value) for value in graph.module(*case)] for case in cases]
+        truth = [oracle.run(graph.name, [to_numpy(value) for value in case]) for case in cases]
+        report.rows.extend(_compare_stored(graph.name, stored, constants, oracle))
+        for runner in open_runners(path, manifest, graph, report.skipped):
+            if progress is not None:
+                progress(f"{graph.name}: {runner.name}")
+            rows = _make_rows(graph, runner, config)
+            for case, want, true in zip(cases, eager, truth, strict=True):
+                outputs = runner.run(case)
+                for row, got, eager_value, truth_value in zip(
+                    rows, outputs, want, true, strict=True
+                ):
+                    row.eager = row.eager.merge(compare(got, eager_value, truth_value.ulp))
+                    row.oracle = row.oracle.merge(compare(got, truth_value.value, truth_value.unit))
+            report.rows.extend(rows)
+    return report
+
+
+def make_cases(graph: Graph, max_seq_len: int) -> list[tuple[Tensor, ...]]:
+    """Make inputs at batches and lengths that the graph was not traced at, and at the edges."""
+    if any(info.name == "seq_len" for info in graph.inputs):
+        lengths = sorted({0, 1, 2, max_seq_len // 2 + 1, max_seq_len - 1, max_seq_len})
+        return [graph.make_inputs({}, n, seed=n) for n in lengths if n <= max_seq_len]
+    _, num_heads, _, head_dim = (
+        size if isinstance(size, int) else 7 for size in graph.inputs[0].shape
+    )
+    longest = max(1, min(max_seq_len, MAX_ELEMENTS // (num_heads * head_dim)))
+    cases: list[tuple[Tensor, ...]] = []
+    some = min(7, longest)
+    for batch, heads, length in (
+        (1, 1, 1),
+        (3, 7, some),
+        (2, 3, longest // 2 + 1),
+        (1, 2, longest),
+    ):
+        sizes = {"batch_size": batch, "num_heads": heads, "num_kv_heads": 1, "seq_len": length}
+        query, key, ids = graph.make_inputs(sizes, seed=length)
+        if length == longest:  # the last rows of the tables, in order
+            ids = torch.arange(max_seq_len - length, max_seq_len).repeat(batch, 1)
+        if length == 1:
+            ids[:] = max_seq_len - 1
+        cases.append((query, key, ids))
+    return cases
+
+
+def _describe_case(graph: Graph, case: tuple[Tensor, ...]) -> str:
+    """Return what is particular of a case: `query 3x8x7x64`, `seq_len 128`."""
+    if graph.inputs[-1].name == "seq_len":
+        return f"seq_len {int(case[-1])}"
+    return "query " + "x".join(str(size) for size in case[0].shape)
+
+
+def _pick_constants(stored: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
+    """Take each table from the first format that has it; ONNX stores two equal tables as one."""
+    picked: dict[str, Array] = {}
+    for tables in stored.values():
+        picked = {**tables, **picked}
+    return picked
+
+
+def _compare_stored(
+    graph: str,
+    stored: Mapping[str, Mapping[str, Mapping[str, Array]]],
+    constants: Mapping[str, Mapping[str, Array]],
+    oracle: Oracle,
+) -> list[Row]:
+    """Hold the tables that each format stores against those that eager gets, and the oracle."""
+    rows = []
+    for kind, tables in stored[graph].items():
+        for name, table in tables.items():
+            truth = oracle.stored(graph, name)
+            tolerance = "oracle-scale" if name == "scale_cache" else "oracle-angle"
+            row = Row(graph, name, f"stored ({kind})", "", "exact", tolerance)
+            row.eager = compare(table, constants[graph][name], truth.ulp)
+            row.oracle = compare(table, truth.value, truth.unit)
+            rows.append(row)
+    return rows
+
+
+def _make_rows(graph: Graph, runner: Runner, config: ExportConfig) -> list[Row]:
+    """Make the empty rows of one runner, with the tolerances that hold for it."""
+    rows = []
+    xpos = config.embedding["use_xpos"]
+    is_half = config.dtype in ("float16", "bfloat16")
+    is_numpy_pow = runner.name.startswith("ONNX Runtime") or runner.name == "onnx.reference"
+    for info in graph.outputs:
+        if graph.name == "tables":
+            eager = "scale" if info.name == "scale" and is_numpy_pow else "exact"
+            oracle = f"oracle-{info.name}"
+        else:
+            oracle = "oracle-half" if is_half else "oracle-xpos" if xpos else "oracle-rotate"
+            eager = "exact"
+            if runner.kernel_path == "native":
+                eager = "native-half" if is_half else "native-xpos" if xpos else "native"
+        rows.append(Row(graph.name, info.name, runner.name, runner.kernel_path, eager, oracle))
+    return rows
