@@ -1,0 +1,78 @@
+"""Arrays in and out of `.npy` and `.npz` files, bfloat16 included."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rotary_export.errors import RotaryExportError
+from rotary_export.runtime.session import make_bfloat16
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def read_inputs(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read what `run --input` names.
+
+    Args:
+        arguments: NAME=FILE.npy, NAME=INTEGER, or FILE.npz (every array in it).
+
+    Returns:
+        Arrays or ints by name.
+
+    Raises:
+        RotaryExportError: A file is missing or not a plain numpy file, or a name comes twice.
+    """
+    inputs: dict[str, Any] = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals:
+            loaded = _load(argument)
+            if isinstance(loaded, np.ndarray):
+                raise RotaryExportError(f"an .npy needs a name: --input NAME={argument}")
+            found: dict[str, Any] = {key: _read_bfloat16(loaded[key]) for key in loaded.files}
+        elif value.lstrip("-").isdigit():
+            found = {name: int(value)}
+        else:
+            array = _load(value)
+            if not isinstance(array, np.ndarray):
+                raise RotaryExportError(f"{value} holds several arrays: --input {value}")
+            found = {name: _read_bfloat16(array)}
+        for key in found.keys() & inputs.keys():
+            raise RotaryExportError(f"the input {key!r} is given twice")
+        inputs |= found
+    return inputs
+
+
+def _load(file: str) -> Any:
+    try:
+        return np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        raise RotaryExportError(f"the input file {file} does not exist") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise RotaryExportError(f"{file} is not a plain .npy or .npz file: {error}") from None
+
+
+def _read_bfloat16(array: Array) -> Array:
+    """Give bfloat16 its type back: numpy writes it as raw two-byte items."""
+    return array.view(make_bfloat16()) if array.dtype == np.dtype("V2") else array
+
+
+def write_outputs(file: Path, outputs: Mapping[str, Array]) -> None:
+    """Write an `.npz`; it appears whole or not at all.
+
+    Args:
+        file: Its folder exists.
+        outputs: Arrays by name.
+    """
+    part = file.with_name(f".{file.name}.part")
+    try:
+        with part.open("wb") as stream:
+            np.savez(stream, **outputs)  # type: ignore[arg-type]
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,260 @@
+"""`rotary-export`: export, verify, run, inspect, doctor.
+
+Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+import rotary_export
+from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.manifest import SUFFIXES
+from rotary_export.op import spec
+from rotary_export.terminal import Terminal
+
+DTYPES = tuple(dict.fromkeys(x_type for x_type, _ in spec.TYPE_PAIRS))
+EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "ml_dtypes")
+
+
+class _Group(click.Group):
+    """Turns the package's errors into one line and an exit code; no traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CheckFailedError as error:
+            self._fail(str(error), 1)
+        except RotaryExportError as error:
+            self._fail(str(error), 2)
+        except ModuleNotFoundError as error:
+            if error.name not in EXPORT_PACKAGES:
+                raise
+            self._fail(f"this needs {error.name}: pip install 'rotary_export[export]'", 2)
+        except OSError as error:
+            self._fail(f"{error.strerror or error}: {error.filename}", 2)
+
+    @staticmethod
+    def _fail(message: str, code: int) -> None:
+        click.echo(f"rotary-export: {message}", err=True)
+        sys.exit(code)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(rotary_export.__version__)
+def cli() -> None:
+    """Take rotary position embeddings out of PyTorch, run them anywhere, prove them equal.
+
+    Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
+    """
+
+
+@cli.command()
+@click.option("--dim", type=int, required=True, help="Channels of a head that are rotated; even.")
+@click.option("--use-xpos", is_flag=True, help="With xPos's scale.")
+@click.option("--scale-base", type=float, default=512.0, show_default=True, help="Of xPos.")
+@click.option("--interpolation-factor", type=float, default=1.0, show_default=True)
+@click.option("--base", type=float, default=10000.0, show_default=True)
+@click.option("--base-rescale-factor", type=float, default=1.0, show_default=True)
+@click.option("--max-seq-len", type=int, required=True, help="Rows of the tables.")
+@click.option("--num-heads", type=int, help="Heads of query; default: a dynamic axis.")
+@click.option("--num-kv-heads", type=int, help="Heads of key; default: as --num-heads.")
+@click.option("--head-dim", type=int, help="Channels of a head; default: as --dim.")
+@click.option("--interleaved", is_flag=True, help="Pairs (2i, 2i+1), not (i, i+dim/2).")
+@click.option("--static", is_flag=True, help="Static shapes; seq_len is an input.")
+@click.option("--batch-size", type=int, help="Of a --static export.")
+@click.option(
+    "--format",
+    "formats",
+    type=click.Choice(list(SUFFIXES)),
+    multiple=True,
+    default=list(SUFFIXES),
+    show_default=True,
+    help="May be repeated.",
+)
+@click.option("--opset", type=int, default=23, show_default=True, help="Of ai.onnx, 18 to 25.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@json_option
+def export(
+    out: Path,
+    as_json: bool,
+    dim: int,
+    use_xpos: bool,
+    scale_base: float,
+    interpolation_factor: float,
+    base: float,
+    base_rescale_factor: float,
+    dtype: str,
+    **options: Any,
+) -> None:
+    """Export a rotary embedding as a bundle and prove it equal to eager PyTorch."""
+    terminal = Terminal(as_json)
+    with terminal.progress() as progress:
+        progress("import torch")
+        import torch
+
+        rope = rotary_export.RotaryEmbedding(
+            dim, use_xpos, scale_base, interpolation_factor, base, base_rescale_factor
+        )
+        bundle = rotary_export.export(
+            rope, out, dtype=getattr(torch, dtype), progress=progress, **options
+        )
+    _print_report(terminal, bundle.report.to_dict())
+    terminal.line(f"{out}: {', '.join(bundle.manifest.files)}")
+    terminal.finish({"bundle": str(out), "parity": bundle.report.to_dict()})
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@json_option
+def verify(bundle: Path, as_json: bool) -> None:
+    """Compare every graph of BUNDLE, in every runtime, with eager PyTorch and a float64 oracle."""
+    terminal = Terminal(as_json)
+    with terminal.progress() as progress:
+        progress("import torch")
+        report = rotary_export.verify(bundle, progress)
+    _print_report(terminal, report.to_dict())
+    terminal.finish(report.to_dict())
+    if not report.passed:
+        sys.exit(1)
+
+
+def _print_report(terminal: Terminal, report: dict[str, Any]) -> None:
+    """Print the proof as a table."""
+    headers = (
+        "graph", "output", "runtime", "kernel", "max abs", "ulp", "allowed", "exact",
+        "ulp to float64", "ok",
+    )  # fmt: skip
+    rows = []
+    for row in report["rows"]:
+        eager, oracle = row["eager"], row["oracle"]
+        rows.append(
+            (
+                row["graph"],
+                row["output"],
+                row["runtime"],
+                row["kernel_path"],
+                f"{eager['max_abs']:.3g}",
+                f"{eager['max_ulp']:.3g}",
+                f"{row['eager_allowed']:g}",
+                "exact" if eager["exact"] else "-",
+                f"{oracle['max_ulp']:.2f}",
+                "ok" if row["passed"] else "FAILED",
+            )
+        )
+    terminal.table(headers, rows)
+    for graph, shapes in report["shapes"].items():
+        terminal.line(f"{graph} was compared at {', '.join(shapes)}")
+    for runtime, why in report["skipped"].items():
+        terminal.line(f"not run: {runtime}: {why}")
+    failed = sum(not row["passed"] for row in report["rows"])
+    terminal.line(
+        f"FAILED: {failed} of {len(rows)} comparisons are out of tolerance"
+        if failed
+        else f"proven: {len(rows)} comparisons with eager PyTorch, all within tolerance"
+    )
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    required=True,
+    help="NAME=FILE.npy, NAME=INTEGER, or FILE.npz; may be repeated.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The .npz to write.")
+@click.option("--graph", default="rotate", show_default=True)
+@click.option("--runtime", default="onnxruntime", show_default=True)
+@click.option("--provider", "providers", multiple=True, help="Of ONNX Runtime; may be repeated.")
+@click.option("--no-op-library", is_flag=True, help="Run the portable body.")
+@click.option("--require-fused", is_flag=True, help="Fail where the fused kernel can't run.")
+@click.option("--force", is_flag=True, help="Replace an existing --out.")
+@json_option
+def run(
+    bundle: Path,
+    inputs: tuple[str, ...],
+    out: Path,
+    graph: str,
+    runtime: str,
+    providers: tuple[str, ...],
+    no_op_library: bool,
+    require_fused: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Run one graph of BUNDLE on arrays from .npy or .npz files."""
+    from rotary_export.arrays import read_inputs, write_outputs
+
+    terminal = Terminal(as_json)
+    if out.exists() and not force:
+        raise RotaryExportError(f"{out} exists; --force replaces it")
+    session = rotary_export.load(
+        bundle,
+        graph,
+        runtime,
+        list(providers) or "auto",
+        False if no_op_library else "auto",
+        require_fused,
+    )
+    outputs = session(**read_inputs(inputs))
+    write_outputs(out, outputs)
+    terminal.line(f"{graph} ran on {', '.join(session.providers)}: {session.kernel_path}")
+    shapes = {name: list(value.shape) for name, value in outputs.items()}
+    terminal.table(
+        ("output", "dtype", "shape"), [(n, v.dtype, v.shape) for n, v in outputs.items()]
+    )
+    terminal.line(f"wrote {out}")
+    terminal.finish(
+        {
+            "out": str(out),
+            "providers": session.providers,
+            "kernel_path": session.kernel_path,
+            "shapes": shapes,
+        }
+    )
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@json_option
+def inspect(path: Path, as_json: bool) -> None:
+    """Say what is in PATH, a bundle or an .onnx file."""
+    from rotary_export.inspection import inspect_path
+
+    terminal = Terminal(as_json)
+    found = inspect_path(path)
+    for name, value in found.items():
+        if not isinstance(value, list):
+            terminal.line(f"{name}: {value}")
+    for name, value in found.items():
+        if isinstance(value, list) and value:
+            terminal.line(f"\n{name}")
+            terminal.table(list(value[0]), [list(row.values()) for row in value])
+    terminal.finish(found)
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Say what this machine can run, and why CUDA or the op library are or are not there."""
+    from rotary_export.inspection import examine_machine
+
+    terminal = Terminal(as_json)
+    facts, problems = examine_machine()
+    terminal.table(("what", "found"), list(facts.items()))
+    for problem in problems:
+        terminal.line(f"problem: {problem}")
+    terminal.finish({"facts": facts, "problems": problems})
+    if problems:
+        sys.exit(1)
