@@ -1,0 +1,110 @@
+"""Rebuild the reference bundles in exported/, or check that they are what the code exports.
+
+Drift is a difference in graph structure, in inputs, outputs or configuration, or in a stored table
+by more than an ulp (another machine's torch may compute a cosine an ulp differently). Reports,
+producer versions and byte order are not compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+import rotary_export
+from rotary_export.exporters.program import quiet_torch
+from rotary_export.manifest import Manifest, check_files, read_manifest
+from rotary_export.oracle import compute_ulp
+from rotary_export.runners import read_constants
+
+EXPORTED = Path(__file__).parent.parent / "exported"
+BUNDLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({"dim": 64}, {"num_heads": 8, "num_kv_heads": 2}),
+    "xpos": ({"dim": 64, "use_xpos": True}, {"num_heads": 8, "num_kv_heads": 2}),
+    "interleaved-partial": ({"dim": 32}, {"num_heads": 4, "head_dim": 64, "interleaved": True}),
+}
+
+
+def build(name: str, folder: Path, *, force: bool) -> None:
+    """Export one of the bundles to folder."""
+    module, options = BUNDLES[name]
+    rope = rotary_export.RotaryEmbedding(**module, max_seq_len=128)
+    rotary_export.export(rope, folder, force=force, **options)
+
+
+def find_drift(old: Path, new: Path) -> Iterator[str]:
+    """Yield what differs between two bundles."""
+    before, after = read_manifest(old), read_manifest(new)
+    check_files(old, before)
+    if _comparable(before) != _comparable(after):
+        yield "manifest.json: graphs, configuration or opset differ"
+        return
+    for graph, info in after.graphs.items():
+        for kind, file in info.files.items():
+            if _read_structure(kind, old / file) != _read_structure(kind, new / file):
+                yield f"{file}: the graph differs"
+        old_tables = read_constants(old, info)
+        for kind, tables in read_constants(new, info).items():
+            for name, table in tables.items():
+                stored = old_tables[kind].get(name)
+                if stored is None or stored.shape != table.shape:
+                    yield f"{graph} ({kind}): {name} is missing or of another shape"
+                elif (np.abs(stored - table) > compute_ulp(table, "float32")).any():
+                    yield f"{graph} ({kind}): {name} differs by more than an ulp"
+
+
+def _comparable(manifest: Manifest) -> Manifest:
+    """Leave out what may differ from machine to machine."""
+    return replace(manifest, producers={}, files=dict.fromkeys(manifest.files, ""), parity={})
+
+
+def _read_structure(kind: str, file: Path) -> str:
+    """Return a graph without the values of its tables."""
+    if kind == "onnx":
+        model = onnx.load(file)
+        for tensor in model.graph.initializer:
+            if len(tensor.dims):
+                tensor.ClearField("raw_data")
+                tensor.ClearField("float_data")
+        model.producer_version = ""
+        return str(model)
+    with quiet_torch():
+        if kind == "torchscript":
+            # Classes are numbered within a process, and lines end with a source position.
+            text = str(torch.jit.load(file).inlined_graph)
+            return re.sub(r"___torch_mangle_\d+\.| #.*", "", text)
+        return str(torch.export.load(file).graph)
+
+
+def main() -> None:
+    """Rebuild, or check."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 on drift")
+    if not parser.parse_args().check:
+        for name in BUNDLES:
+            print(f"export exported/{name}")
+            build(name, EXPORTED / name, force=True)
+        return
+    drift = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in BUNDLES:
+            build(name, Path(folder) / name, force=False)
+            drift += [f"{name}/{what}" for what in find_drift(EXPORTED / name, Path(folder) / name)]
+    for what in drift:
+        print(f"drift: exported/{what}")
+    if drift:
+        sys.exit(1)
+    print(f"exported/ is what the code exports: {', '.join(BUNDLES)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Fill the README's tables from the code and the bundles, or check that they are up to date."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rotary_export.embedding import RotaryEmbedding
+from rotary_export.exporters.graphs import DTYPES, find_longest_xpos
+from rotary_export.exporters.onnx import NEWEST_OPSET, minimum_onnxruntime
+from rotary_export.manifest import read_manifest
+from rotary_export.op.onnx_function import OLDEST_OPSET
+from rotary_export.parity import TOLERANCES
+
+ROOT = Path(__file__).parent.parent
+
+
+def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def write_tolerances() -> str:
+    """One line per tolerance."""
+    rows = (
+        (f"`{name}`", f"{t.max_ulp:g}" if t.max_ulp else "equal to the bit", t.reason)
+        for name, t in TOLERANCES.items()
+    )
+    return format_table(("tolerance", "ulp", "reason"), rows)
+
+
+def write_minimum_onnxruntime() -> str:
+    """One line per range of opsets that agree."""
+    ranges: list[tuple[list[int], dict[str, str]]] = []
+    for opset in range(OLDEST_OPSET, NEWEST_OPSET + 1):
+        minimum = minimum_onnxruntime(opset)
+        if ranges and ranges[-1][1] == minimum:
+            ranges[-1][0].append(opset)
+        else:
+            ranges.append(([opset], minimum))
+    rows = (
+        (f"{o[0]} to {o[-1]}" if len(o) > 1 else o[0], m["fused"], m["portable"]) for o, m in ranges
+    )
+    return format_table(("opset", "fused", "portable"), rows)
+
+
+def write_xpos_lengths() -> str:
+    """The longest export with xPos, per type."""
+    rope = RotaryEmbedding(64, use_xpos=True)
+    rows = ((name, f"{find_longest_xpos(rope, dtype):,}") for name, dtype in DTYPES.items())
+    return format_table(("dtype of query and key", "longest max_seq_len"), rows)
+
+
+def write_proof() -> str:
+    """The parity report of exported/xpos, but for the stored tables."""
+    parity = read_manifest(ROOT / "exported" / "xpos").parity
+    rows = (
+        (
+            f"{row['graph']}.{row['output']}",
+            row["runtime"],
+            f"{row['eager']['max_abs']:.2g}",
+            f"{row['eager']['max_ulp']:.2g}",
+            "equal to the bit" if row["eager"]["exact"] else "",
+            f"{row['oracle']['max_ulp']:.2f}",
+        )
+        for row in parity["rows"]
+        if not row["runtime"].startswith("stored")
+    )
+    headers = ("output", "runtime", "max abs error", "ulp", "against eager", "ulp to float64")
+    return format_table(headers, rows)
+
+
+SECTIONS = {
+    "minimum_onnxruntime": write_minimum_onnxruntime,
+    "xpos_lengths": write_xpos_lengths,
+    "tolerances": write_tolerances,
+    "proof": write_proof,
+}
+
+
+def fill(text: str) -> str:
+    """Return the README with its sections filled."""
+    for name, write in SECTIONS.items():
+        begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        if not pattern.search(text):
+            sys.exit(f"README.md has no section {name}")
+        body = f"{begin}\n{write()}\n{end}"
+        text = pattern.sub(lambda _, body=body: body, text)
+    return text
+
+
+def main() -> None:
+    """Fill, or check."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if outdated")
+    check = parser.parse_args().check
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = fill(before)
+    if check and before != after:
+        sys.exit("README.md is outdated: run tools/update_readme.py")
+    if not check:
+        readme.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
