@@ -24,6 +24,8 @@ __all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "runtime":  # `rotary_export.runtime.op_library_path()` needs no import of its own
+        return import_module("rotary_export.runtime")
     if name not in _HOMES:
         raise AttributeError(f"module 'rotary_export' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,5 +1,6 @@
 """`rotary-export` and `python -m rotary_export`."""
 
+import signal
 import sys
 
 
@@ -11,6 +12,7 @@ def main() -> None:
         if error.name not in ("click", "rich"):
             raise
         sys.exit(f"the command line needs {error.name}: pip install 'rotary_export[cli]'")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # clean up, then go
     cli(prog_name="rotary-export")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,26 +36,31 @@ def read_inputs(arguments: Sequence[str]) -> dict[str, Any]:
             loaded = _load(argument)
             if isinstance(loaded, np.ndarray):
                 raise RotaryExportError(f"an .npy needs a name: --input NAME={argument}")
-            found: dict[str, Any] = {key: _read_bfloat16(loaded[key]) for key in loaded.files}
-        elif value.lstrip("-").isdigit():
+            found: dict[str, Any] = loaded
+        elif re.fullmatch("-?[0-9]+", value, re.ASCII):
             found = {name: int(value)}
         else:
             array = _load(value)
             if not isinstance(array, np.ndarray):
                 raise RotaryExportError(f"{value} holds several arrays: --input {value}")
-            found = {name: _read_bfloat16(array)}
+            found = {name: array}
         for key in found.keys() & inputs.keys():
             raise RotaryExportError(f"the input {key!r} is given twice")
         inputs |= found
     return inputs
 
 
-def _load(file: str) -> Any:
+def _load(file: str) -> Array | dict[str, Array]:
+    """Read an .npy as an array, an .npz as a dict of them."""
     try:
-        return np.load(file, allow_pickle=False)
+        with open(file, "rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return _read_bfloat16(loaded)
+            return {key: _read_bfloat16(loaded[key]) for key in loaded.files}
     except FileNotFoundError:
         raise RotaryExportError(f"the input file {file} does not exist") from None
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise RotaryExportError(f"{file} is not a plain .npy or .npz file: {error}") from None
 
 
@@ -69,6 +76,10 @@ def write_outputs(file: Path, outputs: Mapping[str, Array]) -> None:
         file: Its folder exists.
         outputs: Arrays by name.
     """
+    if not file.parent.is_dir() or file.is_dir():
+        raise RotaryExportError(
+            f"{file} can't be written: its folder must exist, it must be a file"
+        )
     part = file.with_name(f".{file.name}.part")
     try:
         with part.open("wb") as stream:

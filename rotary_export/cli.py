@@ -5,6 +5,8 @@ Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,16 @@ EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "ml_dtypes")
 class _Group(click.Group):
     """Turns the package's errors into one line and an exit code; no traceback."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["as_json"] = "--json" in args
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # the reader, `head` say, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
         except CheckFailedError as error:
             self._fail(str(error), 1)
         except RotaryExportError as error:
@@ -40,6 +49,8 @@ class _Group(click.Group):
 
     @staticmethod
     def _fail(message: str, code: int) -> None:
+        if click.get_current_context().meta["as_json"]:
+            print(json.dumps({"error": message}))
         click.echo(f"rotary-export: {message}", err=True)
         sys.exit(code)
 
@@ -143,11 +154,11 @@ def _print_report(terminal: Terminal, report: dict[str, Any]) -> None:
                 row["output"],
                 row["runtime"],
                 row["kernel_path"],
-                f"{eager['max_abs']:.3g}",
-                f"{eager['max_ulp']:.3g}",
+                f"{float(eager['max_abs']):.3g}",
+                f"{float(eager['max_ulp']):.3g}",
                 f"{row['eager_allowed']:g}",
                 "exact" if eager["exact"] else "-",
-                f"{oracle['max_ulp']:.2f}",
+                f"{float(oracle['max_ulp']):.2f}",
                 "ok" if row["passed"] else "FAILED",
             )
         )
@@ -160,7 +171,8 @@ def _print_report(terminal: Terminal, report: dict[str, Any]) -> None:
     terminal.line(
         f"FAILED: {failed} of {len(rows)} comparisons are out of tolerance"
         if failed
-        else f"proven: {len(rows)} comparisons with eager PyTorch, all within tolerance"
+        else f"proven: {len(rows)} comparisons with eager PyTorch and the oracle, all within "
+        "tolerance"
     )
 
 
@@ -199,15 +211,18 @@ def run(
     terminal = Terminal(as_json)
     if out.exists() and not force:
         raise RotaryExportError(f"{out} exists; --force replaces it")
-    session = rotary_export.load(
-        bundle,
-        graph,
-        runtime,
-        list(providers) or "auto",
-        False if no_op_library else "auto",
-        require_fused,
-    )
-    outputs = session(**read_inputs(inputs))
+    arrays = read_inputs(inputs)
+    with terminal.progress() as progress:
+        progress(f"run {graph}")
+        session = rotary_export.load(
+            bundle,
+            graph,
+            runtime,
+            list(providers) or "auto",
+            False if no_op_library else "auto",
+            require_fused,
+        )
+        outputs = session(**arrays)
     write_outputs(out, outputs)
     terminal.line(f"{graph} ran on {', '.join(session.providers)}: {session.kernel_path}")
     shapes = {name: list(value.shape) for name, value in outputs.items()}

@@ -14,6 +14,8 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.op.torch_op import rotary_embedding
 from rotary_export.reference import build_freqs, build_scale, compute_inv_freq, compute_zeta
 
+MAX_POSITIONS = 2**24  # float32 holds every integer up to here
+
 
 class _PreciseBuffers(nn.Module):
     """A module whose buffers stay float32 or wider: `.half()` and `.to(bfloat16)` pass them by."""
@@ -66,19 +68,14 @@ class RotaryEmbedding(_PreciseBuffers):
         super().__init__()
         if not isinstance(dim, int) or dim % 2 or dim < 4:
             raise RotaryExportError(f"dim must be an even int >= 4, got {dim!r}")
-        if not 1 <= interpolation_factor < math.inf:
-            raise RotaryExportError(
-                f"interpolation_factor must be >= 1 and finite, got {interpolation_factor}"
-            )
-        for name, value in (
-            ("scale_base", scale_base),
-            ("base", base),
-            ("base_rescale_factor", base_rescale_factor),
-        ):
-            if not 0 < value < math.inf:
-                raise RotaryExportError(f"{name} must be > 0 and finite, got {value}")
-        if max_seq_len is not None and (not isinstance(max_seq_len, int) or max_seq_len < 1):
-            raise RotaryExportError(f"max_seq_len must be an int >= 1, got {max_seq_len!r}")
+        if not isinstance(use_xpos, bool):
+            raise RotaryExportError(f"use_xpos must be True or False, got {use_xpos!r}")
+        _check_number("interpolation_factor", interpolation_factor, ">= 1")
+        _check_number("scale_base", scale_base, "> 0")
+        _check_number("base", base, "> 0")
+        _check_number("base_rescale_factor", base_rescale_factor, "> 0")
+        if max_seq_len is not None:
+            check_max_seq_len(max_seq_len)
         self.dim = dim
         self.use_xpos = use_xpos
         self.scale_base = float(scale_base)
@@ -86,7 +83,16 @@ class RotaryEmbedding(_PreciseBuffers):
         self.base = float(base)
         self.base_rescale_factor = float(base_rescale_factor)
         self.max_seq_len = max_seq_len
-        self.register_buffer("inv_freq", compute_inv_freq(dim, base, base_rescale_factor))
+        try:
+            inv_freq = compute_inv_freq(dim, base, base_rescale_factor)
+        except OverflowError:
+            inv_freq = torch.full((1,), math.nan)
+        if not inv_freq.isfinite().all():
+            raise RotaryExportError(
+                "base * base_rescale_factor ** (dim / (dim - 2)) must be finite, "
+                f"got base={base}, base_rescale_factor={base_rescale_factor}, dim={dim}"
+            )
+        self.register_buffer("inv_freq", inv_freq)
         # The originals keep zeta under the name `scale`, and None without xPos.
         self.register_buffer("scale", compute_zeta(dim) if use_xpos else None)
 
@@ -147,6 +153,27 @@ class RotaryEmbedding(_PreciseBuffers):
         return freqs, torch.where(keep, scale, 1.0)
 
 
+def _check_number(name: str, value: object, bound: str) -> None:
+    is_number = isinstance(value, (int, float)) and 0 < value < math.inf
+    if not is_number or (bound == ">= 1" and value < 1):  # type: ignore[operator]
+        raise RotaryExportError(f"{name} must be {bound} and finite, got {value!r}")
+
+
+def check_max_seq_len(value: object) -> None:
+    """Refuse what is no length of tables.
+
+    Raises:
+        RotaryExportError: `value` is not an int in [1, 2**24].
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RotaryExportError(f"max_seq_len must be an int >= 1, got {value!r}")
+    if value > MAX_POSITIONS:
+        raise RotaryExportError(
+            f"max_seq_len must be <= {MAX_POSITIONS}, past which float32 positions are not exact, "
+            f"got {value}"
+        )
+
+
 def _check_seq_len(seq_len: object, max_seq_len: int | None) -> None:
     """Refuse what is no length, while running eagerly; in a graph the value is not known."""
     value: Any = seq_len
@@ -191,12 +218,14 @@ class RotaryQueryKey(_PreciseBuffers):
         self, rope: RotaryEmbedding, *, max_seq_len: int | None = None, interleaved: bool = False
     ) -> None:
         super().__init__()
-        rows = rope.max_seq_len if max_seq_len is None else max_seq_len
-        if not isinstance(rows, int) or rows < 1:
+        if not isinstance(rope, RotaryEmbedding):
             raise RotaryExportError(
-                "max_seq_len must be given here or to RotaryEmbedding, and be an int >= 1, "
-                f"got {rows!r}"
+                f"rope must be a rotary_export.RotaryEmbedding, got {type(rope).__name__}"
             )
+        rows = rope.max_seq_len if max_seq_len is None else max_seq_len
+        if rows is None:
+            raise RotaryExportError("max_seq_len must be given here or to RotaryEmbedding")
+        check_max_seq_len(rows)
         self.rotary_dim = rope.dim
         self.max_seq_len = rows
         self.interleaved = interleaved

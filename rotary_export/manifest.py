@@ -91,7 +91,7 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "op": {"domain": spec.DOMAIN, "name": spec.OP_TYPE, "version": spec.OP_VERSION},
         }
-        return json.dumps(head | asdict(self), indent=1) + "\n"
+        return json.dumps(head | asdict(self), indent=1, allow_nan=False) + "\n"
 
 
 def hash_file(path: Path) -> str:
@@ -140,7 +140,7 @@ def read_manifest(bundle_dir: Path) -> Manifest:
         )
     except RotaryExportError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise RotaryExportError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     for name in (*manifest.files, *(f for g in manifest.graphs.values() for f in g.files.values())):
         if Path(name).name != name or name in ("", ".", ".."):

@@ -96,12 +96,8 @@ class Oracle:
         scale = tables.get("scale_cache", np.ones((), self._wide))
         return [self._turn(query, turn * scale), self._turn(key, turn / scale)]
 
-    def stored(self, graph: str, name: str) -> Truth:
-        """Compute a stored buffer: inv_freq, scale (zeta), cos_cache, sin_cache or scale_cache."""
-        if graph == "tables":
-            value = self._inv_freq if name == "inv_freq" else self._zeta
-            assert value is not None
-            return self._plain(value)
+    def stored(self, name: str) -> Truth:
+        """Compute a stored table: cos_cache, sin_cache or scale_cache."""
         half = len(self._inv_freq)
         freqs, scale = self._compute_tables(self._config.max_seq_len)
         if name == "scale_cache":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rotary_export.embedding import RotaryEmbedding
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.exporters.graphs import ExportConfig, Graph, make_graphs, read_config
 from rotary_export.manifest import Manifest, check_files, read_manifest
 from rotary_export.oracle import Oracle
@@ -80,6 +80,11 @@ class Error:
     exact: bool = True
     worst: tuple[int, ...] = ()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the error as JSON takes it, which has no infinity."""
+        values = asdict(self).items()
+        return {k: str(v) if isinstance(v, float) and np.isinf(v) else v for k, v in values}
+
     def merge(self, other: Error) -> Error:
         """Return the worse of two."""
         worse = self if self.max_ulp >= other.max_ulp else other
@@ -121,7 +126,10 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as JSON takes it."""
-        return asdict(self) | {
+        return {
+            **asdict(self),
+            "eager": self.eager.to_dict(),
+            "oracle": self.oracle.to_dict(),
             "eager_allowed": TOLERANCES[self.eager_tolerance].max_ulp,
             "oracle_allowed": TOLERANCES[self.oracle_tolerance].max_ulp,
             "passed": self.passed,
@@ -205,13 +213,29 @@ def verify(bundle_dir: str | os.PathLike[str], progress: Progress | None = None)
     return compare_bundle(path, manifest, progress)
 
 
-def compare_bundle(path: Path, manifest: Manifest, progress: Progress | None = None) -> Report:
-    """Verify a bundle whose manifest is at hand; arguments as `verify`."""
+def compare_bundle(
+    path: Path,
+    manifest: Manifest,
+    progress: Progress | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> Report:
+    """Verify a bundle whose manifest is at hand; arguments as `verify`.
+
+    Args:
+        path: The bundle's folder.
+        manifest: Its manifest.
+        progress: Called with what is being run.
+        state: State dict of the module that was exported: the files must hold the same.
+    """
     config = read_config(manifest.config)
     if missing := {"tables", "rotate"} - manifest.graphs.keys():
         raise RotaryExportError(f"the manifest has no graph {', '.join(sorted(missing))}")
     stored = {name: read_constants(path, info) for name, info in manifest.graphs.items()}
     constants = {name: _pick_constants(by_format) for name, by_format in stored.items()}
+    for kind, tables in stored["tables"].items():
+        for name, value in tables.items():
+            if state is not None and not torch.equal(torch.from_numpy(value), state[name]):
+                raise CheckFailedError(f"tables ({kind}) does not hold the module's {name}")
     buffers = RotaryEmbedding(**config.embedding).state_dict()  # a one-row graph stores none
     buffers |= {name: torch.from_numpy(value) for name, value in constants["tables"].items()}
     constants["tables"] = {name: to_numpy(value) for name, value in buffers.items()}
@@ -228,7 +252,8 @@ def compare_bundle(path: Path, manifest: Manifest, progress: Progress | None = N
         with torch.no_grad():
             eager = [[to_numpy(value) for value in graph.module(*case)] for case in cases]
         truth = [oracle.run(graph.name, [to_numpy(value) for value in case]) for case in cases]
-        report.rows.extend(_compare_stored(graph.name, stored, constants, oracle))
+        if graph.name == "rotate":
+            report.rows.extend(_compare_stored(stored["rotate"], constants["rotate"], oracle))
         for runner in open_runners(path, manifest, graph, report.skipped):
             if progress is not None:
                 progress(f"{graph.name}: {runner.name}")
@@ -287,19 +312,16 @@ def _pick_constants(stored: Mapping[str, Mapping[str, Array]]) -> dict[str, Arra
 
 
 def _compare_stored(
-    graph: str,
-    stored: Mapping[str, Mapping[str, Mapping[str, Array]]],
-    constants: Mapping[str, Mapping[str, Array]],
-    oracle: Oracle,
+    stored: Mapping[str, Mapping[str, Array]], constants: Mapping[str, Array], oracle: Oracle
 ) -> list[Row]:
     """Hold the tables that each format stores against those that eager gets, and the oracle."""
     rows = []
-    for kind, tables in stored[graph].items():
+    for kind, tables in stored.items():
         for name, table in tables.items():
-            truth = oracle.stored(graph, name)
+            truth = oracle.stored(name)
             tolerance = "oracle-scale" if name == "scale_cache" else "oracle-angle"
-            row = Row(graph, name, f"stored ({kind})", "", "exact", tolerance)
-            row.eager = compare(table, constants[graph][name], truth.ulp)
+            row = Row("rotate", name, f"stored ({kind})", "", "exact", tolerance)
+            row.eager = compare(table, constants[name], truth.ulp)
             row.oracle = compare(table, truth.value, truth.unit)
             rows.append(row)
     return rows

@@ -151,8 +151,14 @@ def apply_rotary_emb(
 
     Raises:
         RotaryExportError: `freqs` has not one row per row of x, more columns than x, or an odd
-            number of them; `scale` is neither a number nor shaped as `freqs`.
+            number of them; `scale` is neither a number nor shaped as `freqs`; x is not floating.
     """
+    if x.dim() < 2 or freqs.dim() < 2 or not x.is_floating_point():
+        raise RotaryExportError(
+            "x must be floating and have 2 dimensions or more, as must freqs, "
+            f"got x {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}, "
+            f"freqs of shape {tuple(freqs.shape)}"
+        )
     if freqs.shape[-2] != x.shape[-2]:
         raise RotaryExportError(
             "freqs must have one row for each row of x, "

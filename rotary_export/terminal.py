@@ -28,7 +28,7 @@ class Terminal:
     def finish(self, result: Any) -> None:
         """Print a command's result, if it is wanted as JSON."""
         if self._as_json:
-            print(json.dumps(result, indent=1))
+            print(json.dumps(result, indent=1, allow_nan=False))
 
     def line(self, text: str) -> None:
         """Print a line for a person."""

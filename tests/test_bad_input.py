@@ -20,7 +20,7 @@ from bundles import (
     update_hash,
 )
 
-from rotary_export import RotaryEmbedding, export, load
+from rotary_export import RotaryEmbedding, RotaryQueryKey, apply_rotary_emb, export, load
 from rotary_export.runtime import native
 
 NAN, INF = float("nan"), float("inf")
@@ -53,6 +53,29 @@ MODULES = {
         lambda: RotaryEmbedding(8, max_seq_len=0),
         "max_seq_len must be an int >= 1, got 0",
     ),
+    "max_seq_len bool": (
+        lambda: RotaryEmbedding(8, max_seq_len=True),
+        "max_seq_len must be an int >= 1, got True",
+    ),
+    "max_seq_len huge": (
+        lambda: RotaryEmbedding(8, max_seq_len=10**20),
+        "max_seq_len must be <= 16777216, past which float32 positions are not exact, got 1000",
+    ),
+    "use_xpos": (lambda: RotaryEmbedding(8, "no"), "use_xpos must be True or False, got 'no'"),
+    "base str": (lambda: RotaryEmbedding(8, base="x"), "base must be > 0 and finite, got 'x'"),
+    "base rescaled": (
+        lambda: RotaryEmbedding(4, base_rescale_factor=1e200),
+        "base * base_rescale_factor ** (dim / (dim - 2)) must be finite, got base=10000, base_res",
+    ),
+    "rope": (lambda: RotaryQueryKey("x"), "rope must be a rotary_export.RotaryEmbedding, got str"),
+    "x 1-D": (
+        lambda: apply_rotary_emb(torch.zeros(8), torch.zeros(1, 8)),
+        "x must be floating and have 2 dimensions or more, as must freqs, got x float32 of shape",
+    ),
+    "x int": (
+        lambda: apply_rotary_emb(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8)),
+        "x must be floating and have 2 dimensions or more, as must freqs, got x int64 of shape",
+    ),
     "seq_len negative": (lambda: ROPE(-1), "seq_len must be >= 0 and <= max_seq_len = 16, got -1"),
     "seq_len long": (lambda: ROPE(17), "seq_len must be >= 0 and <= max_seq_len = 16, got 17"),
     "seq_len float": (lambda: ROPE(3.0), "seq_len must be an int or an int64 tensor, got 3.0"),
@@ -78,9 +101,9 @@ DTYPES = "float32, float16, bfloat16, float64"
 EXPORTS = {
     "class": (torch.nn.Linear(2, 2), {}, "module must be a rotary_export.RotaryEmbedding, got Lin"),
     "no max_seq_len": (RotaryEmbedding(8), {}, "max_seq_len must be given to export or to the"),
-    "max_seq_len 0": (ROPE, {"max_seq_len": 0}, "max_seq_len must be >= 1, got 0"),
-    "max_seq_len float": (ROPE, {"max_seq_len": 2.5}, "max_seq_len must be an int, got 2.5"),
-    "max_seq_len bool": (ROPE, {"max_seq_len": True}, "max_seq_len must be an int, got True"),
+    "max_seq_len 0": (ROPE, {"max_seq_len": 0}, "max_seq_len must be an int >= 1, got 0"),
+    "max_seq_len float": (ROPE, {"max_seq_len": 2.5}, "max_seq_len must be an int >= 1, got 2.5"),
+    "max_seq_len bool": (ROPE, {"max_seq_len": True}, "max_seq_len must be an int >= 1, got True"),
     "head_dim": (
         ROPE,
         {"head_dim": 6},
@@ -111,6 +134,16 @@ EXPORTS = {
     "opset str": (ROPE, {"opset": "23"}, "opset must be in [18, 25], got '23'"),
     "dtype int": (ROPE, {"dtype": torch.int64}, f"dtype must be one of {DTYPES}, got torch.int64"),
     "dtype str": (ROPE, {"dtype": "float32"}, f"dtype must be one of {DTYPES}, got float32"),
+    "a subclass": (
+        type("Mine", (RotaryEmbedding,), {})(8, max_seq_len=16),
+        {},
+        "module must be a rotary_export.RotaryEmbedding, got Mine",
+    ),
+    "float64": (
+        RotaryEmbedding(8, max_seq_len=16).double(),
+        {},
+        "module must be float32, got tor",
+    ),
     "xPos range": (
         XPOS,
         {"max_seq_len": 80000},
@@ -211,6 +244,16 @@ BUNDLES = {
     "no op": (lambda b: edit_manifest(b, op=None), {}, "is damaged: KeyError: 'op'"),
     "no files": (lambda b: edit_manifest(b, files=None), {}, "is damaged: KeyError: 'files'"),
     "graphs list": (lambda b: edit_manifest(b, graphs=[1]), {}, "is damaged: AttributeError"),
+    "no limits": (
+        lambda b: edit_graph(b, inputs=[{"name": "x", "dtype": "a", "shape": [], "limits": []}]),
+        {},
+        "is damaged: IndexError",
+    ),
+    "other graph's file": (
+        lambda b: edit_graph(b, files={"onnx": "tables.onnx"}),
+        {},
+        "tables.onnx takes seq_len, which is not what the manifest says of rotate",
+    ),
     "no minimum": (
         lambda b: edit_manifest(b, minimum_onnxruntime={"fused": "1.23"}),
         {},

@@ -24,8 +24,9 @@ from bundles import (
 from oracles import assert_same_bits
 
 import rotary_export
-from rotary_export import RotaryEmbedding, RotaryQueryKey, load
+from rotary_export import RotaryEmbedding, RotaryQueryKey, export, load
 from rotary_export.exporters import bundle as exporter
+from rotary_export.exporters.graphs import find_longest_xpos
 from rotary_export.manifest import TensorInfo, read_manifest
 
 ONNX_ONLY = {"formats": ("onnx",)}
@@ -228,3 +229,13 @@ def test_the_config_reads_back():
         )
         assert bundle.manifest.config == asdict(config)
     assert np.isfinite(bundle.manifest.parity["rows"][0]["oracle"]["max_ulp"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_longest_xpos_export_passes_its_proof(dtype, tmp_path):
+    rope = RotaryEmbedding(4, use_xpos=True, scale_base=16)
+    longest = find_longest_xpos(rope, dtype)
+    bundle = export(
+        rope, tmp_path / "b", max_seq_len=longest, num_heads=1, dtype=dtype, formats=("onnx",)
+    )
+    assert bundle.report.passed

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,12 @@ MISTAKES = {
     "no-input-file": (["run", "B", "--input", "query=no.npy", "--out", "o.npz"], "no.npy"),
     "not-npy": (["run", "B", "--input", "query=text.onnx", "--out", "o.npz"], "text.onnx"),
     "no-name": (["run", "B", "--input", "q.npy", "--out", "o.npz"], "--input NAME=q.npy"),
+    "not-npz": (["run", "B", "--input", "zip.npz", "--out", "o.npz"], "zip.npz is not a plain"),
+    "objects": (["run", "B", "--input", "objects.npz", "--out", "o.npz"], "objects.npz is not a"),
+    "not-an-integer": (
+        ["run", "B", "--input", "seq_len=--5", "--out", "o.npz"],
+        "--5 does not",
+    ),
     "twice": (
         ["run", "B", "--input", "query=q.npy", "--input", "query=q.npy", "--out", "o.npz"],
         "'query' is given twice",
@@ -175,7 +182,7 @@ MISTAKES = {
     "missing-input": (["run", "B", "--input", "query=q.npy", "--out", "o.npz"], "'key'"),
     "no-folder": (
         ["run", "B", "--graph", "tables", "--input", "seq_len=3", "--out", "no/o.npz"],
-        "no/.o.npz.part",
+        "no/o.npz can't be written",
     ),
     "no-graph": (["run", "B", "--graph", "x", "--input", "a=1", "--out", "o.npz"], "'x'"),
     "no-cuda": (
@@ -191,6 +198,8 @@ def test_mistake_gets_one_line_and_exit_code_2(name, bundle, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     Path("text.onnx").write_text("this is text")
     np.save("q.npy", np.zeros((1, 2, 1, 8), np.float32))
+    np.savez("objects.npz", a=np.array([{}], dtype=object))
+    Path("zip.npz").write_bytes(b"PK\x03\x04 and no more")
     before = sorted(os.listdir())
     result = call(*[bundle if a == "B" else a for a in arguments])
     assert result.exit_code == 2
@@ -198,6 +207,35 @@ def test_mistake_gets_one_line_and_exit_code_2(name, bundle, tmp_path, monkeypat
     assert "Traceback" not in result.output
     assert result.stdout == ""
     assert sorted(os.listdir()) == before
+
+
+def test_mistake_in_json(tmp_path):
+    result = call("verify", tmp_path, "--json")
+    assert result.exit_code == 2
+    assert "it has no manifest.json" in json.loads(result.stdout)["error"]
+
+
+def test_a_closed_pipe_is_no_error(bundle):
+    command = f"{sys.executable} -P -m rotary_export inspect {bundle} | head -n 1"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "bundle: bundle\n"
+    assert done.stderr == ""
+
+
+def test_sigterm_leaves_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "rotary_export", *EXPORT, "--out", tmp_path / "b"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if line.startswith("export rotate.onnx"):
+            assert list(tmp_path.iterdir())
+            process.send_signal(signal.SIGTERM)
+            break
+    process.stderr.close()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_terminal_gets_a_table_and_a_spinner(bundle):

@@ -255,7 +255,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"head_dim": 8},
         "rotary_dim must be even and <= head_dim, got rotary_dim=16, head_dim=8",
     ),
-    "max-seq-len": ({"max_seq_len": 0}, "max_seq_len must be >= 1, got 0"),
+    "max-seq-len": ({"max_seq_len": 0}, "max_seq_len must be an int >= 1, got 0"),
     "static": (
         {"static": True},
         "a static export needs batch_size and num_heads, got batch_size=None, num_heads=None",

@@ -104,7 +104,7 @@ def test_the_oracle_is_the_rotation(name):
     for key, table in tables.items():
         if key == "scale_cache" and zeta is None:
             continue
-        truth = oracle.stored("rotate", key)
+        truth = oracle.stored(key)
         assert np.abs(truth.value - table[rows]).max() < 1e-14
         stored = getattr(rotate, key).numpy()
         assert (np.abs(stored - truth.value[:32]) <= 2 * truth.unit[:32]).all()

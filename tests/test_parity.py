@@ -190,8 +190,8 @@ WRONG = {
         ("stored (onnx)",),
     ),
     "stored angles": (
-        "plain", "tables.onnx", edit_table("inv_freq", enlarge), "inv_freq",
-        ("stored (torchscript)", "stored (program)"),
+        "plain", "tables.onnx", edit_table("inv_freq", enlarge), "freqs",
+        ("TorchScript", "torch.export"),
     ),
     "centre": ("xpos", "tables.onnx", move_centre, "scale", ONNX[1:]),
     "length": ("plain", "tables.onnx", bake_length, "freqs", ONNX[1:]),

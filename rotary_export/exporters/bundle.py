@@ -117,7 +117,8 @@ def export(
         raise _describe(error, path) from None
     try:
         graphs = {}
-        for graph in make_graphs(config, {k: v.cpu() for k, v in module.state_dict().items()}):
+        state = {name: buffer.cpu() for name, buffer in module.state_dict().items()}
+        for graph in make_graphs(config, state):
             graphs[graph.name] = _write_graph(graph, staging, formats, opset, say)
         manifest = Manifest(
             name=path.name,
@@ -130,9 +131,10 @@ def export(
             | {name: version(name) for name in ("torch", "onnx", "onnxscript")},
             files={file.name: hash_file(file) for file in sorted(staging.iterdir())},
         )
-        report = compare_bundle(staging, manifest, lambda what: say(f"verify {what}"))
+        report = compare_bundle(staging, manifest, lambda what: say(f"verify {what}"), state)
         _check_report(report)
-        manifest = replace(manifest, parity=report.to_dict())
+        skipped = dict.fromkeys(report.skipped, "was not on the exporting machine")
+        manifest = replace(manifest, parity=report.to_dict() | {"skipped": skipped})
         (staging / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         staging.chmod(0o755)  # mkdtemp's folder is for its owner alone
         _move_into_place(staging, path, force)

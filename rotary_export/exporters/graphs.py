@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotary_export.embedding import RotaryEmbedding, RotaryQueryKey
+from rotary_export.embedding import RotaryEmbedding, RotaryQueryKey, check_max_seq_len
 from rotary_export.errors import RotaryExportError
 from rotary_export.manifest import TensorInfo
+from rotary_export.op.spec import check_rotary_dim
 from rotary_export.op.torch_op import rotary_embedding
 
 DTYPES = {
@@ -21,6 +22,16 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
 }
+
+
+EMBEDDING_ARGUMENTS = (
+    "dim",
+    "use_xpos",
+    "scale_base",
+    "interpolation_factor",
+    "base",
+    "base_rescale_factor",
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ class Graph:
     def make_inputs(
         self, sizes: Mapping[str, int], seq_len: int = 0, seed: int = 0
     ) -> tuple[Tensor, ...]:
-        """Make random inputs: normal activations, ids in their limits.
+        """Make random inputs: activations in [-0.5, 0.5), ids in their limits.
 
         Args:
             sizes: Of the dynamic axes.
@@ -90,7 +101,9 @@ class Graph:
                     torch.randint(info.limits[0], info.limits[1] + 1, shape, generator=generator)
                 )
             else:
-                made.append(torch.randn(shape, generator=generator).to(DTYPES[info.dtype]))
+                # A pair's magnitude is below 1: xPos's scale, at its largest, fits the dtype.
+                values = torch.rand(shape, generator=generator) - 0.5
+                made.append(values.to(DTYPES[info.dtype]))
         return tuple(made)
 
 
@@ -193,18 +206,20 @@ def check_config(
     Raises:
         RotaryExportError: One is wrong, missing, or does not go with another.
     """
-    if not isinstance(module, RotaryEmbedding):
+    if type(module) is not RotaryEmbedding:  # a subclass may compute something else
         raise RotaryExportError(
             f"module must be a rotary_export.RotaryEmbedding, got {type(module).__name__}"
         )
+    if module.inv_freq.dtype != torch.float32:
+        raise RotaryExportError(f"module must be float32, got {module.inv_freq.dtype}")
     if max_seq_len is None:
         max_seq_len = module.max_seq_len
     if max_seq_len is None:
         raise RotaryExportError("max_seq_len must be given to export or to the RotaryEmbedding")
+    check_max_seq_len(max_seq_len)
     head_dim = module.dim if head_dim is None else head_dim
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     sizes = {
-        "max_seq_len": max_seq_len,
         "head_dim": head_dim,
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
@@ -220,11 +235,7 @@ def check_config(
     for name, flag in (("interleaved", interleaved), ("static", static)):
         if not isinstance(flag, bool):
             raise RotaryExportError(f"{name} must be True or False, got {flag!r}")
-    if head_dim < module.dim:
-        raise RotaryExportError(
-            "rotary_dim must be even and <= head_dim, "
-            f"got rotary_dim={module.dim}, head_dim={head_dim}"
-        )
+    check_rotary_dim(module.dim, head_dim)
     if num_heads and num_kv_heads and num_heads % num_kv_heads:
         raise RotaryExportError(
             "num_heads must be a multiple of num_kv_heads, "
@@ -243,17 +254,7 @@ def check_config(
     if not names:
         raise RotaryExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     _check_xpos_range(module, max_seq_len, dtype)
-    embedding = {
-        name: getattr(module, name)
-        for name in (
-            "dim",
-            "use_xpos",
-            "scale_base",
-            "interpolation_factor",
-            "base",
-            "base_rescale_factor",
-        )
-    }
+    embedding = {name: getattr(module, name) for name in EMBEDDING_ARGUMENTS}
     return ExportConfig(
         embedding,
         max_seq_len,
@@ -306,6 +307,8 @@ def read_config(config: Mapping[str, Any]) -> ExportConfig:
         RotaryExportError: Something is missing or unknown.
     """
     try:
-        return ExportConfig(**config)
+        read = ExportConfig(**config)
+        RotaryEmbedding(**read.embedding)
+        return read
     except TypeError as error:
         raise RotaryExportError(f"the manifest's config is damaged: {error}") from None

@@ -304,6 +304,8 @@ def add_functions(model: ModelProto) -> list[Form]:
     forms = list(dict.fromkeys(form_of))
     for node, form in zip(nodes, form_of, strict=True):
         node.overload = _name_overload(form, forms)
+        if not form.has_key:  # torch's op always has two outputs
+            del node.output[1:]
     model.functions.extend(build_function(form, _name_overload(form, forms)) for form in forms)
     oldest = helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True)
     model.ir_version = max(oldest, 10 if len(forms) > 1 else 8)

@@ -107,11 +107,7 @@ def check_inputs(
     """
     batch, heads, seq_len, head_dim = _split_heads("X", x, "num_heads", num_heads)
     rotary_dim = rotary_embedding_dim or head_dim
-    if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
-        raise RotaryExportError(
-            "rotary_dim must be even and <= head_dim, "
-            f"got rotary_dim={rotary_dim}, head_dim={head_dim}"
-        )
+    check_rotary_dim(rotary_dim, head_dim)
 
     half = rotary_dim // 2
     if position_ids is not None:
@@ -153,6 +149,19 @@ def check_inputs(
             )
     rows = cos_cache[0] if position_ids is not None else 0
     return Problem(batch, seq_len, heads, kv_heads, head_dim, rotary_dim, rows)
+
+
+def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:
+    """Refuse to rotate an odd number of channels, or more than there are.
+
+    Raises:
+        RotaryExportError: `rotary_dim` does not fit.
+    """
+    if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
+        raise RotaryExportError(
+            "rotary_dim must be even and <= head_dim, "
+            f"got rotary_dim={rotary_dim}, head_dim={head_dim}"
+        )
 
 
 def bad_id_message(bad_id: int, batch: int, row: int, table_rows: int) -> str:

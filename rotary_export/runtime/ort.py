@@ -61,9 +61,16 @@ class OrtSession(Session):
         except Exception as error:  # ORT's own exceptions share no base class
             raise RotaryExportError(f"ONNX Runtime can't load {file.name}: {error}") from None
         got = tuple(self._session.get_providers())
-        if got[0] != chosen[0]:
+        if missing := [name for name in chosen if name not in got]:
             raise RotaryExportError(
-                f"ONNX Runtime could not start {chosen[0]} and would run on {got[0]}"
+                f"ONNX Runtime could not start {', '.join(missing)} and would run on "
+                f"{', '.join(got)}"
+            )
+        names = [value.name for value in self._session.get_inputs()]
+        if names != [info.name for info in graph.inputs]:
+            raise RotaryExportError(
+                f"{file.name} takes {', '.join(names)}, which is not what the manifest says of "
+                f"{graph_name}"
             )
         if not graph.rotary_nodes:
             kernel_path = "primitive"

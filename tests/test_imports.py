@@ -1,0 +1,35 @@
+"""Imports go one way: no file imports one that stands after it in the README's architecture."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import rotary_export
+
+PACKAGE = Path(rotary_export.__file__).parent
+ORDER = [
+    "errors", "op.spec", "reference", "op", "embedding", "manifest", "runtime.native",
+    "runtime.providers", "runtime.session", "runtime.ort", "runtime.torch_runtime", "runtime",
+    "exporters.graphs", "exporters.program", "exporters.torchscript", "exporters.onnx", "oracle",
+    "runners", "parity", "exporters.bundle", "terminal", "arrays", "inspection", "cli", "__main__",
+]  # fmt: skip
+
+
+def find_rank(module):
+    """Return the place of the longest name in ORDER that `module` is or is inside of."""
+    names = [n for n in ORDER if module == n or module.startswith(f"{n}.")]
+    return ORDER.index(max(names, key=len))
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_go_one_way(path):
+    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    if module in ("__init__", "exporters"):  # hand names on lazily; a docstring
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rotary_export."):
+            name = node.module.removeprefix("rotary_export.")
+            imported = [f"{name}.{a.name}" for a in node.names] if name in ORDER else [name]
+            for other in imported:
+                assert find_rank(other) <= find_rank(module), f"{module} imports {other}"
