@@ -12,7 +12,7 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.manifest import TensorInfo, read_manifest
 from rotary_export.op import spec
 from rotary_export.runtime import native
-from rotary_export.runtime.providers import CPU, find_cuda_problem, library_refusal
+from rotary_export.runtime.providers import CPU, CUDA, find_cuda_problem, library_refusal
 
 ROTARY_OPS = {"RotaryEmbedding", "MRotaryEmbedding"}
 PACKAGES = ("rotary_export", "numpy", "torch", "onnx", "onnxscript", "ml_dtypes")
@@ -162,6 +162,7 @@ def examine_machine() -> tuple[dict[str, str], list[str]]:
         if "onnxruntime" in facts.get("providers", "") or flavours:
             refusal = library_refusal([CPU], "auto")
             facts["on the CPU"] = refusal or f"fused ({facts['instruction set']})"
+            facts["on CUDA"] = f"portable body: {library_refusal([CUDA], 'auto')}"
     except RotaryExportError as error:
         facts.setdefault("op library", "no")
         problems.append(str(error))

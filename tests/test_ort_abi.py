@@ -101,6 +101,7 @@ CHECK_VALUE(ours::kBFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16);
 CHECK_VALUE(ours::kRequired, INPUT_OUTPUT_REQUIRED);
 CHECK_VALUE(ours::kOptional, INPUT_OUTPUT_OPTIONAL);
 CHECK_VALUE(ours::kDefaultMemory, OrtMemTypeDefault);
+CHECK_VALUE(ours::kCpuInput, OrtMemTypeCPUInput);
 """
 
 
@@ -130,6 +131,7 @@ def test_every_slot_offset_and_type_is_the_official_one(tmp_path):
         ("slots_29_50[22]", "slots_29_50[21]", "GetTensorMutableData"),
         ("size_t max_batches", "int max_batches", "KernelContext_ParallelFor: type"),
         ("kBFloat16 = 16", "kBFloat16 = 15", "BFLOAT16"),
+        ("slots_102_192[91]", "slots_102_192[90]", "KernelContext_GetGPUComputeStream: offset"),
         ("void* KernelCompute; ", "", "KernelDestroy: offset"),
     ],
 )

@@ -58,9 +58,9 @@ REGISTERED = {
     (CPU, (TENSORRT, CUDA, CPU)): False,
     (CPU, (OPENVINO, CPU)): False,
     (CUDA, (CPU,)): False,
-    (CUDA, (CUDA, CPU)): True,
+    (CUDA, (CUDA, CPU)): "opt-in",
     (BOTH, (CPU,)): True,
-    (BOTH, (CUDA, CPU)): True,
+    (BOTH, (CUDA, CPU)): "opt-in",
     (BOTH, (TENSORRT, CUDA, CPU)): False,
     (BOTH, (OPENVINO, CPU)): False,
 }
@@ -75,6 +75,8 @@ def test_registered_only_with_a_kernel_for_the_first_provider(library, kernels, 
     refusal = library_refusal(names, use)
     if use is False:
         assert refusal == "the op library is switched off (use_op_library=False)"
+    elif REGISTERED[kernels, names] == "opt-in" and use == "auto":
+        assert "never been run on a GPU" in refusal
     elif REGISTERED[kernels, names]:
         assert refusal is None
     else:

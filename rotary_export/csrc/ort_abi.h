@@ -30,7 +30,7 @@ enum ElementType : int { kFloat = 1, kInt64 = 7, kFloat16 = 10, kDouble = 11, kB
 
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
-enum MemoryType : int { kDefaultMemory = 0 };
+enum MemoryType : int { kCpuInput = -2, kDefaultMemory = 0 };
 
 // What one op tells ORT about itself. ORT reads the members that `version` has.
 struct OrtCustomOp {
@@ -90,7 +90,9 @@ struct OrtApi {
   void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo* info);
   void* slot_100;
   void (*ReleaseCustomOpDomain)(OrtCustomOpDomain* domain);
-  void* slots_102_266[165];
+  void* slots_102_192[91];
+  OrtStatus* (*KernelContext_GetGPUComputeStream)(const OrtKernelContext* context, void** stream);
+  void* slots_194_266[73];
   OrtStatus* (*ShapeInferContext_GetInputCount)(const OrtShapeInferContext* context, size_t* count);
   OrtStatus* (*ShapeInferContext_GetInputTypeShape)(const OrtShapeInferContext* context,
                                                     size_t index, OrtTensorTypeAndShapeInfo** info);
@@ -122,6 +124,7 @@ struct OrtApi {
   SLOT(ReleaseStatus, 93)                         \
   SLOT(ReleaseTensorTypeAndShapeInfo, 99)         \
   SLOT(ReleaseCustomOpDomain, 101)                \
+  SLOT(KernelContext_GetGPUComputeStream, 193)    \
   SLOT(ShapeInferContext_GetInputCount, 267)      \
   SLOT(ShapeInferContext_GetInputTypeShape, 268)  \
   SLOT(ShapeInferContext_SetOutputTypeShape, 270) \

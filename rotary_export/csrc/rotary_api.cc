@@ -26,7 +26,11 @@ bool Rotate(const RotaryExportCall* call, Message* message) {
 
 const char* RotaryExportInstructionSet() { return rotary_export::SelectedInstructionSet().name; }
 
+#ifdef ROTARY_EXPORT_HAS_CUDA
+const char* RotaryExportProviders() { return "CPUExecutionProvider,CUDAExecutionProvider"; }
+#else
 const char* RotaryExportProviders() { return "CPUExecutionProvider"; }
+#endif
 
 int RotaryExportRotate(const RotaryExportCall* call, char* message, size_t message_size) {
   rotary_export::Message problem;

@@ -17,7 +17,12 @@ extern "C" {
 struct OrtSessionOptions;
 struct OrtStatus;
 
-/* Adds the op to a session's options; `api_base` is what OrtGetApiBase() returns. */
+/* Adds the op to a session's options; `api_base` is what OrtGetApiBase() returns.
+ *
+ * A registered kernel wins over the node's portable body: on the CUDA provider too, where the
+ * library has a kernel for it (RotaryExportProviders). That kernel has not been run on a GPU yet
+ * (see README.md), so registering the library with a CUDA session is for those who want to try it.
+ */
 ROTARY_EXPORT_PUBLIC struct OrtStatus* RegisterCustomOps(struct OrtSessionOptions* options,
                                                          const void* api_base);
 
@@ -25,7 +30,8 @@ ROTARY_EXPORT_PUBLIC struct OrtStatus* RegisterCustomOps(struct OrtSessionOption
  * loaded; null if environment variable ROTARY_EXPORT_ISA asks for one that can't be had. */
 ROTARY_EXPORT_PUBLIC const char* RotaryExportInstructionSet(void);
 
-/* The execution providers that the library has kernels for, comma separated. */
+/* The execution providers that the library has kernels for, comma separated; CUDA is there if the
+ * library was built with nvcc, whether or not this machine has a GPU. */
 ROTARY_EXPORT_PUBLIC const char* RotaryExportProviders(void);
 
 /* Element types, with ONNX's numbers. */

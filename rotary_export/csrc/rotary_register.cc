@@ -3,6 +3,7 @@
 #include <climits>
 #include <cstdlib>
 
+#include "rotary_cuda_op.h"
 #include "rotary_dispatch.h"
 #include "rotary_export.h"
 #include "rotary_op.h"
@@ -21,6 +22,16 @@ constexpr ort::ElementType kTypePairs[][2] = {
 };
 constexpr size_t kTypePairCount = sizeof kTypePairs / sizeof kTypePairs[0];
 
+// A kernel for each provider that it was built for. One for a provider that a session does not have
+// is never asked for.
+using Describe = void (*)(const OrtApi*, ort::ElementType, ort::ElementType, Op*);
+#ifdef ROTARY_EXPORT_HAS_CUDA
+constexpr Describe kProviders[] = {DescribeOp, DescribeCudaOp};
+#else
+constexpr Describe kProviders[] = {DescribeOp};
+#endif
+constexpr size_t kOpCount = kTypePairCount * (sizeof kProviders / sizeof kProviders[0]);
+
 // Sessions keep plain pointers to the domain and its ops, and nobody says when the last one is
 // gone: a registration lives as long as the process. There is one for each runtime in the process,
 // usually one in all.
@@ -28,7 +39,7 @@ struct Registration {
   const OrtApi* api;
   OrtCustomOpDomain* domain;
   Registration* next;
-  Op ops[kTypePairCount];
+  Op ops[kOpCount];
 };
 std::atomic<Registration*> registrations{nullptr};
 
@@ -46,9 +57,10 @@ constexpr int kSafeInference = 24;
 
 OrtStatus* FillDomain(const OrtApi* api, int ort_minor, Registration* registration) {
   OrtStatus* status = api->CreateCustomOpDomain("rotary_export", &registration->domain);
-  for (size_t i = 0; i < kTypePairCount && status == nullptr; ++i) {
+  for (size_t i = 0; i < kOpCount && status == nullptr; ++i) {
     Op* op = &registration->ops[i];
-    DescribeOp(api, kTypePairs[i][0], kTypePairs[i][1], op);
+    const auto& [x_type, table_type] = kTypePairs[i % kTypePairCount];
+    kProviders[i / kTypePairCount](api, x_type, table_type, op);
     if (ort_minor < kSafeInference) op->InferOutputShapeFn = nullptr;
     status = api->CustomOpDomain_Add(registration->domain, op);
   }

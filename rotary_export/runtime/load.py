@@ -31,8 +31,9 @@ def load(
         providers: ONNX Runtime's execution providers by name, in order of preference; "auto":
             CUDA where it works, else the CPU.
         use_op_library: Register our op library. "auto": where it is installed and has a kernel
-            for the first provider (our CPU kernel would pull nodes off a GPU); True: or an error;
-            False: never.
+            for the first provider (our CPU kernel would pull nodes off a GPU), which is not CUDA:
+            the CUDA kernel is opt-in until it has been run on a GPU; True: or an error, CUDA
+            included; False: never.
         require_fused: Raise where our kernel would not run.
 
     Returns:

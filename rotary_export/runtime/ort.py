@@ -13,6 +13,7 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.manifest import GraphInfo, TensorInfo
 from rotary_export.runtime import native
 from rotary_export.runtime.providers import (
+    CUDA,
     check_version,
     choose_providers,
     import_onnxruntime,
@@ -75,7 +76,7 @@ class OrtSession(Session):
         if not graph.rotary_nodes:
             kernel_path = "primitive"
         else:
-            kernel_path = f"fused ({native.instruction_set()})" if fused else graph.portable
+            kernel_path = f"fused ({_name_kernel(chosen[0])})" if fused else graph.portable
         super().__init__(graph_name, graph, got, kernel_path)
 
     def _run(self, inputs: Tensors, sizes: Mapping[str, int], wants_torch: bool) -> dict[str, Any]:
@@ -99,6 +100,10 @@ class OrtSession(Session):
         except Exception as error:  # ORT's own exceptions share no base class
             raise RotaryExportError(f"ONNX Runtime, {self.graph_name}: {error}") from None
         return outputs
+
+
+def _name_kernel(provider: str) -> str:
+    return "cuda" if provider == CUDA else native.instruction_set()
 
 
 def _describe(buffer: Any) -> tuple[str, int, Any, tuple[int, ...], int]:

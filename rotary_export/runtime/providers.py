@@ -112,7 +112,8 @@ def library_refusal(providers: Sequence[str], use_op_library: bool | str) -> str
 
     A registered kernel wins over the portable body, wherever it runs: a CPU kernel would pull
     nodes off the accelerator that would have run the body. So the library is registered only
-    where it has a kernel for the first provider, which is the one that takes the node.
+    where it has a kernel for the first provider, which is the one that takes the node. Its CUDA
+    kernel is opt-in until it has been run on a GPU: only True registers it.
 
     Args:
         providers: In order of preference.
@@ -139,5 +140,10 @@ def library_refusal(providers: Sequence[str], use_op_library: bool | str) -> str
         return (
             f"the op library has kernels for {', '.join(kernels)}, and the first provider is "
             f"{providers[0]}"
+        )
+    if providers[0] == CUDA and use_op_library is not True:
+        return (
+            "the op library's CUDA kernel has never been run on a GPU, so it is used only if asked "
+            "for by use_op_library=True"
         )
     return None

@@ -34,8 +34,8 @@ class Session(ABC):
         graph_name: "tables", "rotate" or "model".
         graph: Its inputs and outputs.
         providers: Execution providers in order of preference, as the runtime reports them.
-        kernel_path: What computes the rotary nodes: "fused (<instruction set>)", "native" (the
-            runtime's own rotary kernel) or "primitive" (plain Mul, Add, ...).
+        kernel_path: What computes the rotary nodes: "fused (<instruction set>)", "fused (cuda)",
+            "native" (the runtime's own rotary kernel) or "primitive" (plain Mul, Add, ...).
     """
 
     def __init__(
