@@ -169,6 +169,8 @@ const Selection& SelectedInstructionSet() {
   static const Selection none = {};
   return none;
 }
+int64_t OutputBytes(const RotaryParams&) { return 0; }
+bool IsLarge(const RotaryParams&) { return false; }
 
 namespace {
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from kernel_calls import Call, describe
 from oracles import Tensors, assert_same_bits
-from portable import ONNX_TYPES
-from test_ort_abi import Call, Tensor, rotate
+from test_ort_abi import rotate
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "rotary_export" / "csrc"
@@ -71,11 +71,7 @@ def emulate(
     """Run the op on `tensors`, outputs included, as `LaunchRotation` would on a GPU."""
     call = Call(**attributes)
     for name, x in tensors.items():
-        dims = ctypes.c_int64 * 8
-        tensor = Tensor(
-            x.data_ptr(), ONNX_TYPES[x.dtype], x.dim(), dims(*x.shape), dims(*x.stride())
-        )
-        setattr(call, name, ctypes.pointer(tensor))
+        setattr(call, name, ctypes.pointer(describe(x)))
     statistics = Statistics()
     message = ctypes.create_string_buffer(1024)
     ctypes.CDLL(str(library or get_emulator())).EmulateRotation(

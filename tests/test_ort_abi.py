@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import make_inputs
+from cases import ID_FORMS, make_inputs
+from kernel_calls import Call, describe
+from op_library import check_against_oracle
 from oracles import Tensors, assert_same_bits, compute_eager
-from portable import ONNX_TYPES
 
 from rotary_export.op import spec
 from rotary_export.runtime import native
@@ -64,6 +65,10 @@ struct Same<R (*)(A...), S (*)(B...) noexcept> : Same<R (*)(A...), S (*)(B...)> 
 #define CHECK_VALUE(mine, official) static_assert(int(mine) == int(official), #official)
 
 ROTARY_EXPORT_ORT_SLOTS(CHECK_SLOT)
+#if ORT_API_VERSION >= 24
+ROTARY_EXPORT_ORT_SLOTS_SINCE_24(CHECK_SLOT)
+static_assert(ours::kFastApiVersion <= ORT_API_VERSION);
+#endif
 CHECK_MEMBER(OrtApiBase, GetApi);
 CHECK_MEMBER(OrtApiBase, GetVersionString);
 CHECK_MEMBER(OrtCustomOp, version);
@@ -144,6 +149,32 @@ def test_the_check_sees_a_wrong_declaration(tmp_path, right, wrong, complaint):
     assert complaint in run.stderr
 
 
+# Hands the op library an OrtApiBase that says it is older than it is.
+OLDER_RUNTIME = r"""
+#include <dlfcn.h>
+struct Base { const void* (*GetApi)(unsigned); const char* (*GetVersionString)(); };
+extern "C" void* RegisterCustomOps(void* options, const Base* base) {
+  static Base older = {base->GetApi, [] { return "1.23.0"; }};
+  void* library = dlopen(LIBRARY, RTLD_NOW);
+  return reinterpret_cast<void* (*)(void*, Base*)>(dlsym(library, "RegisterCustomOps"))(
+      options, &older);
+}
+"""
+
+
+def test_a_runtime_without_version_24_gives_the_same_bits(tmp_path):
+    library = shutil.copy(LIBRARY, tmp_path)  # A copy, as a library registers its ops once.
+    source = tmp_path / "older.cc"
+    source.write_text(OLDER_RUNTIME)
+    shim = tmp_path / "older.so"
+    compiler = os.environ.get("CXX", "c++")
+    flags = ["-std=c++17", "-shared", "-fPIC", f'-DLIBRARY="{library}"', "-ldl"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(shim)], check=True)
+    for form in ID_FORMS:
+        inputs = make_inputs(np.random.default_rng(2), form=form, kv_heads=2)
+        check_against_oracle(inputs, form, library=str(shim))
+
+
 # ---- the file
 
 
@@ -185,32 +216,11 @@ def test_no_product_is_fused_with_a_sum():
 # ---- RotaryExportRotate
 
 
-class Tensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("type", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("shape", ctypes.c_int64 * 8),
-        ("strides", ctypes.c_int64 * 8),
-    )
-
-
-class Call(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.POINTER(Tensor)) for name in (*spec.INPUTS, *spec.OUTPUTS)),
-        *((name, ctypes.c_int64) for name in spec.ATTRIBUTES),
-    )
-
-
 def rotate(tensors: Tensors, **attributes: int) -> str:
     """Call the kernel; return its message, empty on success."""
     call = Call(**attributes)
     for name, x in tensors.items():
-        dims = ctypes.c_int64 * 8
-        tensor = Tensor(
-            x.data_ptr(), ONNX_TYPES[x.dtype], x.dim(), dims(*x.shape), dims(*x.stride())
-        )
-        setattr(call, name, ctypes.pointer(tensor))
+        setattr(call, name, ctypes.pointer(describe(x)))
     library = native._load_library(native.op_library_path())
     message = ctypes.create_string_buffer(1024)
     failed = library.RotaryExportRotate(ctypes.byref(call), message, len(message))
@@ -229,6 +239,26 @@ def test_rotate_gives_the_bits_of_the_oracle(tensors):
     assert rotate(tensors, rotary_embedding_dim=4) == ""
     for name, want in zip(spec.OUTPUTS, compute_eager(tensors, False), strict=True):
         assert_same_bits(tensors[name], want)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 10, 17])
+def test_rotate_in_parts(tensors, parts):
+    wanted = compute_eager(tensors, False)
+    untouched = []
+    for part in range(parts):
+        assert rotate(tensors, rotary_embedding_dim=4, part=part, parts=parts) == ""
+        untouched.append(int((tensors["Y"] == -77).sum()))
+    rows = [10 * part // parts for part in range(1, parts + 1)]  # of batch 2 and S 5
+    assert untouched == [(10 - done) * 3 * 8 for done in rows]
+    for name, want in zip(spec.OUTPUTS, wanted, strict=True):
+        assert_same_bits(tensors[name], want)
+
+
+@pytest.mark.parametrize(("part", "parts"), [(-1, 2), (2, 2), (1, 0), (0, -1)])
+def test_rotate_refuses_a_part_that_is_none(tensors, part, parts):
+    message = rotate(tensors, rotary_embedding_dim=4, part=part, parts=parts)
+    assert message == f"part must be in [0, parts), got part={part}, parts={parts}"
+    assert (tensors["Y"] == -77).all()
 
 
 @pytest.mark.parametrize("interleaved", [0, 1])

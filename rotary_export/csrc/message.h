@@ -11,7 +11,8 @@
 namespace rotary_export {
 
 struct Message {
-  char text[1024] = "";
+  Message() { text[0] = '\0'; }  // Not all of it: every call of the op has one.
+  char text[1024];
 };
 
 // Formats the sentence and returns false, so that a check can `return Fail(...)`.

@@ -1,9 +1,10 @@
 // The slice of ONNX Runtime's C ABI that the op uses, so that no ORT headers are needed to build.
 //
 // OrtApi is a table of function pointers that only ever grows at its end: a slot number, once
-// released, holds in every later runtime. Everything used here is there since version 18, so that
-// is the version the library asks for. tests/test_ort_abi.py compiles every slot, offset, signature
-// and constant below against the official onnxruntime_c_api.h.
+// released, holds in every later runtime. All that the op needs is there since version 18, so that
+// is the version the library asks for; where the runtime has version 24, one more function saves
+// time. tests/test_ort_abi.py compiles every slot, offset, signature and constant below against the
+// official onnxruntime_c_api.h.
 #ifndef ROTARY_EXPORT_ORT_ABI_H_
 #define ROTARY_EXPORT_ORT_ABI_H_
 
@@ -23,6 +24,7 @@ struct OrtValue;
 namespace rotary_export::ort {
 
 constexpr uint32_t kApiVersion = 18;
+constexpr uint32_t kFastApiVersion = 24;  // Has GetTensorElementTypeAndShapeDataReference.
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 
@@ -92,7 +94,13 @@ struct OrtApi {
   void (*ReleaseCustomOpDomain)(OrtCustomOpDomain* domain);
   void* slots_102_192[91];
   OrtStatus* (*KernelContext_GetGPUComputeStream)(const OrtKernelContext* context, void** stream);
-  void* slots_194_266[73];
+  void* slots_194_229[36];
+  OrtStatus* (*KernelInfo_GetInputCount)(const OrtKernelInfo* info, size_t* count);
+  OrtStatus* (*KernelInfo_GetOutputCount)(const OrtKernelInfo* info, size_t* count);
+  void* slots_232_248[17];
+  OrtStatus* (*KernelInfoGetConstantInput_tensor)(const OrtKernelInfo* info, size_t index,
+                                                  int* is_constant, const OrtValue** value);
+  void* slots_250_266[17];
   OrtStatus* (*ShapeInferContext_GetInputCount)(const OrtShapeInferContext* context, size_t* count);
   OrtStatus* (*ShapeInferContext_GetInputTypeShape)(const OrtShapeInferContext* context,
                                                     size_t index, OrtTensorTypeAndShapeInfo** info);
@@ -104,6 +112,10 @@ struct OrtApi {
   OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext* context,
                                           void (*task)(void* data, size_t index), size_t total,
                                           size_t max_batches, void* data);
+  void* slots_275_413[139];
+  // Since version 24 only: neither allocates nor copies.
+  OrtStatus* (*GetTensorElementTypeAndShapeDataReference)(const OrtValue* value, ElementType* type,
+                                                          const int64_t** dims, size_t* rank);
 };
 
 // Every function used, with its slot.
@@ -125,14 +137,20 @@ struct OrtApi {
   SLOT(ReleaseTensorTypeAndShapeInfo, 99)         \
   SLOT(ReleaseCustomOpDomain, 101)                \
   SLOT(KernelContext_GetGPUComputeStream, 193)    \
+  SLOT(KernelInfo_GetInputCount, 230)             \
+  SLOT(KernelInfo_GetOutputCount, 231)            \
+  SLOT(KernelInfoGetConstantInput_tensor, 249)    \
   SLOT(ShapeInferContext_GetInputCount, 267)      \
   SLOT(ShapeInferContext_GetInputTypeShape, 268)  \
   SLOT(ShapeInferContext_SetOutputTypeShape, 270) \
   SLOT(KernelContext_ParallelFor, 274)
 
+#define ROTARY_EXPORT_ORT_SLOTS_SINCE_24(SLOT) SLOT(GetTensorElementTypeAndShapeDataReference, 414)
+
 #define ROTARY_EXPORT_ASSERT_SLOT(name, slot) \
   static_assert(offsetof(OrtApi, name) == (slot) * sizeof(void*), #name);
 ROTARY_EXPORT_ORT_SLOTS(ROTARY_EXPORT_ASSERT_SLOT)
+ROTARY_EXPORT_ORT_SLOTS_SINCE_24(ROTARY_EXPORT_ASSERT_SLOT)
 #undef ROTARY_EXPORT_ASSERT_SLOT
 
 struct OrtApiBase {

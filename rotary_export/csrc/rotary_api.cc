@@ -1,4 +1,5 @@
 // The exported functions that need no ONNX Runtime; rotary_export.h documents them.
+#include <cinttypes>
 #include <cstdio>
 
 #include "rotary_check.h"
@@ -17,7 +18,15 @@ bool Rotate(const RotaryExportCall* call, Message* message) {
       !CheckPositions(params, message)) {
     return false;
   }
-  selection.rotate_rows(params, 0, params.batch_size * params.seq_len);
+  const int64_t rows = params.batch_size * params.seq_len;
+  const int64_t part = call->part;
+  const int64_t parts = call->parts != 0 ? call->parts : 1;
+  if (part < 0 || part >= parts) {
+    return Fail(message, "part must be in [0, parts), got part=%" PRId64 ", parts=%" PRId64, part,
+                call->parts);
+  }
+  params.large = IsLarge(params);
+  selection.rotate_rows(params, rows * part / parts, rows * (part + 1) / parts);
   return true;
 }
 

@@ -178,9 +178,11 @@ bool CheckKey(const RotaryExportCall& call, const HeadShape& x, RotaryParams* pa
 // Checks that the last `dims` dimensions lie in memory without gaps.
 bool CheckContiguous(const char* name, const Tensor* tensor, int dims, Message* message) {
   if (tensor == nullptr) return true;
+  for (int i = 0; i < tensor->rank; ++i) {
+    if (tensor->shape[i] == 0) return true;  // NumPy gives an empty array strides of 0.
+  }
   int64_t stride = 1;
   for (int i = tensor->rank - 1; i >= 0 && i >= tensor->rank - dims; --i) {
-    if (tensor->shape[i] == 0) return true;
     if (tensor->shape[i] > 1 && tensor->strides[i] != stride) {
       return Fail(message, "%s must be contiguous%s, got strides %s for shape %s", name,
                   dims == 1 ? " in its last dimension" : "",

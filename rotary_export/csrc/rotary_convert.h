@@ -1,14 +1,27 @@
-// Element types to and from the type they are computed in: float, or double for double.
+// Vectors of numbers to compute with, and the conversion of the half types to and from them.
 //
-// Included once per instruction set, hence the anonymous namespace (see rotary_kernel.cc). The half
-// types are converted with integers and selects, without branches, so that the loops vectorise and
-// every machine gives the same bits. A NaN stays a NaN, subnormals are kept, and rounding is to
-// nearest even.
+// The compiler's vector types give +, -, * and comparisons lane by lane on every instruction set,
+// for any power of two of lanes, one included. Included once per instruction set, hence the
+// anonymous namespace (see rotary_kernel.cc).
+//
+// The half types are converted by the processor where it can, else with integers and selects; both
+// give the same bits. A NaN stays a NaN, subnormals are kept, and rounding is to nearest even. (Not
+// vcvtneps2bf16, which takes subnormals for 0.)
 #ifndef ROTARY_EXPORT_ROTARY_CONVERT_H_
 #define ROTARY_EXPORT_ROTARY_CONVERT_H_
 
 #include <cstdint>
 #include <cstring>
+
+#if defined(__SSE2__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own header (its bug 105593).
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
 
 namespace rotary_export {
 namespace {
@@ -20,56 +33,137 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline uint32_t FloatToBits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
+template <typename C, int kLanes>
+struct VectorType {
+  typedef C Type __attribute__((vector_size(sizeof(C) * kLanes)));
+};
+template <typename C, int kLanes>
+using Vector = typename VectorType<C, kLanes>::Type;
+template <int kLanes>
+using Floats = Vector<float, kLanes>;
+template <int kLanes>
+using Ints = Vector<int32_t, kLanes>;  // Signed: what SSE2 can compare.
+template <int kLanes>
+using HalfBits = Vector<uint16_t, kLanes>;
+
+template <typename To, typename From>
+inline To CastBits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
 }
 
-inline float BitsToFloat(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+// __builtin_convertvector, but for the vectors that GCC 12 takes several instructions for.
+template <int kLanes>
+inline Ints<kLanes> ExtendBits(const HalfBits<kLanes>& bits) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) {
+    return CastBits<Ints<16>>(_mm512_cvtepu16_epi32(CastBits<__m256i>(bits)));
+  }
+#endif
+  return __builtin_convertvector(bits, Ints<kLanes>);
 }
 
-inline float Load(float value) { return value; }
-inline double Load(double value) { return value; }
-inline float Load(BFloat16 value) { return BitsToFloat(uint32_t{value.bits} << 16); }
+// For lanes that are at most 0xffff.
+template <int kLanes>
+inline HalfBits<kLanes> TruncateBits(const Ints<kLanes>& bits) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) {
+    return CastBits<HalfBits<16>>(_mm512_cvtepi32_epi16(CastBits<__m512i>(bits)));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (kLanes == 8) {
+    const __m256i wide = CastBits<__m256i>(bits);
+    const __m128i high = _mm256_extracti128_si256(wide, 1);
+    return CastBits<HalfBits<8>>(_mm_packus_epi32(_mm256_castsi256_si128(wide), high));
+  }
+#endif
+  return __builtin_convertvector(bits, HalfBits<kLanes>);
+}
 
-inline float Load(Float16 value) {
-  const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
-  const uint32_t magnitude = uint32_t{value.bits & 0x7fffu} << 13;  // Aligned with float's fields.
-  const uint32_t normal = magnitude + ((127 - 15) << 23);
+// The upper half of each lane.
+template <int kLanes>
+inline HalfBits<kLanes> UpperBits(const Vector<uint32_t, kLanes>& bits) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) {
+    const __m256i upper =
+        _mm256_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    const __m512i first =
+        _mm512_permutexvar_epi16(_mm512_castsi256_si512(upper), CastBits<__m512i>(bits));
+    return CastBits<HalfBits<16>>(_mm512_castsi512_si256(first));
+  }
+#endif
+  return TruncateBits<kLanes>(CastBits<Ints<kLanes>>(bits >> 16));
+}
+
+template <int kLanes>
+inline Floats<kLanes> Widen(const HalfBits<kLanes>& bits, BFloat16) {
+  return CastBits<Floats<kLanes>>(ExtendBits<kLanes>(bits) << 16);
+}
+
+template <int kLanes>
+inline HalfBits<kLanes> Narrow(const Floats<kLanes>& value, BFloat16) {
+  const auto bits = CastBits<Vector<uint32_t, kLanes>>(value);  // Unsigned: the sum may carry.
+  const auto rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const auto quiet_nan = bits | 0x400000;  // Rounding could carry a NaN into infinity.
+  return UpperBits<kLanes>(value != value ? quiet_nan : rounded);
+}
+
+template <int kLanes>
+inline Floats<kLanes> Widen(const HalfBits<kLanes>& bits, Float16) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) {
+    return CastBits<Floats<16>>(_mm512_cvtph_ps(CastBits<__m256i>(bits)));
+  }
+#endif
+#if defined(__F16C__)
+  if constexpr (kLanes == 8) {
+    return CastBits<Floats<8>>(_mm256_cvtph_ps(CastBits<__m128i>(bits)));
+  }
+#endif
+  using F = Floats<kLanes>;
+  using I = Ints<kLanes>;
+  const I wide = ExtendBits<kLanes>(bits);
+  const I sign = (wide & 0x8000) << 16;
+  const I magnitude = (wide & 0x7fff) << 13;  // Aligned with float's fields.
+  const I normal = magnitude + ((127 - 15) << 23);
   // A subnormal is m * 2^-24: (2^-14 + m * 2^-24) - 2^-14, exact, and without a float subnormal.
-  const uint32_t subnormal = FloatToBits(BitsToFloat(magnitude + (113u << 23)) - 0x1p-14f);
-  const uint32_t special = magnitude | 0x7f800000u;  // Infinity or NaN.
-  const uint32_t finite = magnitude < (1u << 23) ? subnormal : normal;
-  return BitsToFloat(sign | (magnitude >= (31u << 23) ? special : finite));
+  const I subnormal = CastBits<I>(CastBits<F>(magnitude + (113 << 23)) - 0x1p-14f);
+  const I special = magnitude | 0x7f800000;  // Infinity or NaN.
+  const I finite = magnitude < (1 << 23) ? subnormal : normal;
+  return CastBits<F>(sign | (magnitude >= (31 << 23) ? special : finite));
 }
 
-inline void Store(float value, float* out) { *out = value; }
-inline void Store(double value, double* out) { *out = value; }
-
-inline void Store(float value, BFloat16* out) {
-  const uint32_t bits = FloatToBits(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const uint32_t quiet_nan = (bits >> 16) | 0x40;  // Rounding could carry a NaN into infinity.
-  out->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
-}
-
-inline void Store(float value, Float16* out) {
-  const uint32_t bits = FloatToBits(value);
-  const uint32_t sign = (bits >> 16) & 0x8000;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t rebiased = magnitude - ((127 - 15) << 23);
+template <int kLanes>
+inline HalfBits<kLanes> Narrow(const Floats<kLanes>& value, Float16) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) {
+    const __m512 wide = CastBits<__m512>(value);
+    return CastBits<HalfBits<16>>(_mm512_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT));
+  }
+#endif
+#if defined(__F16C__)
+  if constexpr (kLanes == 8) {
+    const __m256 wide = CastBits<__m256>(value);
+    return CastBits<HalfBits<8>>(_mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT));
+  }
+#endif
+  using F = Floats<kLanes>;
+  using I = Ints<kLanes>;
+  const I bits = CastBits<I>(value);
+  const I sign = (bits >> 16) & 0x8000;
+  const I magnitude = bits & 0x7fffffff;
+  const I rebiased = magnitude - ((127 - 15) << 23);
   // From 65520 on, the carry of the rounding makes this infinity, as it should.
-  const uint32_t normal = (rebiased + 0xfff + ((rebiased >> 13) & 1)) >> 13;
+  const I normal = (rebiased + 0xfff + ((rebiased >> 13) & 1)) >> 13;
   // The last place of 0.5f is 2^-24, float16's smallest subnormal: the addition rounds for us.
-  const uint32_t subnormal = FloatToBits(BitsToFloat(magnitude) + 0.5f) - FloatToBits(0.5f);
-  const uint32_t quiet_nan = 0x7e00 | ((magnitude >> 13) & 0x3ff);
-  const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
-  const uint32_t large = magnitude > 0x7f800000u ? quiet_nan : 0x7c00;
-  out->bits = static_cast<uint16_t>(sign | (magnitude >= (143u << 23) ? large : finite));
+  const I subnormal = CastBits<I>(CastBits<F>(magnitude) + 0.5f) - 0x3f000000;
+  const I quiet_nan = 0x7e00 | ((magnitude >> 13) & 0x3ff);
+  const I finite = magnitude < (113 << 23) ? subnormal : normal;
+  const I large = magnitude > 0x7f800000 ? quiet_nan : I{} + 0x7c00;
+  return TruncateBits<kLanes>(sign | (magnitude >= (143 << 23) ? large : finite));
 }
 
 }  // namespace

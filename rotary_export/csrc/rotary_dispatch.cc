@@ -44,6 +44,10 @@ constexpr InstructionSet kInstructionSets[] = {{"neon", neon::RotateRows, Always
 constexpr InstructionSet kInstructionSets[] = {{"baseline", baseline::RotateRows, Always}};
 #endif
 
+// Measured with a reader after the op: below this, on the machine at hand, it would rather find the
+// output in the cache. ROTARY_EXPORT_LARGE_BYTES replaces it, for benchmarks and tests.
+constexpr int64_t kLargeBytes = 20 << 20;
+
 Selection Select() {
 #if defined(__x86_64__)
   __builtin_cpu_init();  // Static initialisers run in no fixed order, so not to be relied on.
@@ -51,6 +55,8 @@ Selection Select() {
   const char* wanted = std::getenv("ROTARY_EXPORT_ISA");
   if (wanted != nullptr && wanted[0] == '\0') wanted = nullptr;  // An empty variable is unset.
   Selection selection = {};
+  const char* large_bytes = std::getenv("ROTARY_EXPORT_LARGE_BYTES");
+  selection.large_bytes = large_bytes != nullptr ? std::atoll(large_bytes) : kLargeBytes;
   char available[64] = "";
   for (const InstructionSet& set : kInstructionSets) {
     if (!set.is_supported()) continue;
@@ -73,5 +79,15 @@ const Selection selected = Select();
 }  // namespace
 
 const Selection& SelectedInstructionSet() { return selected; }
+
+int64_t OutputBytes(const RotaryParams& params) {
+  const int64_t element_size = params.x_type == DataType::kFloat64   ? 8
+                               : params.x_type == DataType::kFloat32 ? 4
+                                                                     : 2;
+  const int64_t heads = params.query.count + params.key.count;
+  return params.batch_size * params.seq_len * heads * params.head_dim * element_size;
+}
+
+bool IsLarge(const RotaryParams& params) { return OutputBytes(params) >= selected.large_bytes; }
 
 }  // namespace rotary_export

@@ -10,10 +10,16 @@ namespace rotary_export {
 struct Selection {
   const char* name;                // Null if ROTARY_EXPORT_ISA asks for what can't be had.
   RotateRowsFunction rotate_rows;  // Null likewise.
+  int64_t large_bytes;             // Outputs of this size are large.
   Message problem;                 // Says why.
 };
 
 const Selection& SelectedInstructionSet();
+
+int64_t OutputBytes(const RotaryParams& params);
+
+// Whether the outputs are so large that they had better be written past the cache.
+bool IsLarge(const RotaryParams& params);
 
 }  // namespace rotary_export
 

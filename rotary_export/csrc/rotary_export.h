@@ -27,7 +27,9 @@ ROTARY_EXPORT_PUBLIC struct OrtStatus* RegisterCustomOps(struct OrtSessionOption
                                                          const void* api_base);
 
 /* The instruction set in use ("baseline", "avx2", "avx512", "neon"), chosen when the library was
- * loaded; null if environment variable ROTARY_EXPORT_ISA asks for one that can't be had. */
+ * loaded; null if environment variable ROTARY_EXPORT_ISA asks for one that can't be had.
+ * (ROTARY_EXPORT_LARGE_BYTES, read at the same time, is for benchmarks and tests: the outputs' size
+ * from which on they are written past the cache.) */
 ROTARY_EXPORT_PUBLIC const char* RotaryExportInstructionSet(void);
 
 /* The execution providers that the library has kernels for, comma separated; CUDA is there if the
@@ -69,6 +71,10 @@ struct RotaryExportCall {
   int64_t rotary_embedding_dim;
   int64_t num_heads;
   int64_t kv_num_heads;
+  /* Of the rows, cut into `parts` pieces of about the same size, only piece `part` is rotated: for
+   * callers with threads of their own. Every piece's call checks all inputs. 0: all rows. */
+  int64_t part;
+  int64_t parts;
 };
 
 /* Rotates on the calling thread. Returns 0, or 1 with a sentence in `message`, in which case

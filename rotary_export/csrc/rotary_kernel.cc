@@ -3,51 +3,249 @@
 // namespace, and no header with inline functions of external linkage is included: else the linker
 // could keep the AVX-512 copy of a function and hand it to the baseline.
 //
-// Exactness: each product is rounded, then one sum (-ffp-contract=off, and RoundProduct). In
-// float32 that gives the bits of eager PyTorch's
-//   x * cos + rotate_half(x) * sin,     with xPos  (x * cos) * scale + (rotate_half(x) * sin) *
-//   scale
+// Exactness: each product is rounded, then one sum (-ffp-contract=off, which GCC keeps to for
+// vector types). In float32 that gives the bits of eager PyTorch's
+//   x * cos + rotate_half(x) * sin
+// and, with xPos,
+//   (x * cos) * scale + (rotate_half(x) * sin) * scale
 // since a + (-b) and a - b are the same. The half types are computed in float32 and rounded once.
+//
+// Speed is that of memory, so what counts is the order in which it is walked. From the outside in:
+//   RotateRowsOf    a block of rows of one batch entry, as many as TableBlock holds; its tables are
+//                   looked up, converted and laid out once, and stay in the L1 cache for all heads
+//   RotateHeads     the block of every head: along each, memory is contiguous
+//   RotateRun       such a run, either straight to the output or, past the cache, by way of a small
+//                   buffer, as streaming stores must be aligned and the output may be anywhere
+//   RotateVector    one head vector: head_dim channels at one position
 #include "rotary_kernel.h"
 
 #include <cstring>
 #include <type_traits>
 
-#include "rotary_convert.h"
-
-#if defined(__clang__)
-#define ROTARY_EXPORT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define ROTARY_EXPORT_INDEPENDENT _Pragma("GCC ivdep")
-#endif
+#include "rotary_vector.h"
 
 namespace rotary_export {
 namespace ROTARY_EXPORT_ISA_NAMESPACE {
 namespace {
 
-// Pairs per pass over a row's heads: what the table buffers on the stack hold. A rotary_dim of up
-// to 512 takes one pass.
-constexpr int64_t kMaxPairs = 256;
+constexpr int64_t kTableBytes = 8 * 1024;     // Three of them share the L1 cache with the heads.
+constexpr int64_t kPrefetchBytes = 4 * 1024;  // How far ahead; the processor stops at each page.
+constexpr int64_t kBurstBytes = 512;          // Longer bursts of streaming stores delay the loads.
+constexpr int64_t kStageBytes = 2 * 1024;     // The longest head vector that is streamed.
 
-// A piece of one table row, in the type that is computed in.
+// ---- The two layouts
+//
+// Each rotates the channels that one vector of table entries [i, i + kLanes) is for. `x` and `y`
+// point to the first pair of those in the tables. A channel is read before it is written, so y may
+// be x.
+
 template <typename C>
-struct TablePiece {
+struct TableRow {
   const C* cos;
   const C* sin;
-  const C* scale;  // Null without xPos.
+  const C* scale;  // Not read without xPos.
 };
 
-// Keeps a product apart from the sum that follows. GCC's vectoriser fuses neighbouring a * b - c
-// and d * e + f into one vfmaddsub even with -ffp-contract=off; it can't see through this.
-template <typename C>
-inline C RoundProduct(C product) {
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_assoc_barrier)
-  return __builtin_assoc_barrier(product);
-#endif
-#endif
-  return product;
+// Pairs are (i, i + half). The tables have an entry per pair.
+struct Halves {
+  static constexpr int kEntriesPerPair = 1;
+
+  template <int kLanes, bool kScaled, typename T, typename C>
+  static inline void Rotate(const T* x, T* y, const TableRow<C>& table, int64_t i, int64_t half) {
+    const auto cos = LoadVector<kLanes>(table.cos + i);
+    const auto sin = LoadVector<kLanes>(table.sin + i);
+    const auto x1 = LoadVector<kLanes>(x + i);
+    const auto x2 = LoadVector<kLanes>(x + half + i);
+    auto x1_cos = x1 * cos;
+    auto x2_sin = x2 * sin;
+    auto x2_cos = x2 * cos;
+    auto x1_sin = x1 * sin;
+    if constexpr (kScaled) {
+      const auto scale = LoadVector<kLanes>(table.scale + i);
+      x1_cos = x1_cos * scale;
+      x2_sin = x2_sin * scale;
+      x2_cos = x2_cos * scale;
+      x1_sin = x1_sin * scale;
+    }
+    StoreVector<kLanes>(x1_cos - x2_sin, y + i);
+    StoreVector<kLanes>(x2_cos + x1_sin, y + half + i);
+  }
+};
+
+// Pairs are (2i, 2i + 1). The tables have an entry per channel: (cos, cos), (-sin, sin).
+struct Pairs {
+  static constexpr int kEntriesPerPair = 2;
+
+  template <int kLanes, bool kScaled, typename T, typename C>
+  static inline void Rotate(const T* x, T* y, const TableRow<C>& table, int64_t i, int64_t) {
+    const auto x12 = LoadVector<kLanes>(x + i);
+    auto by_cos = x12 * LoadVector<kLanes>(table.cos + i);
+    auto by_sin = SwapPairs<kLanes>(x12) * LoadVector<kLanes>(table.sin + i);
+    if constexpr (kScaled) {
+      const auto scale = LoadVector<kLanes>(table.scale + i);
+      by_cos = by_cos * scale;
+      by_sin = by_sin * scale;
+    }
+    StoreVector<kLanes>(by_cos + by_sin, y + i);
+  }
+};
+
+// Rotates by table entries [i, count): whole vectors, then the rest with ever narrower ones.
+template <typename Layout, bool kScaled, int kLanes, typename T, typename C>
+inline void RotateEntries(const T* x, T* y, const TableRow<C>& table, int64_t i, int64_t count,
+                          int64_t half) {
+  for (; i + kLanes <= count; i += kLanes) {
+    Layout::template Rotate<kLanes, kScaled>(x, y, table, i, half);
+  }
+  if constexpr (kLanes > Layout::kEntriesPerPair) {
+    if (i < count) RotateEntries<Layout, kScaled, kLanes / 2>(x, y, table, i, count, half);
+  }
 }
+
+// ---- From a block of rows to a head vector
+
+// The tables of a block of rows: `width` entries per row, in the layout's order.
+template <typename C>
+struct TableBlock {
+  static constexpr int64_t kEntries = kTableBytes / sizeof(C);
+  int64_t width;
+  bool scaled;
+  alignas(64) C cos[kEntries];
+  alignas(64) C sin[kEntries];
+  alignas(64) C scale[kEntries];
+};
+
+// Rows [row, row + rows) of one batch entry, and pairs [first_pair, first_pair + pairs) of them:
+// all there are, unless one row alone is too much for a TableBlock.
+struct Block {
+  int64_t batch;
+  int64_t row;
+  int64_t rows;
+  int64_t first_pair;
+  int64_t pairs;
+};
+
+// Elements from one head vector to the next, in one direction.
+struct Axis {
+  int64_t count;
+  int64_t in_step;
+  int64_t out_step;
+  int64_t table_step;
+};
+
+// What is to be done to each head vector. A local copy of it stays in registers; in RotaryParams,
+// any store to the output could have changed it, as far as the compiler knows.
+struct VectorWork {
+  int64_t first;    // The first pair's first channel.
+  int64_t entries;  // Table entries per head vector.
+  int64_t half;     // From a pair's one channel to the other (Halves).
+  int64_t tail;     // The first channel to copy.
+  int64_t head_dim;
+  bool prefetch;
+};
+
+template <typename Layout, bool kScaled, typename T, typename C>
+inline void RotateVector(const VectorWork& work, const T* x, T* y, const TableRow<C>& table) {
+  if (work.prefetch) {
+    const auto ahead = reinterpret_cast<uintptr_t>(x) + kPrefetchBytes;
+    for (int64_t i = 0; i < work.head_dim * int64_t{sizeof(T)}; i += kLineBytes) {
+      // To read, into the second-level cache: the first level's buffers are busy with the stores.
+      __builtin_prefetch(reinterpret_cast<const void*>(ahead + static_cast<uintptr_t>(i)), 0, 2);
+    }
+  }
+  RotateEntries<Layout, kScaled, kVectorBytes / sizeof(C)>(x + work.first, y + work.first, table, 0,
+                                                           work.entries, work.half);
+  if (work.tail < work.head_dim && x != y) {
+    CopyBytes(reinterpret_cast<const char*>(x + work.tail), reinterpret_cast<char*>(y + work.tail),
+              (work.head_dim - work.tail) * int64_t{sizeof(T)});
+  }
+}
+
+// Rotates the head vectors along `axis`.
+template <typename Layout, bool kScaled, typename T, typename C>
+inline void RotateVectors(const VectorWork& work, const T* x, T* y, TableRow<C> table,
+                          const Axis& axis) {
+  for (int64_t i = 0; i < axis.count; ++i) {
+    RotateVector<Layout, kScaled>(work, x, y, table);
+    x += axis.in_step;
+    y += axis.out_step;
+    table.cos += axis.table_step;
+    table.sin += axis.table_step;
+    table.scale += axis.table_step;
+  }
+}
+
+// The same, past the cache, for an output without gaps. Streaming stores write whole aligned lines,
+// and the output may begin anywhere: head vectors are put in a small buffer, and whole lines taken
+// out.
+template <typename Layout, bool kScaled, typename T, typename C>
+inline void StreamVectors(const VectorWork& work, const T* x, T* y, TableRow<C> table,
+                          const Axis& axis) {
+  alignas(kLineBytes) char stage[kStageBytes + 2 * kLineBytes];
+  const int64_t vector_bytes = work.head_dim * int64_t{sizeof(T)};
+  char* out = reinterpret_cast<char*>(y);
+  int64_t waiting = 0;  // Bytes in the buffer.
+  Axis part = axis;
+  part.count = vector_bytes < kBurstBytes ? kBurstBytes / vector_bytes : 1;
+  for (int64_t done = 0; done < axis.count; done += part.count) {
+    if (part.count > axis.count - done) part.count = axis.count - done;
+    RotateVectors<Layout, kScaled>(work, x, reinterpret_cast<T*>(stage + waiting), table, part);
+    x += part.count * axis.in_step;
+    table.cos += part.count * axis.table_step;
+    table.sin += part.count * axis.table_step;
+    table.scale += part.count * axis.table_step;
+    waiting += part.count * vector_bytes;
+    const int64_t written = StreamLines(stage, out, waiting);
+    out += written;
+    waiting -= written;
+    std::memmove(stage, stage + written, kLineBytes);
+  }
+  CopyBytes(stage, out, waiting);
+}
+
+template <typename Layout, bool kScaled, typename T, typename C>
+void RotateRun(const RotaryParams& params, const Block& block, const T* x, T* y,
+               const TableRow<C>& table, const Axis& axis) {
+  const int64_t half = params.rotary_dim / 2;
+  const VectorWork work = {block.first_pair * Layout::kEntriesPerPair,
+                           block.pairs * Layout::kEntriesPerPair,
+                           half,
+                           block.first_pair == 0 ? params.rotary_dim : params.head_dim,
+                           params.head_dim,
+                           params.large};
+  const bool stream = kCanStream && params.large && x != y && block.pairs == half &&
+                      axis.out_step == params.head_dim &&
+                      params.head_dim <= kStageBytes / int64_t{sizeof(T)};
+  if (stream) {
+    StreamVectors<Layout, kScaled>(work, x, y, table, axis);
+  } else {
+    RotateVectors<Layout, kScaled>(work, x, y, table, axis);
+  }
+}
+
+template <typename Layout, typename T, typename C>
+void RotateHeads(const RotaryParams& params, const Block& block, const TableBlock<C>& tables,
+                 const Heads& heads) {
+  if (heads.count == 0) return;  // The pointers may be null.
+  const HeadStrides& from = heads.in_strides;
+  const HeadStrides& to = heads.out_strides;
+  const Axis along_rows = {block.rows, from.row, to.row, tables.width};
+  const Axis along_heads = {heads.count, from.head, to.head, 0};
+  const bool rows_inside = block.rows > 1 && to.row < to.head;
+  const Axis& inner = rows_inside ? along_rows : along_heads;
+  const Axis& outer = rows_inside ? along_heads : along_rows;
+  const T* x = static_cast<const T*>(heads.in) + block.batch * from.batch + block.row * from.row;
+  T* y = static_cast<T*>(heads.out) + block.batch * to.batch + block.row * to.row;
+  const auto rotate =
+      tables.scaled ? RotateRun<Layout, true, T, C> : RotateRun<Layout, false, T, C>;
+  for (int64_t i = 0; i < outer.count; ++i) {
+    const int64_t entry = i * outer.table_step;
+    const TableRow<C> table = {tables.cos + entry, tables.sin + entry, tables.scale + entry};
+    rotate(params, block, x + i * outer.in_step, y + i * outer.out_step, table, inner);
+  }
+}
+
+// ---- Tables
 
 int64_t FindTableRow(const RotaryParams& params, int64_t batch, int64_t row) {
   const int64_t first = batch * params.table_batch_step + row * params.table_row_step;
@@ -55,115 +253,85 @@ int64_t FindTableRow(const RotaryParams& params, int64_t batch, int64_t row) {
   return first + params.position_ids[batch * params.id_batch_stride + row * params.id_row_stride];
 }
 
-// Returns `count` table entries as C: in place where they are that already, else in `buffer`.
-template <typename C, typename Table>
-const C* LoadTable(const void* table, int64_t first, int64_t count, C* buffer) {
-  const Table* entries = static_cast<const Table*>(table) + first;
-  if constexpr (std::is_same_v<C, Table>) {
-    return entries;
-  } else {
-    for (int64_t i = 0; i < count; ++i) buffer[i] = Load(entries[i]);
-    return buffer;
-  }
-}
-
-// Rotates `count` pairs of one head, from pair `first` on. The layouts differ only in where a
-// pair's two channels are. Each pair is read before it is written, so y may be x.
-template <bool kInterleaved, bool kScaled, typename T, typename C>
-void RotatePairs(const T* x, T* y, const TablePiece<C>& table, int64_t half, int64_t first,
-                 int64_t count) {
-  constexpr int64_t kStep = kInterleaved ? 2 : 1;
-  const int64_t partner = kInterleaved ? 1 : half;
-  const C* cos = table.cos;
-  const C* sin = table.sin;
-  const C* scale = table.scale;
-  x += first * kStep;
-  y += first * kStep;
-  ROTARY_EXPORT_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) {
-    const C x1 = Load(x[i * kStep]);
-    const C x2 = Load(x[i * kStep + partner]);
-    C x1_cos = RoundProduct(x1 * cos[i]);
-    C x2_sin = RoundProduct(x2 * sin[i]);
-    C x2_cos = RoundProduct(x2 * cos[i]);
-    C x1_sin = RoundProduct(x1 * sin[i]);
-    if constexpr (kScaled) {
-      x1_cos = RoundProduct(x1_cos * scale[i]);
-      x2_sin = RoundProduct(x2_sin * scale[i]);
-      x2_cos = RoundProduct(x2_cos * scale[i]);
-      x1_sin = RoundProduct(x1_sin * scale[i]);
+// Lays out `count` entries from entry `i` on, in the order of one row of a TableBlock. The first of
+// the two entries of a pair is multiplied by `sign`.
+template <typename Layout, int kLanes, typename Table, typename C>
+inline void LayOutEntries(const Table* row, int64_t i, int64_t count, C sign, C* out) {
+  using V = Vector<C, kLanes>;
+  for (; i + kLanes <= count; i += kLanes) {
+    if constexpr (Layout::kEntriesPerPair == 1) {
+      StoreVector<kLanes>(__builtin_convertvector(LoadVector<kLanes>(row + i), V), out + i);
+    } else {
+      const auto doubled = Double<kLanes>(LoadVector<kLanes / 2>(row + i / 2));
+      V signs;
+      for (int lane = 0; lane < kLanes; ++lane) signs[lane] = lane % 2 == 0 ? sign : 1;
+      StoreVector<kLanes>(__builtin_convertvector(doubled, V) * signs, out + i);
     }
-    Store(x1_cos - x2_sin, &y[i * kStep]);
-    Store(x2_cos + x1_sin, &y[i * kStep + partner]);
+  }
+  if constexpr (kLanes > Layout::kEntriesPerPair) {
+    if (i < count) LayOutEntries<Layout, kLanes / 2>(row, i, count, sign, out);
   }
 }
 
-template <typename T, typename C>
-void RotateHeads(const RotaryParams& params, const Heads& heads, int64_t batch, int64_t row,
-                 const TablePiece<C>& table, int64_t first, int64_t count) {
-  const auto rotate =
-      params.interleaved
-          ? (table.scale ? RotatePairs<true, true, T, C> : RotatePairs<true, false, T, C>)
-          : (table.scale ? RotatePairs<false, true, T, C> : RotatePairs<false, false, T, C>);
-  const HeadStrides& from = heads.in_strides;
-  const HeadStrides& to = heads.out_strides;
-  const T* in = static_cast<const T*>(heads.in) + batch * from.batch + row * from.row;
-  T* out = static_cast<T*>(heads.out) + batch * to.batch + row * to.row;
-  for (int64_t head = 0; head < heads.count; ++head) {
-    rotate(in + head * from.head, out + head * to.head, table, params.rotary_dim / 2, first, count);
+template <typename Layout, typename Table, typename C>
+void FillTables(const RotaryParams& params, const Block& block, TableBlock<C>* tables) {
+  tables->width = block.pairs * Layout::kEntriesPerPair;
+  tables->scaled = params.scale_cache != nullptr;
+  const auto lay_out = LayOutEntries<Layout, kVectorBytes / sizeof(C), Table, C>;
+  const auto* cos = static_cast<const Table*>(params.cos_cache);
+  const auto* sin = static_cast<const Table*>(params.sin_cache);
+  const auto* scale = static_cast<const Table*>(params.scale_cache);
+  for (int64_t i = 0; i < block.rows; ++i) {
+    const int64_t row = FindTableRow(params, block.batch, block.row + i);
+    const int64_t first = row * (params.rotary_dim / 2) + block.first_pair;
+    const int64_t at = i * tables->width;
+    lay_out(cos + first, 0, tables->width, 1, tables->cos + at);
+    lay_out(sin + first, 0, tables->width, -1, tables->sin + at);
+    if (tables->scaled) lay_out(scale + first, 0, tables->width, 1, tables->scale + at);
   }
 }
 
-// Copies the channels past rotary_dim, bit by bit.
-template <typename T>
-void CopyTail(const RotaryParams& params, const Heads& heads, int64_t batch, int64_t row) {
-  const int64_t tail = params.head_dim - params.rotary_dim;
-  if (tail == 0 || heads.in == heads.out) return;
-  const HeadStrides& from = heads.in_strides;
-  const HeadStrides& to = heads.out_strides;
-  const T* in = static_cast<const T*>(heads.in) + batch * from.batch + row * from.row;
-  T* out = static_cast<T*>(heads.out) + batch * to.batch + row * to.row;
-  for (int64_t head = 0; head < heads.count; ++head) {
-    std::memcpy(out + head * to.head + params.rotary_dim, in + head * from.head + params.rotary_dim,
-                static_cast<size_t>(tail) * sizeof(T));
+// ---- Rows
+
+// Rotates one block of every query and key head; they share the tables.
+template <typename Layout, typename T, typename Table, typename C>
+void RotateBlock(const RotaryParams& params, const Block& block, TableBlock<C>* tables) {
+  FillTables<Layout, Table>(params, block, tables);
+  RotateHeads<Layout, T>(params, block, *tables, params.query);
+  if (params.key.count == 0) return;
+  if (tables->scaled) {
+    // xPos scales keys by the reciprocal, rounded once, as eager's `scale ** -1` is.
+    for (int64_t i = 0; i < block.rows * tables->width; ++i)
+      tables->scale[i] = 1 / tables->scale[i];
   }
+  RotateHeads<Layout, T>(params, block, *tables, params.key);
 }
 
-// Rotates one row of every query and key head; they share the lookup of the table row.
-template <typename T, typename Table>
-void RotateRow(const RotaryParams& params, int64_t batch, int64_t row) {
-  using C = decltype(Load(T()));
-  C cos_buffer[kMaxPairs], sin_buffer[kMaxPairs], scale_buffer[kMaxPairs], inverse[kMaxPairs];
+template <typename Layout, typename T, typename Table>
+void RotateRowsOf(const RotaryParams& params, int64_t begin, int64_t end) {
+  TableBlock<Wide<T>> tables;
   const int64_t half = params.rotary_dim / 2;
-  const int64_t table_row = FindTableRow(params, batch, row) * half;
-  for (int64_t first = 0; first < half; first += kMaxPairs) {
-    const int64_t count = half - first < kMaxPairs ? half - first : kMaxPairs;
-    const int64_t entry = table_row + first;
-    TablePiece<C> table;
-    table.cos = LoadTable<C, Table>(params.cos_cache, entry, count, cos_buffer);
-    table.sin = LoadTable<C, Table>(params.sin_cache, entry, count, sin_buffer);
-    table.scale = nullptr;
-    if (params.scale_cache != nullptr) {
-      table.scale = LoadTable<C, Table>(params.scale_cache, entry, count, scale_buffer);
+  const int64_t max_pairs = tables.kEntries / Layout::kEntriesPerPair;
+  const int64_t max_rows = half < max_pairs ? max_pairs / half : 1;
+  while (begin < end) {
+    Block block = {begin / params.seq_len, begin % params.seq_len, end - begin, 0, 0};
+    if (block.rows > params.seq_len - block.row) block.rows = params.seq_len - block.row;
+    if (block.rows > max_rows) block.rows = max_rows;
+    for (; block.first_pair < half; block.first_pair += block.pairs) {
+      const int64_t left = half - block.first_pair;
+      block.pairs = left < max_pairs ? left : max_pairs;
+      RotateBlock<Layout, T, Table>(params, block, &tables);
     }
-    RotateHeads<T, C>(params, params.query, batch, row, table, first, count);
-    if (params.key.count == 0) continue;
-    if (table.scale != nullptr) {
-      // xPos scales keys by the reciprocal, rounded once, as eager's `scale ** -1` is.
-      for (int64_t i = 0; i < count; ++i) inverse[i] = C(1) / table.scale[i];
-      table.scale = inverse;
-    }
-    RotateHeads<T, C>(params, params.key, batch, row, table, first, count);
+    begin += block.rows;
   }
-  CopyTail<T>(params, params.query, batch, row);
-  CopyTail<T>(params, params.key, batch, row);
+  if (params.large) FinishStreaming();
 }
 
 template <typename T, typename Table>
 void RotateRowsOf(const RotaryParams& params, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    RotateRow<T, Table>(params, i / params.seq_len, i % params.seq_len);
-  }
+  const auto rotate =
+      params.interleaved ? RotateRowsOf<Pairs, T, Table> : RotateRowsOf<Halves, T, Table>;
+  rotate(params, begin, end);
 }
 
 }  // namespace

@@ -56,6 +56,8 @@ struct RotaryParams {
   int64_t id_row_stride;
   int64_t table_batch_step;
   int64_t table_row_step;
+
+  bool large;  // Larger than the cache is worth (IsLarge in rotary_dispatch.h decides).
 };
 
 // Rotates rows [begin, end) of the batch_size * seq_len rows. Ids have been checked before.

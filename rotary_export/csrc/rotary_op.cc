@@ -1,5 +1,5 @@
-// `rotary_export::RotaryEmbedding`, version 1, as an ONNX Runtime custom op for the CPU: hands
-// ORT's tensors to CheckInputs and the rows to the kernel. Every call into ORT can fail with an
+// `rotary_export::RotaryEmbedding`, version 1, as an ONNX Runtime custom op: hands ORT's tensors to
+// CheckInputs and, on the CPU, the rows to the kernel. Every call into ORT can fail with an
 // OrtStatus, which goes back to ORT unchanged; nothing here throws or aborts.
 #include "rotary_op.h"
 
@@ -19,9 +19,6 @@ using ort::OrtCustomOp;
     if (OrtStatus* status_ = (call); status_ != nullptr) return status_; \
   } while (false)
 
-enum Input { kX, kCosCache, kSinCache, kPositionIds, kKey, kScaleCache, kInputCount };
-enum Output { kY, kKeyOut, kOutputCount };
-
 ort::ElementType InputType(const Op& op, size_t index) {
   if (index == kPositionIds) return ort::kInt64;
   return index == kX || index == kKey ? op.x_type : op.table_type;
@@ -34,6 +31,11 @@ struct Kernel {
   int64_t rotary_embedding_dim;
   int64_t num_heads;
   int64_t kv_num_heads;
+  size_t input_count;
+  size_t output_count;
+  // The inputs that are initializers, which never change: usually the tables.
+  bool is_constant[kInputCount];
+  RotaryExportTensor constants[kInputCount];
 };
 
 // Reading an attribute that the node does not have is an error to ORT; here it means 0.
@@ -45,62 +47,101 @@ int64_t ReadAttribute(const OrtApi* api, const OrtKernelInfo* info, const char* 
   return 0;
 }
 
-OrtStatus* CreateKernel(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
-                        void** out) {
-  auto* kernel = static_cast<Kernel*>(std::malloc(sizeof(Kernel)));
-  if (kernel == nullptr) return api->CreateStatus(ort::kFail, "out of memory");
-  *kernel = {api,
-             static_cast<const Op*>(op),
-             ReadAttribute(api, info, "interleaved"),
-             ReadAttribute(api, info, "rotary_embedding_dim"),
-             ReadAttribute(api, info, "num_heads"),
-             ReadAttribute(api, info, "kv_num_heads")};
-  *out = kernel;
-  return nullptr;
-}
-
-// Describes input `index` in `tensor` and points `out` at it; null if the node does not have it.
-OrtStatus* ReadInput(const Kernel& kernel, const OrtKernelContext* context, size_t index,
-                     RotaryExportTensor* tensor, const RotaryExportTensor** out) {
-  const OrtApi* api = kernel.api;
-  const OrtValue* value = nullptr;
-  RETURN_IF_ERROR(api->KernelContext_GetInput(context, index, &value));
-  *out = nullptr;
-  if (value == nullptr) return nullptr;
-  // The function reads only; ORT has no version of it for const tensors.
-  RETURN_IF_ERROR(api->GetTensorMutableData(const_cast<OrtValue*>(value), &tensor->data));
+OrtStatus* ReadShape(const OrtApi* api, const OrtValue* value, RotaryExportTensor* tensor) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
   RETURN_IF_ERROR(api->GetTensorTypeAndShape(value, &info));
   size_t rank = 0;
   OrtStatus* status = api->GetDimensionsCount(info, &rank);
   if (status == nullptr) {
     constexpr size_t kMaxRank = ROTARY_EXPORT_MAX_RANK;
-    const size_t count = rank < kMaxRank ? rank : kMaxRank;
-    status = api->GetDimensions(info, tensor->shape, count);
+    status = api->GetDimensions(info, tensor->shape, rank < kMaxRank ? rank : kMaxRank);
   }
   api->ReleaseTensorTypeAndShapeInfo(info);
-  RETURN_IF_ERROR(status);
-  tensor->type = InputType(*kernel.op, index);
   tensor->rank = static_cast<int32_t>(rank);
-  SetContiguous(tensor);
-  *out = tensor;
+  return status;
+}
+
+// The same without the info object, whose allocation takes as long as half a decoding step.
+OrtStatus* ReadShapeFast(const OrtApi* api, const OrtValue* value, RotaryExportTensor* tensor) {
+  ort::ElementType type;
+  const int64_t* dims = nullptr;
+  size_t rank = 0;
+  RETURN_IF_ERROR(api->GetTensorElementTypeAndShapeDataReference(value, &type, &dims, &rank));
+  for (size_t i = 0; i < rank && i < ROTARY_EXPORT_MAX_RANK; ++i) tensor->shape[i] = dims[i];
+  tensor->rank = static_cast<int32_t>(rank);
   return nullptr;
 }
 
+OrtStatus* ReadTensor(const Op& op, size_t index, const OrtValue* value,
+                      RotaryExportTensor* tensor) {
+  // The function reads only; ORT has no version of it for const tensors.
+  RETURN_IF_ERROR(op.api->GetTensorMutableData(const_cast<OrtValue*>(value), &tensor->data));
+  RETURN_IF_ERROR(op.fast_api ? ReadShapeFast(op.api, value, tensor)
+                              : ReadShape(op.api, value, tensor));
+  tensor->type = InputType(op, index);
+  SetContiguous(tensor);
+  return nullptr;
+}
+
+OrtStatus* ReadNode(const OrtKernelInfo* info, Kernel* kernel) {
+  const OrtApi* api = kernel->api;
+  kernel->interleaved = ReadAttribute(api, info, "interleaved");
+  kernel->rotary_embedding_dim = ReadAttribute(api, info, "rotary_embedding_dim");
+  kernel->num_heads = ReadAttribute(api, info, "num_heads");
+  kernel->kv_num_heads = ReadAttribute(api, info, "kv_num_heads");
+  RETURN_IF_ERROR(api->KernelInfo_GetInputCount(info, &kernel->input_count));
+  RETURN_IF_ERROR(api->KernelInfo_GetOutputCount(info, &kernel->output_count));
+  if (kernel->input_count > kInputCount) kernel->input_count = kInputCount;
+  for (size_t i = 0; kernel->op->keeps_constants && i < kernel->input_count; ++i) {
+    int is_constant = 0;
+    const OrtValue* value = nullptr;
+    RETURN_IF_ERROR(api->KernelInfoGetConstantInput_tensor(info, i, &is_constant, &value));
+    kernel->is_constant[i] = is_constant != 0 && value != nullptr;
+    if (!kernel->is_constant[i]) continue;
+    RETURN_IF_ERROR(ReadTensor(*kernel->op, i, value, &kernel->constants[i]));
+  }
+  return nullptr;
+}
+
+OrtStatus* CreateKernel(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
+                        void** out) {
+  auto* kernel = static_cast<Kernel*>(std::calloc(1, sizeof(Kernel)));
+  if (kernel == nullptr) return api->CreateStatus(ort::kFail, "out of memory");
+  kernel->op = static_cast<const Op*>(op);
+  kernel->api = kernel->op->api;
+  if (OrtStatus* status = ReadNode(info, kernel)) {
+    std::free(kernel);
+    return status;
+  }
+  *out = kernel;
+  return nullptr;
+}
+
+// Points `out` at input `index`, read into `tensor` if it can change; null if the node has it not.
+OrtStatus* ReadInput(const Kernel& kernel, const OrtKernelContext* context, size_t index,
+                     RotaryExportTensor* tensor, const RotaryExportTensor** out) {
+  if (kernel.is_constant[index]) {
+    *out = &kernel.constants[index];
+    return nullptr;
+  }
+  const OrtValue* value = nullptr;
+  RETURN_IF_ERROR(kernel.api->KernelContext_GetInput(context, index, &value));
+  if (value == nullptr) return nullptr;
+  *out = tensor;
+  return ReadTensor(*kernel.op, index, value, tensor);
+}
+
 // Has ORT allocate output `index` like `input`; null if the node does not have it.
-OrtStatus* AllocateOutput(const OrtApi* api, OrtKernelContext* context, size_t index,
+OrtStatus* AllocateOutput(const Kernel& kernel, OrtKernelContext* context, size_t index,
                           const RotaryExportTensor& input, RotaryExportTensor* tensor,
                           const RotaryExportTensor** out) {
-  *out = nullptr;
-  size_t count = 0;
-  RETURN_IF_ERROR(api->KernelContext_GetOutputCount(context, &count));
-  if (index >= count) return nullptr;
+  if (index >= kernel.output_count) return nullptr;
   OrtValue* value = nullptr;
-  RETURN_IF_ERROR(api->KernelContext_GetOutput(context, index, input.shape,
-                                               static_cast<size_t>(input.rank), &value));
+  RETURN_IF_ERROR(kernel.api->KernelContext_GetOutput(context, index, input.shape,
+                                                      static_cast<size_t>(input.rank), &value));
   if (value == nullptr) return nullptr;
   *tensor = input;
-  RETURN_IF_ERROR(api->GetTensorMutableData(value, &tensor->data));
+  RETURN_IF_ERROR(kernel.api->GetTensorMutableData(value, &tensor->data));
   *out = tensor;
   return nullptr;
 }
@@ -123,15 +164,13 @@ void RunTask(void* data, size_t index) {
 }
 
 // Splits the rows over ORT's own threads.
-OrtStatus* RotateInParallel(const OrtApi* api, OrtKernelContext* context,
-                            const RotaryParams& params, int64_t element_size) {
-  Work work = {&params, SelectedInstructionSet().rotate_rows, params.batch_size * params.seq_len,
-               0};
-  const int64_t heads = params.query.count + params.key.count;
-  const int64_t bytes = work.rows * heads * params.head_dim * element_size * 2;
-  work.tasks = bytes / kTaskBytes < work.rows ? bytes / kTaskBytes : work.rows;
+OrtStatus* RotateInParallel(const OrtApi* api, OrtKernelContext* context, RotaryParams* params) {
+  params->large = IsLarge(*params);
+  Work work = {params, SelectedInstructionSet().rotate_rows, params->batch_size * params->seq_len,
+               OutputBytes(*params) * 2 / kTaskBytes};
+  if (work.tasks > work.rows) work.tasks = work.rows;
   if (work.tasks < 2) {
-    work.rotate_rows(params, 0, work.rows);
+    work.rotate_rows(*params, 0, work.rows);
     return nullptr;
   }
   const size_t unlimited = 0;
@@ -139,18 +178,12 @@ OrtStatus* RotateInParallel(const OrtApi* api, OrtKernelContext* context,
                                         unlimited, &work);
 }
 
-int64_t ElementSize(ort::ElementType type) {
-  return type == ort::kDouble ? 8 : type == ort::kFloat ? 4 : 2;
-}
-
 OrtStatus* Compute(void* data, OrtKernelContext* context) {
   const Kernel& kernel = *static_cast<const Kernel*>(data);
   const OrtApi* api = kernel.api;
   RotaryExportTensor tensors[kInputCount];
   const RotaryExportTensor* inputs[kInputCount] = {};
-  size_t input_count = 0;
-  RETURN_IF_ERROR(api->KernelContext_GetInputCount(context, &input_count));
-  for (size_t i = 0; i < input_count && i < kInputCount; ++i) {
+  for (size_t i = 0; i < kernel.input_count; ++i) {
     RETURN_IF_ERROR(ReadInput(kernel, context, i, &tensors[i], &inputs[i]));
   }
   RotaryExportCall call = {};
@@ -171,14 +204,14 @@ OrtStatus* Compute(void* data, OrtKernelContext* context) {
     return api->CreateStatus(ort::kInvalidArgument, message.text);
   }
   RotaryExportTensor y, key_out;
-  RETURN_IF_ERROR(AllocateOutput(api, context, kY, *call.x, &y, &call.y));
+  RETURN_IF_ERROR(AllocateOutput(kernel, context, kY, *call.x, &y, &call.y));
   // Without a key, X's shape serves to find out whether the node has a key_out, which is an error.
   const RotaryExportTensor& key = call.key != nullptr ? *call.key : *call.x;
-  RETURN_IF_ERROR(AllocateOutput(api, context, kKeyOut, key, &key_out, &call.key_out));
+  RETURN_IF_ERROR(AllocateOutput(kernel, context, kKeyOut, key, &key_out, &call.key_out));
   if (!CheckOutputs(call, &params, &message)) {
     return api->CreateStatus(ort::kInvalidArgument, message.text);
   }
-  return RotateInParallel(api, context, params, ElementSize(kernel.op->x_type));
+  return kernel.op->rotate(api, context, &params);
 }
 
 // Y and key_out have the types and shapes of X and key, symbolic dimensions included.
@@ -212,6 +245,8 @@ size_t MayInplace(int** inputs, int** outputs) {
 
 void DescribeOp(const OrtApi* api, ort::ElementType x_type, ort::ElementType table_type, Op* op) {
   op->version = ort::kApiVersion;
+  op->rotate = RotateInParallel;
+  op->keeps_constants = true;
   op->api = api;
   op->x_type = x_type;
   op->table_type = table_type;

@@ -61,6 +61,7 @@ OrtStatus* FillDomain(const OrtApi* api, int ort_minor, Registration* registrati
     Op* op = &registration->ops[i];
     const auto& [x_type, table_type] = kTypePairs[i % kTypePairCount];
     kProviders[i / kTypePairCount](api, x_type, table_type, op);
+    op->fast_api = ort_minor >= int{ort::kFastApiVersion};
     if (ort_minor < kSafeInference) op->InferOutputShapeFn = nullptr;
     status = api->CustomOpDomain_Add(registration->domain, op);
   }
@@ -91,7 +92,9 @@ OrtStatus* GetRegistration(const OrtApi* api, int ort_minor, Registration** out)
 }
 
 OrtStatus* Register(OrtSessionOptions* options, const OrtApiBase* base) {
-  const OrtApi* api = base->GetApi(ort::kApiVersion);
+  const int ort_minor = ParseMinorVersion(base->GetVersionString());
+  const bool fast_api = ort_minor >= int{ort::kFastApiVersion};
+  const OrtApi* api = base->GetApi(fast_api ? ort::kFastApiVersion : ort::kApiVersion);
   if (api == nullptr) {
     Message message;
     Fail(&message, "rotary_export's op library needs ONNX Runtime 1.%u or newer, got %s",
@@ -101,7 +104,6 @@ OrtStatus* Register(OrtSessionOptions* options, const OrtApiBase* base) {
   const Selection& selection = SelectedInstructionSet();
   if (selection.name == nullptr) return api->CreateStatus(ort::kFail, selection.problem.text);
   Registration* registration = nullptr;
-  const int ort_minor = ParseMinorVersion(base->GetVersionString());
   if (OrtStatus* status = GetRegistration(api, ort_minor, &registration)) return status;
   return api->AddCustomOpDomain(options, registration->domain);
 }

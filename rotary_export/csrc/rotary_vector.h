@@ -1,0 +1,138 @@
+// Vectors as the kernel's loops use them: kLanes numbers of type C, computed with +, - and *.
+//
+// The compiler's vector types do the arithmetic, on every instruction set and down to one lane;
+// what differs between the sets is the widest vector, float16's conversion and the streaming
+// stores. Included once per instruction set, hence the anonymous namespace (see rotary_kernel.cc).
+#ifndef ROTARY_EXPORT_ROTARY_VECTOR_H_
+#define ROTARY_EXPORT_ROTARY_VECTOR_H_
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "rotary_convert.h"
+
+namespace rotary_export {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+constexpr int64_t kLineBytes = 64;  // Of the cache.
+
+// The type that elements of type T are computed in: double for double, else float.
+template <typename T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// ---- Loads and stores, of any alignment
+
+template <int kLanes, typename T>
+inline auto LoadVector(const T* x) {
+  if constexpr (std::is_floating_point_v<T>) {
+    Vector<T, kLanes> v;
+    std::memcpy(&v, x, sizeof v);
+    return v;
+  } else {
+    HalfBits<kLanes> bits;
+    std::memcpy(&bits, x, sizeof bits);
+    return Widen<kLanes>(bits, T());
+  }
+}
+
+template <int kLanes, typename V, typename T>
+inline void StoreVector(const V& v, T* y) {
+  if constexpr (std::is_floating_point_v<T>) {
+    std::memcpy(y, &v, sizeof v);
+  } else {
+    const HalfBits<kLanes> bits = Narrow<kLanes>(v, T());
+    std::memcpy(y, &bits, sizeof bits);
+  }
+}
+
+// ---- Pairs
+
+template <typename To, typename From, int... kIndex>
+inline To Shuffle(const From& v, std::integer_sequence<int, kIndex...>) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(v, v, kIndex...);
+#endif
+#endif
+  return To{v[kIndex]...};
+}
+
+template <int... kIndex>
+std::integer_sequence<int, (kIndex ^ 1)...> SwappedIndices(std::integer_sequence<int, kIndex...>);
+template <int... kIndex>
+std::integer_sequence<int, (kIndex / 2)...> DoubledIndices(std::integer_sequence<int, kIndex...>);
+
+// (a, b, c, d, ...) to (b, a, d, c, ...).
+template <int kLanes, typename V>
+inline V SwapPairs(const V& v) {
+  return Shuffle<V>(v, decltype(SwappedIndices(std::make_integer_sequence<int, kLanes>()))());
+}
+
+// (a, b, ...) to the kLanes numbers (a, a, b, b, ...).
+template <int kLanes, typename V>
+inline auto Double(const V& v) {
+  using Indices = decltype(DoubledIndices(std::make_integer_sequence<int, kLanes>()));
+  return Shuffle<Vector<std::decay_t<decltype(v[0])>, kLanes>>(v, Indices());
+}
+
+// ---- Copies
+
+template <int kBytes = kVectorBytes>
+inline void CopyBytes(const char* from, char* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kBytes <= count; i += kBytes) std::memcpy(to + i, from + i, kBytes);
+  if constexpr (kBytes > 1) {
+    if (i < count) CopyBytes<kBytes / 2>(from + i, to + i, count - i);
+  }
+}
+
+#if defined(__SSE2__)
+constexpr bool kCanStream = true;
+
+// Stores one aligned vector past the cache.
+inline void StreamVector(const char* from, char* to) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
+                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to),
+                   _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+}
+
+// Streaming stores are not ordered with others: another thread may read the output only after this.
+inline void FinishStreaming() { _mm_sfence(); }
+#else
+constexpr bool kCanStream = false;
+inline void StreamVector(const char*, char*) {}
+inline void FinishStreaming() {}
+#endif
+
+// Copies up to the last whole cache line of the output, lines past the cache; returns how far.
+inline int64_t StreamLines(const char* from, char* to, int64_t count) {
+  const auto past_line = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kLineBytes);
+  int64_t i = past_line == 0 ? 0 : kLineBytes - past_line;
+  if (i > count) return 0;
+  CopyBytes(from, to, i);
+  for (; i + kLineBytes <= count; i += kLineBytes) {
+    for (int64_t j = 0; j < kLineBytes; j += kVectorBytes) StreamVector(from + i + j, to + i + j);
+  }
+  return i;
+}
+
+}  // namespace
+}  // namespace rotary_export
+
+#endif  // ROTARY_EXPORT_ROTARY_VECTOR_H_
