@@ -1,4 +1,4 @@
-"""`rotary-export`: export, verify, run, inspect, doctor.
+"""`rotary-export`: export, verify, run, bench, inspect, doctor.
 
 Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
 """
@@ -18,6 +18,7 @@ from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.manifest import SUFFIXES
 from rotary_export.op import spec
 from rotary_export.terminal import Terminal
+from rotary_export.timing import SECONDS
 
 DTYPES = tuple(dict.fromkeys(x_type for x_type, _ in spec.TYPE_PAIRS))
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "ml_dtypes")
@@ -238,6 +239,38 @@ def run(
             "shapes": shapes,
         }
     )
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--shape",
+    "shapes",
+    type=(click.IntRange(1), click.IntRange(1)),
+    multiple=True,
+    metavar="BATCH_SIZE SEQ_LEN",
+    help="May be repeated; default: decode and prefill shapes.",
+)
+@click.option("--seconds", type=click.FloatRange(0), default=SECONDS, show_default=True)
+@json_option
+def bench(bundle: Path, shapes: tuple[tuple[int, int], ...], seconds: float, as_json: bool) -> None:
+    """Time the rotate graph of BUNDLE on the CPU, in every runtime that is here.
+
+    Each shape is measured for about --seconds.
+    """
+    from rotary_export.benchmark import SHAPES, bench_bundle
+
+    terminal = Terminal(as_json)
+    with terminal.progress() as progress:
+        found = bench_bundle(bundle, shapes or SHAPES, seconds, progress)
+    report = found.to_dict()
+    terminal.table(*found.tabulate())
+    terminal.line("a call of session(...), allocation of its outputs included")
+    for run_name, why in report["skipped"].items():
+        terminal.line(f"not run: {run_name}: {why}")
+    if report["warning"]:
+        terminal.line(f"warning: {report['warning']}")
+    terminal.finish(report)
 
 
 @cli.command()

@@ -9,10 +9,11 @@ import rotary_export
 
 PACKAGE = Path(rotary_export.__file__).parent
 ORDER = [
-    "errors", "op.spec", "reference", "op", "embedding", "manifest", "runtime.native",
+    "errors", "op.spec", "runtime.native", "reference", "op", "embedding", "manifest",
     "runtime.providers", "runtime.session", "runtime.ort", "runtime.torch_runtime", "runtime",
     "exporters.graphs", "exporters.program", "exporters.torchscript", "exporters.onnx", "oracle",
-    "runners", "parity", "exporters.bundle", "terminal", "arrays", "inspection", "cli", "__main__",
+    "runners", "parity", "exporters.bundle", "timing", "machine", "benchmark", "terminal", "arrays",
+    "inspection", "cli", "__main__",
 ]  # fmt: skip
 
 

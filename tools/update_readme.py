@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import performance_section
+
 from rotary_export.embedding import RotaryEmbedding
 from rotary_export.exporters.graphs import DTYPES, find_longest_xpos
 from rotary_export.exporters.onnx import NEWEST_OPSET, minimum_onnxruntime
@@ -74,11 +76,20 @@ def write_proof() -> str:
     return format_table(headers, rows)
 
 
+def write_performance() -> str:
+    """Rope's share of a model first, then the ratios, from tools/bench_results.json."""
+    found = performance_section.read_results()
+    shares = format_table(*performance_section.tabulate_shares(found))
+    ratios = format_table(*performance_section.tabulate_ratios(found))
+    return "\n\n".join((performance_section.describe_conditions(found), shares, ratios))
+
+
 SECTIONS = {
     "minimum_onnxruntime": write_minimum_onnxruntime,
     "xpos_lengths": write_xpos_lengths,
     "tolerances": write_tolerances,
     "proof": write_proof,
+    "performance": write_performance,
 }
 
 

@@ -1,5 +1,8 @@
 """`torch.ops.rotary_export.rotary_embedding`: the op in torch, eager, fake and differentiable.
 
+On the CPU the op library's kernel computes it (`cpu_kernel.py`), elsewhere plain aten ops, with the
+same bits.
+
 `rotary_embedding` is the same op as a function that traces to plain aten ops, so that TorchScript
 files load where this package is not installed.
 """
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rotary_export.errors import RotaryExportError
-from rotary_export.op import spec
+from rotary_export.op import cpu_kernel, spec
 from rotary_export.reference import rotate
 
 
@@ -71,7 +74,7 @@ def rotary_embedding_aten(
     num_heads: int = 0,
     kv_num_heads: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the op with plain aten ops: its eager implementation and its decomposition.
+    """Compute the op with plain aten ops: where the kernel can't, and as its decomposition.
 
     Arguments and results are those of `rotary_embedding`; `rotary_dim` follows from the tables.
     An id outside the tables is an error here too (`aten::embedding` does not wrap a negative one).
@@ -131,6 +134,9 @@ def _rotary_embedding_op(
         num_heads=num_heads,
         kv_num_heads=kv_num_heads,
     )
+    given = (x, cos_cache, sin_cache, position_ids, key, scale_cache)
+    if cpu_kernel.can_rotate(given):
+        return cpu_kernel.rotate(given, (interleaved, rotary_dim, num_heads, kv_num_heads))
     if position_ids is not None:
         if problem.batch_size == 0:  # there is no row, so no position either
             position_ids = position_ids.new_zeros((0, problem.seq_len))

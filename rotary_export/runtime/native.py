@@ -44,7 +44,7 @@ def instruction_set() -> str:
         RotaryExportError: There is no usable library, or environment variable ROTARY_EXPORT_ISA
             names an instruction set that this machine does not have.
     """
-    library = _load_library(op_library_path())
+    library = load_library()
     name: bytes | None = library.RotaryExportInstructionSet()
     if name is None:
         message = ctypes.create_string_buffer(1024)
@@ -59,8 +59,17 @@ def library_providers() -> tuple[str, ...]:
     Raises:
         RotaryExportError: There is no usable library.
     """
-    providers: bytes = _load_library(op_library_path()).RotaryExportProviders()
+    providers: bytes = load_library().RotaryExportProviders()
     return tuple(providers.decode().split(","))
+
+
+def load_library() -> ctypes.CDLL:
+    """Return the op library with the types of its C interface (`csrc/rotary_export.h`) declared.
+
+    Raises:
+        RotaryExportError: There is none, or it can't be loaded.
+    """
+    return _load_library(op_library_path())
 
 
 @functools.cache

@@ -1,0 +1,168 @@
+"""The op library's kernel on torch tensors in CPU memory: plain pointers, no link to libtorch.
+
+`csrc/rotary_export.h` documents `RotaryExportRotate`, which this file calls.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import sys
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rotary_export.errors import RotaryExportError
+from rotary_export.op import spec
+from rotary_export.runtime import native  # standard library only
+
+_TYPES = {  # ONNX's numbers
+    torch.float32: 1,
+    torch.int64: 7,
+    torch.float16: 10,
+    torch.float64: 11,
+    torch.bfloat16: 16,
+}
+_MAX_RANK = 8
+_MESSAGE_SIZE = 1024
+
+# From here on, malloc takes memory fresh from the system, zeroed page by page.
+_FRESH_BYTES = 2**23
+
+# Bytes of query and key per thread below which starting a thread costs more than it saves.
+_THREAD_BYTES = 2**21
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("shape", ctypes.c_int64 * _MAX_RANK),
+        ("strides", ctypes.c_int64 * _MAX_RANK),
+    )
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.POINTER(_Tensor)) for name in (*spec.INPUTS, *spec.OUTPUTS)),
+        *((name, ctypes.c_int64) for name in (*spec.ATTRIBUTES, "part", "parts")),
+    )
+
+
+@functools.cache
+def _find_library() -> ctypes.CDLL | None:
+    """Return the op library; None: it was not built, or can't be loaded here."""
+    try:
+        return native.load_library()
+    except RotaryExportError:
+        return None
+
+
+def can_rotate(inputs: Sequence[Tensor | None]) -> bool:
+    """Whether the library is there and all inputs are strided tensors in CPU memory."""
+    return _find_library() is not None and all(
+        t is None or (t.device.type == "cpu" and t.layout == torch.strided) for t in inputs
+    )
+
+
+def rotate(inputs: Sequence[Tensor | None], attributes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Run the op on checked inputs for which `can_rotate`.
+
+    It uses as many threads as torch does (`torch.get_num_threads`) where the tensors are large.
+
+    Args:
+        inputs: In the order of `spec.INPUTS`; what is strided in its last dimension, and tables
+            and ids that are not contiguous, are copied first.
+        attributes: In the order of `spec.ATTRIBUTES`.
+
+    Returns:
+        Y and key_out, contiguous; without a key the second is empty, of shape (0,).
+
+    Raises:
+        RotaryExportError: An id is outside the tables, or ROTARY_EXPORT_ISA asks for an instruction
+            set that is not there.
+    """
+    given = dict(zip(spec.INPUTS, inputs, strict=True))
+    tensors = {name: _make_readable(name, t) for name, t in given.items() if t is not None}
+    x, key = tensors["X"], tensors.get("key")
+    y, key_out = _allocate_like(x), x.new_empty(0)
+    tensors["Y"] = y
+    if key is not None:
+        tensors["key_out"] = key_out = _allocate_like(key)
+    call = _Call(*(_describe(tensors.get(name)) for name in (*spec.INPUTS, *spec.OUTPUTS)))
+    for name, value in zip(spec.ATTRIBUTES, attributes, strict=True):
+        setattr(call, name, int(value))
+    count = (y.numel() + key_out.numel()) * x.element_size() // _THREAD_BYTES
+    _run(call, max(1, min(count, torch.get_num_threads())))
+    return y, key_out
+
+
+def _make_readable(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.numel():
+        return torch.empty(tensor.shape, dtype=tensor.dtype)  # its strides may have been anything
+    if name in ("X", "key") and tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def _allocate_like(x: Tensor) -> Tensor:
+    """Return contiguous memory, in large pages where Linux has them for those who ask.
+
+    Fresh memory costs more than the rotation: the system zeroes it, a page fault for every 4 KiB.
+    """
+    y = torch.empty(x.shape, dtype=x.dtype)
+    size = y.numel() * y.element_size()
+    if sys.platform == "linux" and size >= _FRESH_BYTES:
+        start = -(-y.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = y.data_ptr() + size - start
+        # Only advice: what it returns does not matter.
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE
+        )
+    return y
+
+
+def _describe(tensor: Tensor | None) -> ctypes._Pointer[_Tensor] | None:
+    if tensor is None:
+        return None
+    dims = ctypes.c_int64 * _MAX_RANK
+    return ctypes.pointer(
+        _Tensor(
+            tensor.data_ptr(),
+            _TYPES[tensor.dtype],
+            tensor.dim(),
+            dims(*tensor.shape),
+            dims(*tensor.stride()),
+        )
+    )
+
+
+def _run(call: _Call, parts: int) -> None:
+    """Run a call in `parts` threads, this one included.
+
+    Threads are started for the call: a pool would not survive a fork, and starting one takes some
+    50 us, where a part takes more. The library does not hold Python's lock.
+    """
+    library = _find_library()
+    assert library is not None
+    messages = []
+
+    def run_part(part: int) -> None:
+        mine = _Call.from_buffer_copy(call)
+        mine.part, mine.parts = part, parts
+        message = ctypes.create_string_buffer(_MESSAGE_SIZE)
+        if library.RotaryExportRotate(ctypes.byref(mine), message, _MESSAGE_SIZE):
+            messages.append(message.value.decode())
+
+    threads = [threading.Thread(target=run_part, args=(part,)) for part in range(1, parts)]
+    for thread in threads:
+        thread.start()
+    run_part(0)
+    for thread in threads:
+        thread.join()
+    if messages:
+        raise RotaryExportError(messages[0])  # every part checks all, so they agree
