@@ -170,7 +170,7 @@ const Selection& SelectedInstructionSet() {
   return none;
 }
 int64_t OutputBytes(const RotaryParams&) { return 0; }
-bool IsLarge(const RotaryParams&) { return false; }
+RotateRowsFunction ChooseRotation(RotaryParams*) { return nullptr; }
 
 namespace {
 

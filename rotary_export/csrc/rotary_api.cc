@@ -25,8 +25,7 @@ bool Rotate(const RotaryExportCall* call, Message* message) {
     return Fail(message, "part must be in [0, parts), got part=%" PRId64 ", parts=%" PRId64, part,
                 call->parts);
   }
-  params.large = IsLarge(params);
-  selection.rotate_rows(params, rows * part / parts, rows * (part + 1) / parts);
+  ChooseRotation (&params)(params, rows* part / parts, rows * (part + 1) / parts);
   return true;
 }
 

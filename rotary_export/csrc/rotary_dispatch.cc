@@ -13,6 +13,7 @@ namespace {
 struct InstructionSet {
   const char* name;
   RotateRowsFunction rotate_rows;
+  RotateRowsFunction rotate_few;
   bool (*is_supported)();
 };
 
@@ -34,19 +35,26 @@ bool HasAvx512() {
 }
 
 constexpr InstructionSet kInstructionSets[] = {
-    {"baseline", baseline::RotateRows, Always},
-    {"avx2", avx2::RotateRows, HasAvx2},
-    {"avx512", avx512::RotateRows, HasAvx512},
+    {"baseline", baseline::RotateRows, baseline::RotateRows, Always},
+    {"avx2", avx2::RotateRows, avx2::RotateRows, HasAvx2},
+    {"avx512", avx512::RotateRows, avx2::RotateRows, HasAvx512},
 };
 #elif defined(__aarch64__)
-constexpr InstructionSet kInstructionSets[] = {{"neon", neon::RotateRows, Always}};
+constexpr InstructionSet kInstructionSets[] = {
+    {"neon", neon::RotateRows, neon::RotateRows, Always}};
 #else
-constexpr InstructionSet kInstructionSets[] = {{"baseline", baseline::RotateRows, Always}};
+constexpr InstructionSet kInstructionSets[] = {
+    {"baseline", baseline::RotateRows, baseline::RotateRows, Always}};
 #endif
 
 // Measured with a reader after the op: below this, on the machine at hand, it would rather find the
 // output in the cache. ROTARY_EXPORT_LARGE_BYTES replaces it, for benchmarks and tests.
 constexpr int64_t kLargeBytes = 20 << 20;
+
+// Below this, 512-bit vectors save less than they cost: the processor lowers its frequency for
+// them, and all that runs after the call is slower for a while. Measured: 3 us of a decoding step
+// of 60.
+constexpr int64_t kFewBytes = 64 * 1024;
 
 Selection Select() {
 #if defined(__x86_64__)
@@ -65,6 +73,8 @@ Selection Select() {
     if (wanted == nullptr || std::strcmp(wanted, set.name) == 0) {
       selection.name = set.name;
       selection.rotate_rows = set.rotate_rows;
+      // What is asked for by name is used for all.
+      selection.rotate_few = wanted == nullptr ? set.rotate_few : set.rotate_rows;
     }
   }
   if (selection.name == nullptr) {
@@ -88,6 +98,10 @@ int64_t OutputBytes(const RotaryParams& params) {
   return params.batch_size * params.seq_len * heads * params.head_dim * element_size;
 }
 
-bool IsLarge(const RotaryParams& params) { return OutputBytes(params) >= selected.large_bytes; }
+RotateRowsFunction ChooseRotation(RotaryParams* params) {
+  const int64_t bytes = OutputBytes(*params);
+  params->large = bytes >= selected.large_bytes;
+  return bytes < kFewBytes ? selected.rotate_few : selected.rotate_rows;
+}
 
 }  // namespace rotary_export

@@ -10,6 +10,7 @@ namespace rotary_export {
 struct Selection {
   const char* name;                // Null if ROTARY_EXPORT_ISA asks for what can't be had.
   RotateRowsFunction rotate_rows;  // Null likewise.
+  RotateRowsFunction rotate_few;   // For calls that are over at once.
   int64_t large_bytes;             // Outputs of this size are large.
   Message problem;                 // Says why.
 };
@@ -18,8 +19,9 @@ const Selection& SelectedInstructionSet();
 
 int64_t OutputBytes(const RotaryParams& params);
 
-// Whether the outputs are so large that they had better be written past the cache.
-bool IsLarge(const RotaryParams& params);
+// Returns what is to be called for so many rows, and sets params->large: whether the outputs had
+// better be written past the cache.
+RotateRowsFunction ChooseRotation(RotaryParams* params);
 
 }  // namespace rotary_export
 

@@ -57,7 +57,7 @@ struct RotaryParams {
   int64_t table_batch_step;
   int64_t table_row_step;
 
-  bool large;  // Larger than the cache is worth (IsLarge in rotary_dispatch.h decides).
+  bool large;  // Larger than the cache is worth (ChooseRotation in rotary_dispatch.h decides).
 };
 
 // Rotates rows [begin, end) of the batch_size * seq_len rows. Ids have been checked before.

@@ -165,8 +165,7 @@ void RunTask(void* data, size_t index) {
 
 // Splits the rows over ORT's own threads.
 OrtStatus* RotateInParallel(const OrtApi* api, OrtKernelContext* context, RotaryParams* params) {
-  params->large = IsLarge(*params);
-  Work work = {params, SelectedInstructionSet().rotate_rows, params->batch_size * params->seq_len,
+  Work work = {params, ChooseRotation(params), params->batch_size * params->seq_len,
                OutputBytes(*params) * 2 / kTaskBytes};
   if (work.tasks > work.rows) work.tasks = work.rows;
   if (work.tasks < 2) {
