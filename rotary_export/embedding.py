@@ -17,7 +17,7 @@ from rotary_export.reference import build_freqs, build_scale, compute_inv_freq, 
 MAX_POSITIONS = 2**24  # float32 holds every integer up to here
 
 
-class _PreciseBuffers(nn.Module):
+class PreciseBuffers(nn.Module):
     """A module whose buffers stay float32 or wider: `.half()` and `.to(bfloat16)` pass them by."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -25,12 +25,12 @@ class _PreciseBuffers(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
-            if new is not None and torch.finfo(new.dtype).bits < 32:
+            if new is not None and new.is_floating_point() and torch.finfo(new.dtype).bits < 32:
                 self._buffers[name] = old.to(new.device)
         return self
 
 
-class RotaryEmbedding(_PreciseBuffers):
+class RotaryEmbedding(PreciseBuffers):
     """Rotary position embedding of zeta and x-transformers (1.16.24), with xPos: freqs and scale.
 
     The result is equal to theirs, to the bit in float32, for every argument; state dicts load
@@ -193,7 +193,7 @@ def _check_seq_len(seq_len: object, max_seq_len: int | None) -> None:
         raise RotaryExportError(f"seq_len must be >= 0{upper}, got {value}")
 
 
-class RotaryQueryKey(_PreciseBuffers):
+class RotaryQueryKey(PreciseBuffers):
     """Rotate query and key with the one fused op, from stored float32 tables.
 
     With xPos, query takes the scale and key its reciprocal, around one fixed centre

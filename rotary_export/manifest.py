@@ -20,6 +20,7 @@ FILE_NAME = "manifest.json"
 FORMAT = "rotary_export.bundle"
 FORMAT_VERSION = 1
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "program": ".pt2"}
+DATA_SUFFIX = ".data"  # of the file beside GRAPH.onnx that holds a large model's weights
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class TensorInfo:
     Attributes:
         name: The same in every format.
         dtype: numpy's name of it, or "bfloat16".
-        shape: Sizes; a string is a dynamic axis, the same size wherever it stands.
+        shape: Sizes; a string is a dynamic axis, the same size wherever it stands, or a sum of
+            them: "past_seq_len + seq_len".
         limits: Smallest and largest legal value; None: any.
     """
 
@@ -49,6 +51,7 @@ class GraphInfo:
         files: File name by format ("onnx", "torchscript", "program").
         rotary_nodes: Number of `rotary_export::RotaryEmbedding` nodes in the ONNX file.
         portable: What ONNX Runtime runs without our op library: "native" or "primitive".
+        at_most: Largest legal size of a dynamic axis, where there is one.
     """
 
     inputs: tuple[TensorInfo, ...]
@@ -56,6 +59,7 @@ class GraphInfo:
     files: Mapping[str, str]
     rotary_nodes: int = 0
     portable: str = "primitive"
+    at_most: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,7 @@ def _read_graph(data: Mapping[str, Any]) -> GraphInfo:
         files,
         int(data["rotary_nodes"]),
         str(data["portable"]),
+        {str(name): int(size) for name, size in data.get("at_most", {}).items()},
     )
 
 

@@ -64,7 +64,14 @@ class Oracle:
         config: Of the export.
         tables: Stored buffers of the graph `tables`: inv_freq, and scale (zeta) with xPos.
         rotate: Stored buffers of the graph `rotate`: cos_cache, sin_cache, scale_cache.
+
+    Attributes:
+        switch_length: The longest length of the first frequencies; None: there are no others.
+        computes_tables: Whether `rotate` computes cos and sin, which can't be stored.
     """
+
+    switch_length: int | None = None
+    computes_tables = False
 
     def __init__(
         self, config: ExportConfig, tables: Mapping[str, Array], rotate: Mapping[str, Array]

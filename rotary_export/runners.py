@@ -118,7 +118,7 @@ def open_runners(
             import_onnxruntime()
         except RotaryExportError as error:
             skipped["ONNX Runtime"] = str(error)
-            yield _open_reference(path / info.files["onnx"], graph)
+            yield open_reference(path / info.files["onnx"], graph)
             return
         refusal = library_refusal([CPU], "auto")
         if refusal:
@@ -128,10 +128,11 @@ def open_runners(
         yield open_runner(
             "ONNX Runtime, portable", "onnxruntime", providers=[CPU], use_op_library=False
         )
-        yield _open_reference(path / info.files["onnx"], graph)
+        yield open_reference(path / info.files["onnx"], graph)
 
 
-def _open_reference(file: Path, graph: Graph) -> Runner:
+def open_reference(file: Path, graph: Graph | GraphInfo) -> Runner:
+    """Open an ONNX file with onnx.reference, which runs bfloat16 too; it is slow."""
     evaluator = ReferenceEvaluator(str(file), new_ops=[ReferenceRotaryEmbedding])
 
     def run(case: tuple[Tensor, ...]) -> list[Array]:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +15,13 @@ import torch
 import rotary_export
 from rotary_export.embedding import RotaryEmbedding
 from rotary_export.errors import CheckFailedError, RotaryExportError
-from rotary_export.exporters.graphs import TRACED_SIZES, Graph, check_config, make_graphs
+from rotary_export.exporters.graphs import (
+    TRACED_SIZES,
+    Graph,
+    check_config,
+    make_buffers,
+    make_graphs,
+)
 from rotary_export.exporters.onnx import check_opset, export_onnx, minimum_onnxruntime
 from rotary_export.exporters.program import export_program
 from rotary_export.exporters.torchscript import export_torchscript
@@ -28,6 +34,7 @@ from rotary_export.manifest import (
     read_manifest,
 )
 from rotary_export.parity import Report, compare_bundle
+from rotary_export.scaling import ScaledRotaryEmbedding
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Bundle:
 
 
 def export(
-    module: RotaryEmbedding,
+    module: RotaryEmbedding | ScaledRotaryEmbedding,
     out: str | os.PathLike[str],
     *,
     num_heads: int | None = None,
@@ -67,17 +74,19 @@ def export(
 ) -> Bundle:
     """Export a rotary embedding as a bundle of two graphs, and prove it equal to eager.
 
-    `tables`: seq_len -> freqs, scale. `rotate`: query, key, position_ids -> query_out, key_out,
-    with dynamic batch and sequence; with `static`: query, key, seq_len.
+    `tables`: seq_len -> freqs, scale; of a `ScaledRotaryEmbedding` cos_cache, sin_cache.
+    `rotate`: query, key, position_ids -> query_out, key_out, with dynamic batch and sequence; with
+    `static`: query, key, seq_len.
 
     Args:
         module: The embedding, with the buffers that it has now.
         out: The folder to write; it must not exist, or be a bundle and `force` be given.
         num_heads: Heads of query; None: a dynamic axis.
         num_kv_heads: Heads of key; default: as num_heads.
-        head_dim: H, >= module.dim; default: module.dim. Channels past module.dim are copied.
+        head_dim: H, >= module.dim; default: module.dim, or the config's. Channels past module.dim
+            are copied.
         interleaved: True: pairs (2i, 2i + 1); False: pairs (i, i + dim/2).
-        max_seq_len: Rows of the tables; default: module.max_seq_len.
+        max_seq_len: Rows of the tables; default: module.max_seq_len, or what the config says.
         batch_size: Of a static export.
         static: query and key have max_seq_len rows, of which the first seq_len are rotated.
         formats: Of "onnx", "torchscript", "program".
@@ -106,23 +115,24 @@ def export(
         dtype=dtype,
     )
     check_opset(opset)
-    _check_formats(formats)
+    check_formats(formats)
     path = Path(out).absolute()
     say = progress or (lambda _: None)
 
     try:
-        _check_out(path, force)
-        staging = _make_staging(path)
+        check_out(path, force)
+        staging = make_staging(path)
     except OSError as error:
-        raise _describe(error, path) from None
+        raise describe_os_error(error, path) from None
     try:
         graphs = {}
-        state = {name: buffer.cpu() for name, buffer in module.state_dict().items()}
+        buffers = module.state_dict() if config.rope is None else make_buffers(config)
+        state = {name: buffer.cpu() for name, buffer in buffers.items()}
         for graph in make_graphs(config, state):
             graphs[graph.name] = _write_graph(graph, staging, formats, opset, say)
         manifest = Manifest(
             name=path.name,
-            config=asdict(config),
+            config=config.to_dict(),
             dtype=config.dtype,
             opset=opset,
             graphs=graphs,
@@ -132,20 +142,20 @@ def export(
             files={file.name: hash_file(file) for file in sorted(staging.iterdir())},
         )
         report = compare_bundle(staging, manifest, lambda what: say(f"verify {what}"), state)
-        _check_report(report)
+        check_report(report)
         skipped = dict.fromkeys(report.skipped, "was not on the exporting machine")
         manifest = replace(manifest, parity=report.to_dict() | {"skipped": skipped})
         (staging / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         staging.chmod(0o755)  # mkdtemp's folder is for its owner alone
-        _move_into_place(staging, path, force)
+        move_into_place(staging, path, force)
     except OSError as error:
-        raise _describe(error, path) from error
+        raise describe_os_error(error, path) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Bundle(path, manifest, report)
 
 
-def _check_formats(formats: Sequence[str]) -> None:
+def check_formats(formats: Sequence[str]) -> None:
     """Refuse what is not a list of formats."""
     known = ", ".join(SUFFIXES)
     if isinstance(formats, str) or not isinstance(formats, Sequence):
@@ -157,7 +167,7 @@ def _check_formats(formats: Sequence[str]) -> None:
         raise RotaryExportError("formats must name at least one format, got none")
 
 
-def _check_out(path: Path, force: bool) -> None:
+def check_out(path: Path, force: bool) -> None:
     """Refuse to touch what is there, but for a bundle that is to be replaced."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
@@ -176,13 +186,14 @@ def _check_out(path: Path, force: bool) -> None:
             )
 
 
-def _make_staging(path: Path) -> Path:
+def make_staging(path: Path) -> Path:
     """Make a folder to write in: beside path, or in the nearest parent that there is."""
     parent = next(folder for folder in path.parents if folder.exists())
     return Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
 
 
-def _describe(error: OSError, path: Path) -> RotaryExportError:
+def describe_os_error(error: OSError, path: Path) -> RotaryExportError:
+    """Return the error of a folder that can't be written."""
     return RotaryExportError(f"{path} can't be written: {error.strerror or error}")
 
 
@@ -206,19 +217,20 @@ def _write_graph(
     return GraphInfo(graph.inputs, graph.outputs, files, rotary_nodes, portable)
 
 
-def _check_report(report: Report) -> None:
+def check_report(report: Report) -> None:
     """Refuse a bundle that is not what eager computes."""
     failed = [row for row in report.rows if not row.passed]
     if failed:
         row = failed[0]
+        oracle = f" and {row.oracle.max_ulp:.3g} ulp off the oracle at {row.oracle.worst}"
         raise CheckFailedError(
             f"the export is not equal to eager, nothing was written: {row.graph}.{row.output} by "
-            f"{row.runtime} is {row.eager.max_ulp:.3g} ulp off eager at {row.eager.worst} and "
-            f"{row.oracle.max_ulp:.3g} ulp off the oracle at {row.oracle.worst}"
+            f"{row.runtime} is {row.eager.max_ulp:.3g} ulp off eager at {row.eager.worst}"
+            f"{'' if row.oracle_tolerance is None else oracle}"
         )
 
 
-def _move_into_place(staging: Path, path: Path, force: bool) -> None:
+def move_into_place(staging: Path, path: Path, force: bool) -> None:
     """Rename staging to path; with force, what was there goes only once it is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not force or not path.exists():

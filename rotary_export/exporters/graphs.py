@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,9 +12,17 @@ from torch import Tensor, nn
 
 from rotary_export.embedding import RotaryEmbedding, RotaryQueryKey, check_max_seq_len
 from rotary_export.errors import RotaryExportError
+from rotary_export.exporters.rotate_static import RotateStatic
+from rotary_export.exporters.scaled_graphs import (
+    check_scaled,
+    describe_scaled_tables,
+    find_max_seq_len,
+    make_scaled_modules,
+    read_parameters,
+)
 from rotary_export.manifest import TensorInfo
 from rotary_export.op.spec import check_rotary_dim
-from rotary_export.op.torch_op import rotary_embedding
+from rotary_export.scaling import ScaledRotaryEmbedding
 
 DTYPES = {
     "float32": torch.float32,
@@ -39,7 +47,7 @@ class ExportConfig:
     """The checked arguments of an export.
 
     Attributes:
-        embedding: Arguments of `RotaryEmbedding`, but for max_seq_len.
+        embedding: Arguments of `RotaryEmbedding`, but for max_seq_len; empty with `rope`.
         max_seq_len: Rows of the tables.
         num_heads: Heads of query; None: a dynamic axis.
         num_kv_heads: Heads of key; None: a dynamic axis.
@@ -48,6 +56,7 @@ class ExportConfig:
         static: query and key have max_seq_len rows, of which the first seq_len are rotated.
         batch_size: B of a static export; else None.
         dtype: Of query and key.
+        rope: `RopeParameters` of a `ScaledRotaryEmbedding`.
     """
 
     embedding: Mapping[str, Any]
@@ -59,6 +68,12 @@ class ExportConfig:
     static: bool
     batch_size: int | None
     dtype: str
+    rope: Mapping[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as a manifest holds it."""
+        values = asdict(self)
+        return values if self.rope is not None else {k: v for k, v in values.items() if k != "rope"}
 
 
 @dataclass(frozen=True)
@@ -112,37 +127,33 @@ class Graph:
 TRACED_SIZES = {"batch_size": 2, "num_heads": 4, "num_kv_heads": 3, "seq_len": 5}
 
 
-class RotateStatic(nn.Module):
-    """Rotate the first `seq_len` of `max_seq_len` rows; the others come back unchanged.
+def make_buffers(config: ExportConfig) -> dict[str, Tensor]:
+    """Return the state dict of a fresh module of that config."""
+    if config.rope is None:
+        return RotaryEmbedding(**config.embedding).state_dict()
+    tables, _ = make_scaled_modules(config.rope, config.max_seq_len, False, False)
+    return tables.state_dict()
 
-    One row is added to the tables, the identity; rows at or past `seq_len` select it.
-    """
 
-    def __init__(self, rotate: RotaryQueryKey) -> None:
-        super().__init__()
-        self.max_seq_len = rotate.max_seq_len
-        self.rotary_dim = rotate.rotary_dim
-        self.interleaved = rotate.interleaved
-        for name, identity in (("cos_cache", 1.0), ("sin_cache", 0.0), ("scale_cache", 1.0)):
-            table = getattr(rotate, name)
-            if table is not None:
-                table = torch.cat((table, table.new_full((1, table.shape[1]), identity)))
-            self.register_buffer(name, table, persistent=False)
-
-    def forward(self, query: Tensor, key: Tensor, seq_len: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate (B, N, max_seq_len, H) and (B, Nkv, max_seq_len, H); seq_len is (), int64."""
-        row = torch.arange(self.max_seq_len, device=query.device)
-        position_ids = torch.where(row < seq_len, row, self.max_seq_len)[None]  # (1, max_seq_len)
-        return rotary_embedding(
-            query,
-            self.get_buffer("cos_cache"),
-            self.get_buffer("sin_cache"),
-            position_ids,
-            key,
-            self.scale_cache,  # type: ignore[arg-type]
-            interleaved=self.interleaved,
-            rotary_dim=self.rotary_dim,
+def _make_modules(
+    config: ExportConfig, buffers: Mapping[str, Tensor]
+) -> tuple[nn.Module, tuple[TensorInfo, ...], nn.Module]:
+    """Build the module of `tables`, its outputs, and the module of `rotate`."""
+    rows = config.max_seq_len
+    if config.rope is not None:
+        tables, rotate = make_scaled_modules(
+            config.rope, rows, config.interleaved, config.static, buffers
         )
+        return tables, describe_scaled_tables(tables), rotate
+    rope = RotaryEmbedding(**config.embedding, max_seq_len=rows)
+    rope.load_state_dict(buffers)
+    scale_shape = (rows, rope.dim) if rope.use_xpos else ()
+    outputs = (
+        TensorInfo("freqs", "float32", (rows, rope.dim)),
+        TensorInfo("scale", "float32", scale_shape),
+    )
+    dynamic = RotaryQueryKey(rope, interleaved=config.interleaved)
+    return rope, outputs, RotateStatic(dynamic) if config.static else dynamic
 
 
 def make_graphs(config: ExportConfig, buffers: Mapping[str, Tensor]) -> tuple[Graph, Graph]:
@@ -150,33 +161,26 @@ def make_graphs(config: ExportConfig, buffers: Mapping[str, Tensor]) -> tuple[Gr
 
     Args:
         config: The checked arguments.
-        buffers: State dict of the RotaryEmbedding.
+        buffers: State dict of the module.
 
     Returns:
-        `tables`: seq_len -> freqs, scale. `rotate`: query, key, position_ids (static: query, key,
-        seq_len) -> query_out, key_out.
+        `tables`: seq_len -> freqs, scale; with `config.rope` cos_cache, sin_cache. `rotate`: query,
+        key, position_ids (static: query, key, seq_len) -> query_out, key_out.
     """
-    rows, dim = config.max_seq_len, config.embedding["dim"]
-    rope = RotaryEmbedding(**config.embedding, max_seq_len=rows)
-    rope.load_state_dict(buffers)
+    rows = config.max_seq_len
+    rope, outputs, module = _make_modules(config, buffers)
     seq_len = TensorInfo("seq_len", "int64", (), (0, rows))
-    scale_shape = (rows, dim) if rope.use_xpos else ()
-    tables = Graph(
-        "tables",
-        rope,
-        (seq_len,),
-        (TensorInfo("freqs", "float32", (rows, dim)), TensorInfo("scale", "float32", scale_shape)),
-    )
+    tables = Graph("tables", rope, (seq_len,), outputs)
 
     batch: int | str = config.batch_size or "batch_size"
     length: int | str = rows if config.static else "seq_len"
     query = (batch, config.num_heads or "num_heads", length, config.head_dim)
     key = (batch, config.num_kv_heads or "num_kv_heads", length, config.head_dim)
-    ids = TensorInfo("position_ids", "int64", (batch, length), (0, rows - 1))
+    axes = getattr(module, "num_axes", 1)
+    ids_shape = (batch, length) if axes == 1 else (axes, batch, length)
+    ids = TensorInfo("position_ids", "int64", ids_shape, (0, rows - 1))
     if config.static:
         ids = seq_len
-    dynamic = RotaryQueryKey(rope, interleaved=config.interleaved)
-    module = RotateStatic(dynamic) if config.static else dynamic
     rotate = Graph(
         "rotate",
         module,
@@ -206,18 +210,24 @@ def check_config(
     Raises:
         RotaryExportError: One is wrong, missing, or does not go with another.
     """
-    if type(module) is not RotaryEmbedding:  # a subclass may compute something else
+    # A subclass may compute something else.
+    if type(module) is not RotaryEmbedding and type(module) is not ScaledRotaryEmbedding:
         raise RotaryExportError(
-            f"module must be a rotary_export.RotaryEmbedding, got {type(module).__name__}"
+            "module must be a rotary_export.RotaryEmbedding or ScaledRotaryEmbedding, "
+            f"got {type(module).__name__}"
         )
     if module.inv_freq.dtype != torch.float32:
         raise RotaryExportError(f"module must be float32, got {module.inv_freq.dtype}")
+    if isinstance(module, ScaledRotaryEmbedding):
+        known, default_dim = find_max_seq_len(module), module.rope_parameters.head_dim
+    else:
+        known, default_dim = module.max_seq_len, module.dim
+    max_seq_len = known if max_seq_len is None else max_seq_len
     if max_seq_len is None:
-        max_seq_len = module.max_seq_len
-    if max_seq_len is None:
-        raise RotaryExportError("max_seq_len must be given to export or to the RotaryEmbedding")
+        name = type(module).__name__
+        raise RotaryExportError(f"max_seq_len must be given to export or to the {name}")
     check_max_seq_len(max_seq_len)
-    head_dim = module.dim if head_dim is None else head_dim
+    head_dim = default_dim if head_dim is None else head_dim
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     sizes = {
         "head_dim": head_dim,
@@ -253,8 +263,14 @@ def check_config(
     names = [name for name, value in DTYPES.items() if value == dtype]
     if not names:
         raise RotaryExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-    _check_xpos_range(module, max_seq_len, dtype)
-    embedding = {name: getattr(module, name) for name in EMBEDDING_ARGUMENTS}
+    embedding: dict[str, Any] = {}
+    rope = None
+    if isinstance(module, ScaledRotaryEmbedding):
+        check_scaled(module, static)
+        rope = asdict(module.rope_parameters)
+    else:
+        _check_xpos_range(module, max_seq_len, dtype)
+        embedding = {name: getattr(module, name) for name in EMBEDDING_ARGUMENTS}
     return ExportConfig(
         embedding,
         max_seq_len,
@@ -265,6 +281,7 @@ def check_config(
         static,
         batch_size,
         names[0],
+        rope,
     )
 
 
@@ -308,7 +325,10 @@ def read_config(config: Mapping[str, Any]) -> ExportConfig:
     """
     try:
         read = ExportConfig(**config)
-        RotaryEmbedding(**read.embedding)
+        if read.rope is None:
+            RotaryEmbedding(**read.embedding)
+        else:
+            read_parameters(read.rope)
         return read
     except TypeError as error:
         raise RotaryExportError(f"the manifest's config is damaged: {error}") from None

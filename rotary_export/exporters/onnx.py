@@ -25,7 +25,7 @@ NEWEST_OPSET = 25  # the exporter of torch 2.13 and onnxscript 0.7 writes no new
 _FOLD_LIMIT = 1
 
 
-def _translate_op(
+def translate_op(
     x: Any,
     cos_cache: Any,
     sin_cache: Any,
@@ -73,7 +73,7 @@ def export_onnx(
             input_names=[info.name for info in graph.inputs],
             dynamic_shapes=make_dynamic_shapes(graph),
             custom_translation_table={
-                torch.ops.rotary_export.rotary_embedding.default: _translate_op
+                torch.ops.rotary_export.rotary_embedding.default: translate_op
             },
             optimize=False,
             verbose=False,
@@ -81,7 +81,7 @@ def export_onnx(
         model = program.model
         optimizer.optimize_ir(model, output_size_limit=_FOLD_LIMIT)
     _rename(model, graph)
-    _strip_metadata(model)
+    strip_metadata(model)
     proto = ir.serde.serialize_model(model)
     forms = add_functions(proto)
     onnx.checker.check_model(proto, full_check=True)
@@ -103,7 +103,7 @@ def _rename(model: ir.Model, graph: Graph) -> None:
         value.name = info.name
 
 
-def _strip_metadata(model: ir.Model) -> None:
+def strip_metadata(model: ir.Model) -> None:
     """Remove source paths and stack traces; say who made the file."""
     model.producer_name = "rotary_export"
     model.producer_version = rotary_export.__version__

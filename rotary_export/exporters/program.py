@@ -54,6 +54,17 @@ def export_program(graph: Graph, example: tuple[Tensor, ...], path: Path) -> Non
         program = torch.export.export(
             graph.module, example, dynamic_shapes=make_dynamic_shapes(graph), strict=False
         )
+    save_program(program, path)
+
+
+def save_program(program: Any, path: Path) -> None:
+    """Write a traced program as a `.pt2` file of aten ops only.
+
+    Args:
+        program: A `torch.export.ExportedProgram`; it is not changed.
+        path: The file to write.
+    """
+    with quiet_torch():
         op = torch.ops.rotary_export.rotary_embedding.default
         program = program.run_decompositions({op: rotary_embedding_aten})
         program.example_inputs = None  # they would be stored

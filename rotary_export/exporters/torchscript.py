@@ -6,13 +6,12 @@ its successor is the `.pt2` program.
 
 from __future__ import annotations
 
-import io
 import warnings
 import zipfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rotary_export.exporters.graphs import Graph
 
@@ -25,18 +24,31 @@ def export_torchscript(graph: Graph, example: tuple[Tensor, ...], path: Path) ->
         example: Inputs to trace with; shapes stay dynamic.
         path: The file to write.
     """
+    save_traced(graph.module.eval(), example, path)
+
+
+def save_traced(module: nn.Module, example: tuple[Tensor, ...], path: Path) -> None:
+    """Trace a module and write it as a `.pt` file.
+
+    Args:
+        module: In eval mode.
+        example: Inputs to trace with; shapes stay dynamic.
+        path: The file to write.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
-        traced = torch.jit.trace(graph.module.eval(), example, check_trace=False)
+        traced = torch.jit.trace(module, example, check_trace=False)
         torch.jit.save(traced, path)
     _strip_debug(path)
 
 
 def _strip_debug(path: Path) -> None:
     """Leave out source paths, stack traces and the traced inputs; loaders don't need them."""
-    whole = path.read_bytes()
-    with zipfile.ZipFile(io.BytesIO(whole)) as source, zipfile.ZipFile(path, "w") as stripped:
+    whole = path.with_name(f".{path.name}.whole")
+    path.rename(whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as stripped:
         for entry in source.infolist():
             if ".debug_pkl" not in entry.filename and "/traced_inputs" not in entry.filename:
                 stripped.writestr(entry, source.read(entry))
+    whole.unlink()

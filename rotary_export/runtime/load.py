@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rotary_export.errors import RotaryExportError
-from rotary_export.manifest import SUFFIXES, Manifest, check_files, read_manifest
+from rotary_export.manifest import DATA_SUFFIX, SUFFIXES, Manifest, check_files, read_manifest
 from rotary_export.runtime.session import Session
 
 RUNTIMES = {"onnxruntime": "onnx", "torchscript": "torchscript", "program": "program"}
@@ -57,7 +57,8 @@ def load(
             f"runtime {runtime!r} needs {graph}{SUFFIXES[RUNTIMES[runtime]]}, "
             f"but the bundle was exported with formats {', '.join(files)}"
         )
-    check_files(path, manifest, [files[RUNTIMES[runtime]]])
+    file = files[RUNTIMES[runtime]]
+    check_files(path, manifest, [n for n in manifest.files if n in (file, f"{file}{DATA_SUFFIX}")])
     return open_session(path, manifest, graph, runtime, providers, use_op_library, require_fused)
 
 

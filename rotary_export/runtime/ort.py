@@ -89,8 +89,14 @@ class OrtSession(Session):
             binding.bind_input(name, *_describe(buffer))
         device = next((v.device for v in inputs.values() if is_torch(v)), None)
         outputs = {}
+        unsized = []
         for info in self.graph.outputs:
-            shape = resolve_shape(info, sizes)
+            try:
+                shape = resolve_shape(info, sizes)
+            except KeyError:  # ONNX Runtime finds it out
+                unsized.append(info)
+                binding.bind_output(info.name, "cpu")
+                continue
             outputs[info.name] = _allocate(info, shape, device if wants_torch else None)
             binding.bind_output(info.name, *_describe(outputs[info.name]))
         if device is not None and device.type == "cuda":
@@ -99,7 +105,11 @@ class OrtSession(Session):
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ORT's own exceptions share no base class
             raise RotaryExportError(f"ONNX Runtime, {self.graph_name}: {error}") from None
-        return outputs
+        names = [info.name for info in self.graph.outputs]
+        for info in unsized:
+            value = binding.get_outputs()[names.index(info.name)].numpy()
+            outputs[info.name] = sys.modules["torch"].from_numpy(value) if wants_torch else value
+        return {name: outputs[name] for name in names}
 
 
 def _name_kernel(provider: str) -> str:

@@ -113,7 +113,8 @@ def check_session_inputs(name: str, graph: GraphInfo, inputs: Tensors) -> dict[s
         if given not in wanted:
             raise RotaryExportError(f"{name} has no input {given!r}; it takes {', '.join(wanted)}")
     sizes: dict[str, int] = {}
-    for info in graph.inputs:
+    sums = {d for info in graph.inputs for d in info.shape if isinstance(d, str) and " + " in d}
+    for info in sorted(graph.inputs, key=lambda i: bool(sums.intersection(i.shape))):  # sums last
         if info.name not in inputs:
             raise RotaryExportError(
                 f"{name} needs the input {info.name!r}; it takes {', '.join(wanted)}"
@@ -128,16 +129,24 @@ def check_session_inputs(name: str, graph: GraphInfo, inputs: Tensors) -> dict[s
         _check_shape(info, tuple(value.shape), sizes)
         if info.limits is not None:
             _check_limits(info, value)
+    for dim, largest in graph.at_most.items():
+        if sizes.get(dim, 0) > largest:
+            raise RotaryExportError(f"{dim} must be <= {largest}, got {sizes[dim]}")
     return sizes
 
 
 def _check_shape(info: TensorInfo, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
+    def resolve(want: int | str, got: int) -> int:
+        if not isinstance(want, str):
+            return want
+        return resolve_dim(want, sizes) if " + " in want else sizes.setdefault(want, got)
+
     fits = len(shape) == len(info.shape) and all(
-        got == (sizes.setdefault(want, got) if isinstance(want, str) else want)
-        for want, got in zip(info.shape, shape, strict=True)
+        got == resolve(want, got) for want, got in zip(info.shape, shape, strict=True)
     )
     if not fits:
-        known = {d: sizes[d] for d in info.shape if isinstance(d, str) and d in sizes}
+        named = [term for d in info.shape if isinstance(d, str) for term in d.split(" + ")]
+        known = {term: sizes[term] for term in named if term in sizes}
         where = "".join(f", {dim}={size}" for dim, size in known.items())
         wanted = f"({', '.join(str(d) for d in info.shape)})"
         raise RotaryExportError(f"{info.name} must have shape {wanted}{where}, got {shape}")
@@ -156,7 +165,7 @@ def _check_limits(info: TensorInfo, value: Any) -> None:
         return
     first = tuple(int(i) for i in bad[0])
     if info.name == "position_ids":
-        batch, row = first
+        *_, batch, row = first
         raise RotaryExportError(bad_id_message(int(value[first]), batch, row, high + 1))
     raise RotaryExportError(
         f"{info.name} must be >= {low} and <= max_{info.name} = {high}, got {int(value[first])}"
@@ -164,8 +173,17 @@ def _check_limits(info: TensorInfo, value: Any) -> None:
 
 
 def resolve_shape(info: TensorInfo, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the shape of an output, given the sizes of the dynamic axes."""
-    return tuple(sizes[d] if isinstance(d, str) else d for d in info.shape)
+    """Return the shape of a tensor, given the sizes of the dynamic axes.
+
+    Raises:
+        KeyError: A size follows from the values of the inputs, or by more than a sum.
+    """
+    return tuple(resolve_dim(d, sizes) if isinstance(d, str) else d for d in info.shape)
+
+
+def resolve_dim(dim: str, sizes: Mapping[str, int]) -> int:
+    """Return a size: that of a dynamic axis, or a sum, "past_seq_len + seq_len"."""
+    return sum(int(term) if term.isdigit() else sizes[term] for term in dim.split(" + "))
 
 
 def make_bfloat16() -> np.dtype[Any]:

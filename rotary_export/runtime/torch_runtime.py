@@ -53,7 +53,7 @@ class TorchSession(Session):
 
 def _to_torch(value: Any) -> torch.Tensor:
     if is_torch(value):
-        tensor: torch.Tensor = value
+        tensor: torch.Tensor = value.contiguous()  # a program may see it as flat
         return tensor
     # Contiguous, since torch knows no negative strides; writeable, or it warns of what we don't do.
     value = np.require(value, requirements=("C", "W"))
