@@ -16,9 +16,13 @@ _HOMES = {
     "rotary_embedding": "rotary_export.op.torch_op",
     "export": "rotary_export.exporters.bundle",
     "Bundle": "rotary_export.exporters.bundle",
+    "export_model": "rotary_export.models.export_model",
+    "register_rotary": "rotary_export.models.calls",
     "load": "rotary_export.runtime.load",
-    "verify": "rotary_export.parity",
+    "verify": "rotary_export.models.prove",
     "Report": "rotary_export.parity",
+    "fuse": "rotary_export.fusion.fuse",
+    "FuseResult": "rotary_export.fusion.fuse",
 }
 __all__ = [*_HOMES]
 

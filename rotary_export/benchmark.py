@@ -1,8 +1,8 @@
-"""`rotary-export bench`: how long a bundle's `rotate` takes in every runtime that is here."""
+"""`rotary-export bench`: how long `rotate`, or a model, takes in every runtime that is here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from rotary_export.errors import RotaryExportError
 from rotary_export.machine import describe_machine
 from rotary_export.manifest import GraphInfo, TensorInfo, check_files, read_manifest
+from rotary_export.models.prove import fit_sizes, make_model_inputs
 from rotary_export.runtime.load import open_session
 from rotary_export.runtime.providers import CPU
 from rotary_export.runtime.session import Session, make_bfloat16
@@ -24,7 +25,7 @@ from rotary_export.timing import (
     time_interleaved,
 )
 
-GRAPH = "rotate"
+GRAPHS = ("rotate", "model")  # a bundle has one of them
 SHAPES = ((1, 1), (16, 1), (1, 128), (1, 2048))  # batch_size, seq_len
 PAUSE = 5e-3  # ONNX Runtime's threads spin on after a run, on the cores that torch wants next
 HEADS = 8  # where the bundle leaves the number open
@@ -128,7 +129,7 @@ def bench_bundle(
     seconds: float = SECONDS,
     progress: Progress = lambda what: None,
 ) -> Report:
-    """Time the `rotate` graph of a bundle on the CPU.
+    """Time the `rotate` or `model` graph of a bundle on the CPU.
 
     Args:
         path: The bundle's folder.
@@ -141,46 +142,52 @@ def bench_bundle(
         The report.
 
     Raises:
-        RotaryExportError: The bundle is damaged, has no `rotate`, or nothing here can run it.
+        RotaryExportError: The bundle is damaged, has neither, or nothing here can run it.
     """
     manifest = read_manifest(path)
     check_files(path, manifest, list(manifest.files))
-    if GRAPH not in manifest.graphs:
+    name = next((name for name in GRAPHS if name in manifest.graphs), None)
+    if name is None:
         raise RotaryExportError(
-            f"the bundle {path} has no graph {GRAPH!r}; it has {', '.join(manifest.graphs)}"
+            f"the bundle {path} has no graph {' or '.join(map(repr, GRAPHS))}; it has "
+            f"{', '.join(manifest.graphs)}"
         )
-    graph = manifest.graphs[GRAPH]
+    graph = manifest.graphs[name]
     sessions: dict[str, Session] = {}
     skipped = {}
-    for name, (file_format, options) in RUNS.items():
+    for run, (file_format, options) in RUNS.items():
         if file_format not in graph.files:
             continue
-        progress(f"load {name}")
+        progress(f"load {run}")
         try:
-            sessions[name] = open_session(path, manifest, GRAPH, **options)
+            sessions[run] = open_session(path, manifest, name, **options)
         except RotaryExportError as error:
-            skipped[name] = str(error)
+            skipped[run] = str(error)
     if not sessions:
         raise RotaryExportError(f"nothing here can run {path}: {'; '.join(skipped.values())}")
     baseline = "portable" if "portable" in sessions else next(iter(sessions))
 
     rows: list[Row] = []
     noise = 0.0
-    for batch_size, seq_len in _fit_shapes(graph, shapes):
-        inputs = _make_inputs(graph, batch_size, seq_len)
+    fitting = _fit_shapes(graph, shapes) if name == "rotate" else fit_sizes(manifest, shapes)
+    for batch_size, seq_len in fitting:
+        if name == "rotate":
+            inputs: Mapping[str, Any] = _make_inputs(graph, batch_size, seq_len)
+        else:
+            inputs = make_model_inputs(manifest, batch_size, seq_len)
         progress(f"time batch_size={batch_size}, seq_len={seq_len}")
         calls = {name: _bind(session, inputs) for name, session in sessions.items()}
         if not rows:
             noise = measure_noise(calls[baseline], seconds, PAUSE)
         times = time_interleaved(calls, seconds, PAUSE)
-        for name, spread in times.items():
+        for run, spread in times.items():
             speed = divide(times[baseline], spread)
-            path_name = sessions[name].kernel_path
-            rows.append(Row(batch_size, seq_len, name, path_name, spread, speed))
+            path_name = sessions[run].kernel_path
+            rows.append(Row(batch_size, seq_len, run, path_name, spread, speed))
     return Report(manifest.name, manifest.dtype, describe_machine(), noise, baseline, rows, skipped)
 
 
-def _bind(session: Session, inputs: Arrays) -> Callable[[], object]:
+def _bind(session: Session, inputs: Mapping[str, Any]) -> Callable[[], object]:
     return lambda: session(**inputs)
 
 
@@ -205,7 +212,7 @@ def _make_inputs(graph: GraphInfo, batch_size: int, seq_len: int) -> Arrays:
         if info.name == "seq_len":
             return np.array(seq_len)
         if info.limits is not None:
-            return np.tile(np.arange(seq_len), (batch_size, 1))
+            return np.broadcast_to(np.arange(seq_len), shape).copy()
         dtype = make_bfloat16() if info.dtype == "bfloat16" else np.dtype(info.dtype)
         return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
 

@@ -30,6 +30,7 @@ from rotary_export.op.onnx_schema import register_schema
 from rotary_export.parity import TOLERANCES
 
 OPSETS = range(18, 26)
+DOMAIN_AND_NAME = (spec.DOMAIN, spec.OP_TYPE)
 F32 = Case(kv_heads=2, scaled=True)
 # One of each type, ids form and rank; what fails is the body's, whatever its arithmetic.
 MIXED = [
@@ -295,3 +296,65 @@ def test_what_the_body_must_know_is_asked_for():
         read(["b", 3, "s", None])
     with pytest.raises(RotaryExportError, match=r"^opset must be >= 18, got 17$"):
         read([1, 3, 5, 8], 17)
+
+
+# ---- models of others
+
+
+def test_bodies_are_added_once_however_often_it_is_asked_for():
+    model = make_portable(*MIXED[:3])
+    once = model.SerializeToString()
+    add_functions(model)
+    assert model.SerializeToString() == once
+
+
+def test_bodies_of_others_stay():
+    model = make_model(F32)
+    other = helper.make_function(
+        "test", "Twice", ["x"], ["y"], [helper.make_node("Add", ["x", "x"], ["y"])],
+        [helper.make_opsetid("", 23)],
+    )  # fmt: skip
+    model.functions.append(other)
+    add_functions(model)
+    add_functions(model)
+    assert [(f.domain, f.name) for f in model.functions] == [("test", "Twice"), DOMAIN_AND_NAME]
+
+
+def test_nodes_in_subgraphs_get_their_bodies():
+    """X comes from outside, the tables are stored in the branch, the branches differ in form."""
+    inputs = F32.make_inputs()
+    branches = []
+    for name, interleaved in (("then", 0), ("else", 1)):
+        stored = [
+            onnx.numpy_helper.from_array(inputs[table].numpy(), f"{name}_{table}")
+            for table in ("cos_cache", "sin_cache", "scale_cache")
+        ]
+        node = helper.make_node(
+            spec.OP_TYPE,
+            ["X", stored[0].name, stored[1].name, "position_ids", "key", stored[2].name],
+            [f"{name}_Y", f"{name}_key"],
+            domain=spec.DOMAIN,
+            interleaved=interleaved,
+        )
+        outputs = [
+            helper.make_tensor_value_info(out, TensorProto.FLOAT, list(inputs[like].shape))
+            for out, like in zip(node.output, ("X", "key"), strict=True)
+        ]
+        branches.append(helper.make_graph([node], name, [], outputs, initializer=stored))
+    model = make_model(F32)
+    flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, [])
+    kept = [v for v in model.graph.input if not v.name.endswith("_cache")]
+    choice = helper.make_node(
+        "If", ["flag"], ["Y", "key_out"], then_branch=branches[0], else_branch=branches[1]
+    )
+    graph = helper.make_graph([choice], "test", [*kept, flag], model.graph.output)
+    model.graph.CopyFrom(graph)
+    assert len(add_functions(model)) == 2
+    check(model)
+    session = load_portable(model)
+    for interleaved in (False, True):
+        feeds = {v.name: inputs[v.name].numpy() for v in kept} | {"flag": np.array(not interleaved)}
+        case = replace(F32, interleaved=interleaved)
+        want = [y.numpy() for y in case.compute_eager(inputs)]
+        for got, eager in zip(session.run(None, feeds), want, strict=True):
+            np.testing.assert_allclose(got, eager, rtol=0, atol=1e-4)

@@ -7,11 +7,20 @@ execution providers run with kernels of their own; float64 and older opsets beco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+)
 
 from rotary_export.errors import RotaryExportError
 from rotary_export.op import spec
@@ -282,7 +291,8 @@ def read_form(node: NodeProto, values: dict[str, ValueInfoProto], opset: int) ->
 def add_functions(model: ModelProto) -> list[Form]:
     """Give every `rotary_export::RotaryEmbedding` node of a model its body, in place.
 
-    One form needs one plain function; several become overloads, which need IR version 10.
+    Nodes in subgraphs (If, Loop, Scan) are included. Bodies that an earlier call added are
+    replaced. One form needs one plain function; several become overloads, which need IR version 10.
 
     Args:
         model: With types and shapes of the values around its rotary nodes.
@@ -294,22 +304,42 @@ def add_functions(model: ModelProto) -> list[Form]:
         RotaryExportError: As `read_form`.
     """
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
-    values = {v.name: v for v in (*model.graph.input, *model.graph.value_info, *model.graph.output)}
-    for tensor in model.graph.initializer:
-        values[tensor.name] = helper.make_tensor_value_info(
-            tensor.name, tensor.data_type, tensor.dims
-        )
-    nodes = [n for n in model.graph.node if (n.domain, n.op_type) == (spec.DOMAIN, spec.OP_TYPE)]
-    form_of = [read_form(node, values, opset) for node in nodes]
-    forms = list(dict.fromkeys(form_of))
-    for node, form in zip(nodes, form_of, strict=True):
+    scopes = list(_walk_graphs(model.graph, {}))
+    found = [
+        (node, read_form(node, values, opset))
+        for graph, values in scopes
+        for node in graph.node
+        if (node.domain, node.op_type) == (spec.DOMAIN, spec.OP_TYPE)
+    ]
+    forms = list(dict.fromkeys(form for _, form in found))
+    for node, form in found:
         node.overload = _name_overload(form, forms)
         if not form.has_key:  # torch's op always has two outputs
             del node.output[1:]
-    model.functions.extend(build_function(form, _name_overload(form, forms)) for form in forms)
+    others = [f for f in model.functions if (f.domain, f.name) != (spec.DOMAIN, spec.OP_TYPE)]
+    bodies = [build_function(form, _name_overload(form, forms)) for form in forms]
+    del model.functions[:]
+    model.functions.extend([*others, *bodies])
     oldest = helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True)
     model.ir_version = max(oldest, 10 if len(forms) > 1 else 8)
     return forms
+
+
+def _walk_graphs(
+    graph: GraphProto, outer: dict[str, ValueInfoProto]
+) -> Iterator[tuple[GraphProto, dict[str, ValueInfoProto]]]:
+    """Yield a graph and its subgraphs, each with the values that are in its scope."""
+    values = outer | {v.name: v for v in (*graph.input, *graph.value_info, *graph.output)}
+    for tensor in graph.initializer:
+        values[tensor.name] = helper.make_tensor_value_info(
+            tensor.name, tensor.data_type, tensor.dims
+        )
+    yield graph, values
+    for node in graph.node:
+        for attribute in node.attribute:
+            inner = [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs
+            for subgraph in inner:
+                yield from _walk_graphs(subgraph, values)
 
 
 def _name_overload(form: Form, forms: list[Form]) -> str:

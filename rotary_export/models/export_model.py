@@ -1,0 +1,236 @@
+"""`export_model`: a whole model as a bundle, its rotary embeddings fused and the rest proven."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import rotary_export
+from rotary_export.errors import RotaryExportError
+from rotary_export.exporters.bundle import (
+    Bundle,
+    check_formats,
+    check_out,
+    check_report,
+    describe_os_error,
+    make_staging,
+    move_into_place,
+)
+from rotary_export.exporters.graphs import DTYPES
+from rotary_export.exporters.onnx import check_opset, minimum_onnxruntime
+from rotary_export.exporters.program import quiet_torch, save_program
+from rotary_export.exporters.torchscript import save_traced
+from rotary_export.manifest import (
+    FILE_NAME,
+    SUFFIXES,
+    GraphInfo,
+    Manifest,
+    TensorInfo,
+    hash_file,
+)
+from rotary_export.models.cases import Case
+from rotary_export.models.prepare import (
+    Prepared,
+    check_found,
+    check_model,
+    convert_model,
+    prepare,
+)
+from rotary_export.models.preserve import Snapshot, preserve
+from rotary_export.models.prove import GRAPH, Results, compare_model, run_eager, write_sources
+from rotary_export.models.replace import replace_calls
+from rotary_export.models.stateless import make_traceable
+from rotary_export.models.trace import (
+    describe,
+    find_limits,
+    get_outputs,
+    name_shape,
+    name_symbols,
+    trace_program,
+)
+from rotary_export.models.write import MAX_INLINE_BYTES, write_onnx
+
+Progress = Callable[[str], None]
+
+
+def export_model(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any],
+    out: str | os.PathLike[str],
+    *,
+    dynamic_shapes: str | Mapping[str, Any] | None = "auto",
+    opset: int = 23,
+    dtype: torch.dtype | None = None,
+    formats: Sequence[str] = ("onnx", "torchscript", "program"),
+    force: bool = False,
+    max_inline_bytes: int = MAX_INLINE_BYTES,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a model as a bundle of one graph, `model`, with its rotary embeddings fused.
+
+    The functions by which the model applies a rotary embedding are found by calling them, and
+    replaced by the op while the model is traced; the model is left as it was.
+
+    Args:
+        model: Any module whose forward takes keyword arguments.
+        example_inputs: By argument name: tensors, nested ones, a filled key/value cache of
+            transformers, constants. Their values and sizes are examples only.
+        out: The folder to write; it must not exist, or be a bundle and `force` be given.
+        dynamic_shapes: The sizes that stay open. "auto": batch and sequence of each input, found
+            by name, type and rank; None: none; or by input name, {axis: name}.
+        opset: Of ai.onnx; from 23 on the portable body is ORT's own rotary kernel.
+        dtype: Export a copy of the model in this type; default: the model as it is.
+        formats: Of "onnx", "torchscript", "program".
+        force: Replace an existing bundle.
+        max_inline_bytes: Weights of more bytes than that go to a file of their own, beside the
+            ONNX file.
+        progress: Called with what is being done.
+
+    Returns:
+        The bundle, with its manifest and proof.
+
+    Raises:
+        RotaryExportError: An argument is wrong, the model can't be traced with open sizes, or
+            `out` is in the way. Nothing is left behind, and an existing bundle is as it was; so
+            too for:
+        CheckFailedError: The model applies no rotary embedding that the op computes, or the proof
+            failed.
+    """
+    check_opset(opset)
+    check_formats(formats)
+    check_model(model, example_inputs)
+    if dtype is not None and dtype not in DTYPES.values():
+        raise RotaryExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    path = Path(out).absolute()
+    say = progress or (lambda _: None)
+    try:
+        check_out(path, force)
+        staging = make_staging(path)
+    except OSError as error:
+        raise describe_os_error(error, path) from None
+    try:
+        if dtype is not None:
+            model, example_inputs = convert_model(model, example_inputs, dtype)
+        with preserve(model) as snapshot:
+            prepared = prepare(model, example_inputs, dynamic_shapes, snapshot, say)
+            check_found(model, prepared.found)
+            graph = _write_graph(prepared, staging, formats, opset, max_inline_bytes, say)
+            say("run the model itself")
+            cases = prepared.make_cases(graph.at_most)
+            eager = _run_eager(prepared, cases, snapshot)
+        manifest = _make_manifest(path.name, model, prepared, graph, opset, staging)
+        report = compare_model(staging, manifest, cases, eager, lambda what: say(f"verify {what}"))
+        check_report(report)
+        skipped = dict.fromkeys(report.skipped, "was not on the exporting machine")
+        manifest = replace(manifest, parity=report.to_dict() | {"skipped": skipped})
+        (staging / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        staging.chmod(0o755)  # mkdtemp's folder is for its owner alone
+        move_into_place(staging, path, force)
+    except OSError as error:
+        raise describe_os_error(error, path) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Bundle(path, manifest, report)
+
+
+def _run_eager(prepared: Prepared, cases: Sequence[Case], snapshot: Snapshot) -> Results:
+    try:
+        with replace_calls(prepared.found, check=True):
+            return run_eager(prepared.flat.run_named, cases, snapshot.restore_state)
+    except RotaryExportError:
+        raise
+    except Exception as error:  # whatever the model raises
+        raise RotaryExportError(
+            f"the model fails at sizes other than its example's: {describe(error)}; "
+            "dynamic_shapes says which sizes stay open"
+        ) from error
+
+
+def _write_graph(
+    prepared: Prepared,
+    folder: Path,
+    formats: Sequence[str],
+    opset: int,
+    max_inline_bytes: int,
+    say: Progress,
+) -> GraphInfo:
+    """Trace the model and write it in every format."""
+    files = {kind: f"{GRAPH}{SUFFIXES[kind]}" for kind in formats}
+    tensors, model = prepared.traced.tensors, prepared.flat.model
+    with make_traceable(model), torch.no_grad():
+        results = prepared.flat.run_named(tensors)
+        say("trace")
+        with replace_calls(prepared.found):
+            program = trace_program(prepared.flat, tensors, prepared.inputs)
+        at_most = find_limits(program, prepared.inputs)
+        symbols = name_symbols(program, prepared.inputs)
+        outputs = tuple(
+            TensorInfo(
+                name,
+                str(value.dtype).removeprefix("torch."),
+                name_shape(value.shape, symbols, name),
+            )
+            for name, value in zip(results, get_outputs(program), strict=True)
+        )
+        op = torch.ops.rotary_export.rotary_embedding.default
+        nodes = sum(node.target == op for node in program.graph.nodes)
+        graph = GraphInfo(prepared.inputs, outputs, files, nodes, at_most=at_most)
+        for kind, file in files.items():
+            say(f"export {file}")
+            if kind == "onnx":
+                forms = write_onnx(program, graph, symbols, folder / file, opset, max_inline_bytes)
+                if all(form.is_native for form in forms):
+                    graph = replace(graph, portable="native")
+            elif kind == "program":
+                save_program(program, folder / file)
+            else:
+                _write_torchscript(prepared, folder / file)
+    return graph
+
+
+def _write_torchscript(prepared: Prepared, path: Path) -> None:
+    try:
+        with quiet_torch(), replace_calls(prepared.found):
+            save_traced(prepared.flat, prepared.traced.tensors, path)
+    except Exception as error:  # what the tracer raises
+        raise RotaryExportError(
+            f"torch.jit can't trace the model: {describe(error)}; leave 'torchscript' out of "
+            "formats"
+        ) from error
+
+
+def _make_manifest(
+    name: str, model: nn.Module, prepared: Prepared, graph: GraphInfo, opset: int, folder: Path
+) -> Manifest:
+    producers = {"rotary_export": rotary_export.__version__}
+    for package in ("torch", "onnx", "onnxscript", type(model).__module__.partition(".")[0]):
+        try:
+            producers[package] = version(package)
+        except PackageNotFoundError:  # the user's own module
+            continue
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return Manifest(
+        name=name,
+        config={
+            "model": type(model).__name__,
+            "traced": prepared.sizes,
+            "thresholds": prepared.thresholds,
+            "longest": prepared.longest,
+            "sources": write_sources(prepared.sources),
+            "rotary": [asdict(finding) for finding in prepared.found.findings],
+        },
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        opset=opset,
+        graphs={GRAPH: graph},
+        minimum_onnxruntime=minimum_onnxruntime(opset),
+        producers=producers,
+        files={file.name: hash_file(file) for file in sorted(folder.iterdir())},
+    )

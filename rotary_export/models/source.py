@@ -1,0 +1,202 @@
+"""Models that the command line names: a factory, a Hugging Face folder, a config.json."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rotary_export.errors import RotaryExportError
+from rotary_export.models.trace import describe
+
+_EXAMPLE_SHAPE = (2, 7)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was loaded.
+
+    Attributes:
+        model: The model.
+        example_inputs: By argument name.
+        note: What to know of it: that its weights are random.
+    """
+
+    model: nn.Module
+    example_inputs: Mapping[str, Any]
+    note: str = ""
+
+
+def load_source(source: str) -> Source:
+    """Load a model.
+
+    Args:
+        source: `package.module:factory`: a function without arguments that returns the model, or
+            the model and its example inputs. The module is imported: **its code runs**. Or the
+            folder of a Hugging Face model with safetensors weights, or a config.json (random
+            weights); no code is taken from either.
+
+    Returns:
+        The model and example inputs.
+
+    Raises:
+        RotaryExportError: It is none of these, or can't be loaded; the message says why.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _load_folder(path)
+    if path.suffix == ".json":
+        return _load_config(path)
+    module, colon, name = source.partition(":")
+    if not colon or not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise RotaryExportError(
+            "SOURCE must be package.module:factory, the folder of a Hugging Face model or a "
+            f"config.json that exists, got {source!r}"
+        )
+    return _call_factory(source, module, name)
+
+
+def _call_factory(source: str, module: str, name: str) -> Source:
+    if os.getcwd() not in sys.path:  # as with `python -m`
+        sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # whatever the user's module raises
+        raise RotaryExportError(
+            f"{source}: {module} can't be imported: {describe(error)}"
+        ) from error
+    if not callable(factory):
+        raise RotaryExportError(f"{source}: {module} has no function {name!r}")
+    try:
+        made = factory()
+    except Exception as error:  # whatever the user's function raises
+        raise RotaryExportError(f"{source}: {name}() raises {describe(error)}") from error
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module) or not (inputs is None or isinstance(inputs, Mapping)):
+        raise RotaryExportError(
+            f"{source}: {name}() must return a torch.nn.Module, or one and a dict of example "
+            f"inputs, got {type(made).__name__}"
+        )
+    if inputs is None and not hasattr(model, "config"):
+        raise RotaryExportError(
+            f"{source}: {name}() must return example inputs too, as {type(model).__name__} is no "
+            "model of transformers"
+        )
+    return Source(model, make_example(model) if inputs is None else inputs)
+
+
+def _import_transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise RotaryExportError(
+            f"this needs transformers: pip install transformers: {error}"
+        ) from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RotaryExportError(f"{path} does not exist")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RotaryExportError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise RotaryExportError(
+            f"{path} is no config of a Hugging Face model: it has no model_type"
+        )
+    return config
+
+
+def _find_class(path: Path, config: Mapping[str, Any]) -> Any:
+    """Return the model's class, from transformers itself."""
+    transformers = _import_transformers()
+    kind = config["model_type"]
+    if kind not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+        remote = " (it brings its own code, which is not run)" if "auto_map" in config else ""
+        raise RotaryExportError(
+            f"{path}: transformers {transformers.__version__} has no model_type {kind!r}{remote}"
+        )
+    for name in config.get("architectures") or []:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return None
+
+
+def _load_folder(path: Path) -> Source:
+    config = _read_config(path / "config.json")
+    cls = _find_class(path, config) or _import_transformers().AutoModel
+    if not any(path.glob("*.safetensors")):
+        raise RotaryExportError(
+            f"{path} has no .safetensors file; weights of other formats are not read"
+        )
+    try:
+        model = cls.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="auto"
+        )
+    except Exception as error:  # whatever transformers raises
+        raise RotaryExportError(f"{path} can't be loaded: {describe(error)}") from error
+    return Source(model, make_example(model))
+
+
+def _load_config(path: Path) -> Source:
+    config = _read_config(path)
+    transformers = _import_transformers()
+    cls = _find_class(path, config)
+    _check_rope(path, config)
+    try:
+        made = transformers.AutoConfig.for_model(**config)
+        torch.manual_seed(0)
+        if cls is not None:
+            model = cls(made)
+        else:
+            known = type(made) in transformers.AutoModelForCausalLM._model_mapping
+            auto = transformers.AutoModelForCausalLM if known else transformers.AutoModel
+            model = auto.from_config(made, trust_remote_code=False)
+    except Exception as error:  # whatever transformers raises
+        raise RotaryExportError(f"{path}: no model can be made of it: {describe(error)}") from error
+    return Source(model, make_example(model), "the weights are random: there is only a config")
+
+
+def _check_rope(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse an unknown rope type or one with keys missing, in clearer words than a KeyError."""
+    from rotary_export.scaling import read_rope
+
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    if text.get("rope_scaling") or text.get("rope_parameters"):
+        try:
+            read_rope(dict(text))
+        except RotaryExportError as error:
+            raise RotaryExportError(f"{path}: {error}") from None
+
+
+def make_example(model: nn.Module) -> dict[str, Any]:
+    """Make example inputs for a model of transformers that takes token ids.
+
+    Raises:
+        RotaryExportError: It takes something else.
+    """
+    import inspect
+
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" not in parameters:
+        raise RotaryExportError(
+            f"{type(model).__name__} takes no input_ids; a factory, package.module:factory, can "
+            "return example inputs with the model"
+        )
+    batch, seq = _EXAMPLE_SHAPE
+    inputs = {"input_ids": torch.arange(batch * seq).reshape(batch, seq) % 7 + 1}
+    if "attention_mask" in parameters:
+        inputs["attention_mask"] = torch.ones(batch, seq, dtype=torch.int64)
+    if "position_ids" in parameters:
+        inputs["position_ids"] = torch.arange(seq).repeat(batch, 1)
+    return inputs

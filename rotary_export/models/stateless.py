@@ -1,0 +1,97 @@
+"""What stands in the way of a trace, replaced for so long; the lengths that a config names."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from rotary_export.models.calls import is_rotary_name
+from rotary_export.scaling.huggingface import replace_stateful
+
+_EXPERTS = "_experts_implementation_internal"  # of a config, as set_experts_implementation sets it
+
+
+@contextmanager
+def make_traceable(model: nn.Module) -> Iterator[None]:
+    """Replace, while a model is traced, what an exporter takes for constant or does not know.
+
+    1. Rotary modules of transformers that remember lengths (dynamic, longrope): stateless ones.
+    2. Caches of rotary-embedding-torch, which compare lengths: off.
+    3. `len(tensor)` in the modules of rotary classes, which must be a number: the tensor's size.
+    4. transformers' grouped matrix product of experts, an operator of its own: batched products.
+
+    Args:
+        model: It is as it was when the context ends.
+    """
+    with ExitStack() as stack:
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                stateless = replace_stateful(child)
+                if stateless is not None:
+                    stack.callback(setattr, parent, name, child)
+                    setattr(parent, name, stateless.eval())
+        rotary = [m for m in model.modules() if is_rotary_name(type(m).__name__)]
+        for module in rotary:
+            if getattr(module, "cache_if_possible", False):
+                stack.callback(setattr, module, "cache_if_possible", True)
+                setattr(module, "cache_if_possible", False)  # noqa: B010 (no attribute to mypy)
+        for home in {type(module).__module__ for module in rotary} & sys.modules.keys():
+            names = vars(sys.modules[home])
+            if "len" not in names:
+                stack.callback(names.pop, "len", None)
+                names["len"] = _measure
+        for config in {id(c): c for m in model.modules() if (c := vars(m).get("config"))}.values():
+            if getattr(config, _EXPERTS, None) == "grouped_mm":
+                stack.callback(setattr, config, _EXPERTS, "grouped_mm")
+                setattr(config, _EXPERTS, "batched_mm")
+        yield
+
+
+def _measure(value: Any) -> Any:
+    return value.shape[0] if isinstance(value, Tensor) else len(value)
+
+
+def find_thresholds(model: nn.Module) -> list[int]:
+    """Return the lengths at which a model's angles change, from its transformers config."""
+    found = set()
+    for config in _list_configs(model):
+        longest = getattr(config, "max_position_embeddings", None)
+        for rope in _list_ropes(config):
+            kind = rope.get("rope_type", rope.get("type"))
+            if kind == "longrope":
+                found.add(rope.get("original_max_position_embeddings") or longest)
+            elif kind == "dynamic":
+                found.add(longest)
+    return sorted(size for size in found if isinstance(size, int))
+
+
+def find_longest(model: nn.Module, thresholds: list[int]) -> int | None:
+    """Return how many positions a model takes; None: any, or it is not known."""
+    sizes = [
+        getattr(config, name, None)
+        for config in _list_configs(model)
+        for name in ("max_position_embeddings", "n_positions")
+    ]
+    known = [size for size in sizes if isinstance(size, int) and size > 0]
+    return None if thresholds or not known else min(known)
+
+
+def _list_configs(model: nn.Module) -> list[Any]:
+    config = getattr(model, "config", None)
+    if config is None:
+        return []
+    nested = [v for v in vars(config).values() if hasattr(v, "max_position_embeddings")]
+    return [config, *nested]
+
+
+def _list_ropes(config: Any) -> list[Mapping[str, Any]]:
+    """Return the rope parameters, one per layer type where they differ."""
+    ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(ropes, Mapping):
+        return []
+    nested = [rope for rope in ropes.values() if isinstance(rope, Mapping)]
+    return nested or [ropes]

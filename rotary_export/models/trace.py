@@ -1,0 +1,176 @@
+"""torch.export with sizes left open, and a refusal where one was taken for a constant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotary_export.errors import RotaryExportError
+from rotary_export.exporters.program import quiet_torch
+from rotary_export.manifest import TensorInfo
+
+
+def trace_program(module: nn.Module, tensors: Sequence[Tensor], infos: Sequence[TensorInfo]) -> Any:
+    """Trace a module whose forward takes `*tensors`.
+
+    Args:
+        module: The module.
+        tensors: Inputs to trace with.
+        infos: The inputs; a name in a shape is a size that must stay open.
+
+    Returns:
+        The `torch.export.ExportedProgram`.
+
+    Raises:
+        RotaryExportError: torch.export can't trace it, or took a size that must stay open for a
+            constant; the message names the place.
+    """
+    shapes = tuple(
+        {axis: torch.export.Dim.AUTO for axis, d in enumerate(info.shape) if isinstance(d, str)}
+        for info in infos
+    )
+    try:
+        with quiet_torch(), torch.no_grad():
+            program = torch.export.export(
+                module, tuple(tensors), dynamic_shapes=(shapes,), strict=False
+            )
+    except Exception as error:  # what the model and torch's tracer raise
+        raise RotaryExportError(f"torch.export can't trace the model: {describe(error)}") from error
+    for info, value in zip(infos, get_inputs(program), strict=True):
+        for axis, (dim, size) in enumerate(zip(info.shape, value.shape, strict=True)):
+            if isinstance(dim, str) and isinstance(size, int):
+                raise RotaryExportError(
+                    f"the model takes {dim}={size} for a constant (dimension {axis} of "
+                    f"{info.name}){_find_place(program, size)}; give it a fixed size with "
+                    "dynamic_shapes, or change the model there"
+                )
+    return program
+
+
+def describe(error: BaseException) -> str:
+    """Say in one line what an exporter's error was, and where in the model."""
+    text = str(error).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    places = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text)
+    own = [place for place in places if "/torch/" not in place[0]]
+    where = ""
+    if own:
+        file, line, function = own[-1]
+        where = f" (at {file.rpartition('site-packages/')[2]}:{line}, {function})"
+    return f"{type(error).__name__}: {lines[0] if lines else ''}{where}"
+
+
+# At none of these sizes may a condition come out otherwise than where the model was traced.
+_SIZES = sorted(
+    {2**power + step for power in range(2, 21) for step in (-1, 0, 1)} | {2, 12, 14, 100, 210, 840}
+)
+
+
+def find_limits(program: Any, infos: Sequence[TensorInfo]) -> dict[str, int]:
+    """Find the largest sizes at which a model takes the path that was traced.
+
+    Args:
+        program: As `trace_program` made it.
+        infos: The inputs.
+
+    Returns:
+        By name of a size, the largest that it may have; nothing for those without a limit.
+
+    Raises:
+        RotaryExportError: The path depends on a size in another way; the message names the place.
+    """
+    names = name_symbols(program, infos)
+    limits: dict[str, int] = {}
+    for guard in _list_guards(program):
+        symbols = [s for s in guard.expr.free_symbols if str(s) in names]
+        if len(symbols) != 1 or len(guard.expr.free_symbols) != 1:
+            continue  # sizes that are equal, or sums of others
+        symbol = symbols[0]
+        holds = [size for size in _SIZES if bool(guard.expr.subs(symbol, size))]
+        if len(holds) == len(_SIZES):
+            continue
+        name = names[str(symbol)]
+        if not holds or holds != _SIZES[: len(holds)]:
+            condition = re.sub(rf"\b{symbol}\b", name, str(guard.expr))
+            raise RotaryExportError(
+                f"the model takes another path where not {condition}{_say_place(guard)}; give "
+                f"{name} a fixed size with dynamic_shapes, or change the model there"
+            )
+        low, high = holds[-1], _SIZES[len(holds)]
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if bool(guard.expr.subs(symbol, middle)) else (low, middle)
+        limits[name] = min(low, limits.get(name, low))
+    return limits
+
+
+def _list_guards(program: Any) -> list[Any]:
+    """Return the conditions on sizes that the trace took for granted."""
+    for value in get_inputs(program):
+        mode = getattr(value, "fake_mode", None)
+        if mode is not None and mode.shape_env is not None:
+            return list(mode.shape_env.guards)
+    return []
+
+
+def _say_place(guard: Any) -> str:
+    """Say where in the model a condition stands."""
+    place = str(guard.sloc.maybe_user_loc or guard.sloc.framework_loc or "")
+    return f", at {place.rpartition('site-packages/')[2]}" if place else ""
+
+
+def _find_place(program: Any, size: int) -> str:
+    """Find the line at which a symbolic size became a number."""
+    for guard in _list_guards(program):
+        if re.search(rf"\b{size}\b", str(guard.expr)):
+            return _say_place(guard)
+    return ""
+
+
+def get_inputs(program: Any) -> list[Tensor]:
+    """Return the fake tensors of a program's inputs, in order."""
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    return [nodes[name].meta["val"] for name in program.graph_signature.user_inputs]
+
+
+def get_outputs(program: Any) -> list[Tensor]:
+    """Return the fake tensors of a program's outputs, in order."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    return [nodes[name].meta["val"] for name in program.graph_signature.user_outputs]
+
+
+def name_symbols(program: Any, infos: Sequence[TensorInfo]) -> dict[str, str]:
+    """Map torch.export's symbols to the names of the inputs' sizes."""
+    names: dict[str, str] = {}
+    for info, value in zip(infos, get_inputs(program), strict=True):
+        for dim, size in zip(info.shape, value.shape, strict=True):
+            if isinstance(dim, str) and " + " not in dim:
+                names.setdefault(str(size), dim)
+    return names
+
+
+def name_shape(
+    shape: Sequence[Any], names: Mapping[str, str], output: str
+) -> tuple[int | str, ...]:
+    """Write a traced shape in the names of the inputs' sizes.
+
+    Args:
+        shape: Sizes, symbolic or not.
+        names: As `name_symbols`.
+        output: The tensor's name: a size that is no sum of inputs' sizes is "OUTPUT.AXIS".
+    """
+
+    def write(axis: int, size: Any) -> int | str:
+        if isinstance(size, int):
+            return size
+        terms = [names.get(term, term) for term in str(size).split(" + ")]
+        known = all(term in names.values() or term.isdigit() for term in terms)
+        # Sums are written with the cached part first, whatever order sympy has.
+        terms.sort(key=lambda term: (not term.startswith("past"), term))
+        return " + ".join(terms) if known else f"{output}.{axis}"
+
+    return tuple(write(axis, size) for axis, size in enumerate(shape))

@@ -1,0 +1,117 @@
+"""One file per format from a model: `.onnx` (weights apart if they are many), `.pt2`, `.pt`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnxscript import ir, optimizer
+
+from rotary_export.errors import RotaryExportError
+from rotary_export.exporters.onnx import strip_metadata, translate_op
+from rotary_export.exporters.program import quiet_torch
+from rotary_export.manifest import GraphInfo
+from rotary_export.models.trace import describe
+from rotary_export.op.onnx_function import Form, add_functions
+from rotary_export.op.onnx_schema import register_schema
+
+# One file of protobuf ends at 2 GiB; the graph itself needs some of it.
+MAX_INLINE_BYTES = 1_800_000_000
+_FOLD_LIMIT = 64  # elements of a constant that folding may write into the graph
+
+
+def write_onnx(
+    program: Any,
+    info: GraphInfo,
+    symbols: Mapping[str, str],
+    path: Path,
+    opset: int,
+    max_inline_bytes: int,
+) -> list[Form]:
+    """Write a traced model as ONNX.
+
+    Args:
+        program: As `trace_program` made it.
+        info: Names of the inputs and outputs.
+        symbols: torch.export's symbols, and the names that they get.
+        path: The file to write; `PATH.data` beside it holds the weights, if they are more than
+        opset: Of ai.onnx.
+        max_inline_bytes: so many bytes.
+
+    Returns:
+        The forms of its rotary nodes.
+
+    Raises:
+        RotaryExportError: An operator has no translation.
+    """
+    register_schema()
+    op = torch.ops.rotary_export.rotary_embedding.default
+    try:
+        with quiet_torch():
+            exported: Any = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                custom_translation_table={op: translate_op},
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:  # what torch's exporter raises
+        cause = error.__cause__ or error
+        raise RotaryExportError(f"torch.onnx can't write the model: {describe(cause)}") from error
+    model = exported.model
+    with quiet_torch():
+        optimizer.optimize_ir(model, output_size_limit=_FOLD_LIMIT)
+    _rename(model, info, symbols)
+    strip_metadata(model)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    apart = size > max_inline_bytes
+    if apart:
+        ir.external_data.unload_from_model(
+            model, path.parent, f"{path.name}.data", size_threshold_bytes=1024
+        )
+    proto = ir.serde.serialize_model(model)
+    forms = add_functions(proto)
+    onnx.save(proto, path)
+    onnx.checker.check_model(str(path) if apart else proto, full_check=not apart)
+    return forms
+
+
+def _rename(model: ir.Model, info: GraphInfo, symbols: Mapping[str, str]) -> None:
+    """Give inputs, outputs and sizes the manifest's names, and weights those of the model."""
+    graph = model.graph
+    taken = {tensor.name for tensor in (*info.inputs, *info.outputs)}
+    for name, value in list(graph.initializers.items()):
+        value.name = _avoid(name.removeprefix("model."), taken)
+    for node in graph:
+        for value in node.outputs:
+            if value.name in taken:
+                value.name = _avoid(value.name, taken)
+    for value, tensor in zip(graph.inputs, info.inputs, strict=True):
+        value.name = tensor.name
+    for value, tensor in zip(graph.outputs, info.outputs, strict=True):
+        value.name = tensor.name
+    values = [*graph.inputs, *graph.initializers.values()]
+    values += [value for node in graph for value in node.outputs]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([_rename_dim(dim, symbols) for dim in value.shape])
+    for value, tensor in zip(graph.outputs, info.outputs, strict=True):
+        value.shape = ir.Shape(tensor.shape)
+
+
+def _avoid(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _rename_dim(dim: Any, symbols: Mapping[str, str]) -> int | str | None:
+    if isinstance(dim, int) or dim.value is None:
+        return dim if isinstance(dim, int) else None
+    return re.sub(r"\b[su]\d+\b", lambda match: symbols.get(match[0], match[0]), str(dim.value))
