@@ -99,7 +99,7 @@ FORMATS = "onnx, torchscript, program"
 DTYPES = "float32, float16, bfloat16, float64"
 # module, arguments, message
 EXPORTS = {
-    "class": (torch.nn.Linear(2, 2), {}, "module must be a rotary_export.RotaryEmbedding, got Lin"),
+    "class": (torch.nn.Linear(2, 2), {}, "module must be a rotary_export.RotaryEmbedding or"),
     "no max_seq_len": (RotaryEmbedding(8), {}, "max_seq_len must be given to export or to the"),
     "max_seq_len 0": (ROPE, {"max_seq_len": 0}, "max_seq_len must be an int >= 1, got 0"),
     "max_seq_len float": (ROPE, {"max_seq_len": 2.5}, "max_seq_len must be an int >= 1, got 2.5"),
@@ -137,7 +137,7 @@ EXPORTS = {
     "a subclass": (
         type("Mine", (RotaryEmbedding,), {})(8, max_seq_len=16),
         {},
-        "module must be a rotary_export.RotaryEmbedding, got Mine",
+        "module must be a rotary_export.RotaryEmbedding or ScaledRotaryEmbedding, got Mine",
     ),
     "float64": (
         RotaryEmbedding(8, max_seq_len=16).double(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -227,7 +226,7 @@ def test_the_config_reads_back():
             make_rope(name),
             **{k: v for k, v in SPECS[name][1].items() if k not in ("formats", "opset")},
         )
-        assert bundle.manifest.config == asdict(config)
+        assert bundle.manifest.config == config.to_dict()
     assert np.isfinite(bundle.manifest.parity["rows"][0]["oracle"]["max_ulp"])
 
 

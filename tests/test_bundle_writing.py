@@ -65,7 +65,7 @@ FAILURES = {
     "disk-full": ("_write_graph", OSError(28, "No space left on device")),
     "prove": ("compare_bundle", RuntimeError("x")),
     "prove-interrupt": ("compare_bundle", KeyboardInterrupt()),
-    "move": ("_move_into_place", PermissionError(13, "Permission denied")),
+    "move": ("move_into_place", PermissionError(13, "Permission denied")),
     "manifest": ("replace", MemoryError()),
 }
 

@@ -281,7 +281,7 @@ def test_module_and_length_are_asked_for():
     message = "max_seq_len must be given to export or to the RotaryEmbedding"
     with pytest.raises(RotaryExportError, match=f"^{message}$"):
         check_config(RotaryEmbedding(16))
-    message = "module must be a rotary_export.RotaryEmbedding, got Linear"
+    message = "module must be a rotary_export.RotaryEmbedding or ScaledRotaryEmbedding, got Linear"
     with pytest.raises(RotaryExportError, match=f"^{message}$"):
         check_config(torch.nn.Linear(1, 1))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import coverage_report
 import performance_section
 
 from rotary_export.embedding import RotaryEmbedding
@@ -84,12 +86,19 @@ def write_performance() -> str:
     return "\n\n".join((performance_section.describe_conditions(found), shares, ratios))
 
 
+def write_coverage() -> str:
+    """What tools/coverage.py found, from tools/coverage_results.json."""
+    found = json.loads(coverage_report.RESULTS.read_text(encoding="utf-8"))
+    return coverage_report.describe_summary(found["summary"])
+
+
 SECTIONS = {
     "minimum_onnxruntime": write_minimum_onnxruntime,
     "xpos_lengths": write_xpos_lengths,
     "tolerances": write_tolerances,
     "proof": write_proof,
     "performance": write_performance,
+    "coverage": write_coverage,
 }
 
 
