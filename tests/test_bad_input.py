@@ -163,6 +163,11 @@ def test_export(mistake, tmp_path):
     check_refused(message, lambda: export(module, tmp_path / "new" / "b", **arguments), tmp_path)
 
 
+@pytest.mark.parametrize("out", [None, 3, ["demo"]])
+def test_out_is_no_path(out, tmp_path):
+    check_refused(f"out must be a path, got {out!r}", lambda: export(ROPE, out), tmp_path)
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_export_leaves_what_is_in_the_way(tmp_path, force):
     (tmp_path / "file").write_text("theirs")
@@ -299,6 +304,7 @@ BUNDLES = {
         "can't load rotate.pt2: ",
     ),
     "graph": (None, {"graph": "model"}, "has no graph 'model'; it has tables, rotate"),
+    "graphs": (None, {"graph": ["rotate"]}, "has no graph ['rotate']; it has tables, rotate"),
     "runtime": (
         None,
         {"runtime": "tf"},

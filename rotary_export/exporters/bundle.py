@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -116,15 +117,10 @@ def export(
     )
     check_opset(opset)
     check_formats(formats)
-    path = Path(out).absolute()
+    path = find_out(out)
     say = progress or (lambda _: None)
 
-    try:
-        check_out(path, force)
-        staging = make_staging(path)
-    except OSError as error:
-        raise describe_os_error(error, path) from None
-    try:
+    with stage(path, force) as staging:
         graphs = {}
         buffers = module.state_dict() if config.rope is None else make_buffers(config)
         state = {name: buffer.cpu() for name, buffer in buffers.items()}
@@ -142,17 +138,7 @@ def export(
             files={file.name: hash_file(file) for file in sorted(staging.iterdir())},
         )
         report = compare_bundle(staging, manifest, lambda what: say(f"verify {what}"), state)
-        check_report(report)
-        skipped = dict.fromkeys(report.skipped, "was not on the exporting machine")
-        manifest = replace(manifest, parity=report.to_dict() | {"skipped": skipped})
-        (staging / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-        staging.chmod(0o755)  # mkdtemp's folder is for its owner alone
-        move_into_place(staging, path, force)
-    except OSError as error:
-        raise describe_os_error(error, path) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return Bundle(path, manifest, report)
+        return finish(staging, path, manifest, report, force)
 
 
 def check_formats(formats: Sequence[str]) -> None:
@@ -165,6 +151,13 @@ def check_formats(formats: Sequence[str]) -> None:
             raise RotaryExportError(f"formats must be of {known}, got {kind!r}")
     if not formats:
         raise RotaryExportError("formats must name at least one format, got none")
+
+
+def find_out(out: str | os.PathLike[str]) -> Path:
+    """Return where a bundle is to be written, or refuse what is no path."""
+    if not isinstance(out, (str, os.PathLike)):
+        raise RotaryExportError(f"out must be a path, got {out!r}")
+    return Path(out).absolute()
 
 
 def check_out(path: Path, force: bool) -> None:
@@ -228,6 +221,41 @@ def check_report(report: Report) -> None:
             f"{row.runtime} is {row.eager.max_ulp:.3g} ulp off eager at {row.eager.worst}"
             f"{'' if row.oracle_tolerance is None else oracle}"
         )
+
+
+@contextmanager
+def stage(path: Path, force: bool) -> Iterator[Path]:
+    """Give a folder to write a bundle in, gone at the end unless it was moved to `path`.
+
+    Raises:
+        RotaryExportError: `path` is in the way, or can't be written.
+    """
+    try:
+        check_out(path, force)
+        staging = make_staging(path)
+    except OSError as error:
+        raise describe_os_error(error, path) from None
+    try:
+        yield staging
+    except OSError as error:
+        raise describe_os_error(error, path) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def finish(staging: Path, path: Path, manifest: Manifest, report: Report, force: bool) -> Bundle:
+    """Write the manifest, proof included, and put the bundle in its place.
+
+    Raises:
+        CheckFailedError: The proof failed.
+    """
+    check_report(report)
+    skipped = dict.fromkeys(report.skipped, "was not on the exporting machine")
+    manifest = replace(manifest, parity=report.to_dict() | {"skipped": skipped})
+    (staging / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    staging.chmod(0o755)  # mkdtemp's folder is for its owner alone
+    move_into_place(staging, path, force)
+    return Bundle(path, manifest, report)
 
 
 def move_into_place(staging: Path, path: Path, force: bool) -> None:

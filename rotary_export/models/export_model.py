@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -18,18 +17,15 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.bundle import (
     Bundle,
     check_formats,
-    check_out,
-    check_report,
-    describe_os_error,
-    make_staging,
-    move_into_place,
+    find_out,
+    finish,
+    stage,
 )
 from rotary_export.exporters.graphs import DTYPES
 from rotary_export.exporters.onnx import check_opset, minimum_onnxruntime
 from rotary_export.exporters.program import quiet_torch, save_program
 from rotary_export.exporters.torchscript import save_traced
 from rotary_export.manifest import (
-    FILE_NAME,
     SUFFIXES,
     GraphInfo,
     Manifest,
@@ -109,14 +105,9 @@ def export_model(
     check_model(model, example_inputs)
     if dtype is not None and dtype not in DTYPES.values():
         raise RotaryExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-    path = Path(out).absolute()
+    path = find_out(out)
     say = progress or (lambda _: None)
-    try:
-        check_out(path, force)
-        staging = make_staging(path)
-    except OSError as error:
-        raise describe_os_error(error, path) from None
-    try:
+    with stage(path, force) as staging:
         if dtype is not None:
             model, example_inputs = convert_model(model, example_inputs, dtype)
         with preserve(model) as snapshot:
@@ -128,17 +119,7 @@ def export_model(
             eager = _run_eager(prepared, cases, snapshot)
         manifest = _make_manifest(path.name, model, prepared, graph, opset, staging)
         report = compare_model(staging, manifest, cases, eager, lambda what: say(f"verify {what}"))
-        check_report(report)
-        skipped = dict.fromkeys(report.skipped, "was not on the exporting machine")
-        manifest = replace(manifest, parity=report.to_dict() | {"skipped": skipped})
-        (staging / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-        staging.chmod(0o755)  # mkdtemp's folder is for its owner alone
-        move_into_place(staging, path, force)
-    except OSError as error:
-        raise describe_os_error(error, path) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return Bundle(path, manifest, report)
+        return finish(staging, path, manifest, report, force)
 
 
 def _run_eager(prepared: Prepared, cases: Sequence[Case], snapshot: Snapshot) -> Results:

@@ -45,9 +45,9 @@ def load(
     """
     path = Path(bundle_dir)
     manifest = read_manifest(path)
-    if runtime not in RUNTIMES:
+    if runtime not in [*RUNTIMES]:  # a list has no hash
         raise RotaryExportError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
-    if graph not in manifest.graphs:
+    if graph not in [*manifest.graphs]:
         raise RotaryExportError(
             f"the bundle {path} has no graph {graph!r}; it has {', '.join(manifest.graphs)}"
         )
