@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,30 @@ except ImportError:
     ) from None
 
 
+@contextmanager
+def _quiet_loaders() -> Iterator[None]:
+    """Silence that TorchScript is deprecated, and that a `.pt2` names sizes it has no use for.
+
+    Errors are exceptions.
+    """
+    logger = logging.getLogger("torch._export.serde.serialize")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 class TorchSession(Session):
     """A `.pt` or `.pt2` file, run by torch on the CPU."""
 
     def __init__(self, file: Path, graph_name: str, graph: GraphInfo, runtime: str) -> None:
         super().__init__(graph_name, graph, ("CPU (torch)",), "primitive")
         try:
-            with warnings.catch_warnings():  # TorchScript is deprecated; the bundle has a .pt2 too
-                warnings.simplefilter("ignore")
+            with _quiet_loaders():
                 if runtime == "torchscript":
                     self._module: Any = torch.jit.load(file)
                 else:
