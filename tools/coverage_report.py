@@ -26,8 +26,8 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "b_exported": len(rotary),
         "b_all_fused": len(whole),
         "b_wrong": sum(r["status"] == "wrong" for r in rows),
-        "b_error": max((r["error"] for r in whole), default=0),
-        "b_failed_before": sum(r["error_before"] in ("inf", float("inf")) for r in whole),
+        "b_error": max((float(r["error"]) for r in whole), default=0),
+        "b_failed_before": sum(float(r["error_before"]) == float("inf") for r in whole),
         "versions": {
             name: version(name)
             for name in ("torch", "transformers", "onnx", "onnxscript", "rotary_export")
@@ -79,7 +79,7 @@ def write_markdown(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
             "; ".join(a.get("layouts", [])),
             f"{row['fused']} of {row['fused'] + row.get('left', 0)}" if "fused" in row else "",
             "; ".join(row.get("was", [])),
-            f"{row['error']:.1e}" if "error" in row else "",
+            f"{float(row['error']):.1e}" if "error" in row else "",
             "; ".join(
                 f"{name}: {way['status']}: {way.get('reason', '')}"
                 for name, way in reasons.items()
