@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from rotary_export.errors import RotaryExportError
 from rotary_export.machine import describe_machine
-from rotary_export.manifest import GraphInfo, TensorInfo, check_files, read_manifest
+from rotary_export.manifest import GraphInfo, Manifest, TensorInfo, check_files, read_manifest
 from rotary_export.models.prove import fit_sizes, make_model_inputs
 from rotary_export.runtime.load import open_session
 from rotary_export.runtime.providers import CPU
@@ -146,12 +146,7 @@ def bench_bundle(
     """
     manifest = read_manifest(path)
     check_files(path, manifest, list(manifest.files))
-    name = next((name for name in GRAPHS if name in manifest.graphs), None)
-    if name is None:
-        raise RotaryExportError(
-            f"the bundle {path} has no graph {' or '.join(map(repr, GRAPHS))}; it has "
-            f"{', '.join(manifest.graphs)}"
-        )
+    name = find_main_graph(path, manifest)
     graph = manifest.graphs[name]
     sessions: dict[str, Session] = {}
     skipped = {}
@@ -169,12 +164,8 @@ def bench_bundle(
 
     rows: list[Row] = []
     noise = 0.0
-    fitting = _fit_shapes(graph, shapes) if name == "rotate" else fit_sizes(manifest, shapes)
-    for batch_size, seq_len in fitting:
-        if name == "rotate":
-            inputs: Mapping[str, Any] = _make_inputs(graph, batch_size, seq_len)
-        else:
-            inputs = make_model_inputs(manifest, batch_size, seq_len)
+    for batch_size, seq_len in fit_shapes(manifest, name, shapes):
+        inputs = make_inputs(manifest, name, batch_size, seq_len)
         progress(f"time batch_size={batch_size}, seq_len={seq_len}")
         calls = {name: _bind(session, inputs) for name, session in sessions.items()}
         if not rows:
@@ -191,18 +182,39 @@ def _bind(session: Session, inputs: Mapping[str, Any]) -> Callable[[], object]:
     return lambda: session(**inputs)
 
 
-def _fit_shapes(graph: GraphInfo, shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield what the graph takes, each once."""
-    query, _, position = graph.inputs
+def fit_shapes(
+    manifest: Manifest, name: str, shapes: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Lower (batch_size, seq_len) to what `rotate` or `model` takes, each once."""
+    if name != "rotate":
+        return fit_sizes(manifest, shapes)
+    query, _, position = manifest.graphs[name].inputs
     if isinstance(query.shape[0], int) and isinstance(query.shape[2], int):
-        yield query.shape[0], query.shape[2]
-        return
+        return [(query.shape[0], query.shape[2])]
     assert position.limits is not None
     rows = position.limits[1] + 1
-    yield from dict.fromkeys((batch_size, min(seq_len, rows)) for batch_size, seq_len in shapes)
+    return list(dict.fromkeys((batch_size, min(seq_len, rows)) for batch_size, seq_len in shapes))
 
 
-def _make_inputs(graph: GraphInfo, batch_size: int, seq_len: int) -> Arrays:
+def find_main_graph(path: Path, manifest: Manifest) -> str:
+    """Return "rotate" or "model", whichever the bundle has."""
+    for name in GRAPHS:
+        if name in manifest.graphs:
+            return name
+    raise RotaryExportError(
+        f"the bundle {path} has no graph {' or '.join(map(repr, GRAPHS))}; it has "
+        f"{', '.join(manifest.graphs)}"
+    )
+
+
+def make_inputs(manifest: Manifest, name: str, batch_size: int, seq_len: int) -> Mapping[str, Any]:
+    """Make inputs of `rotate` (numpy) or `model` (torch) at a shape that it takes."""
+    if name == "rotate":
+        return _make_rotate_inputs(manifest.graphs[name], batch_size, seq_len)
+    return make_model_inputs(manifest, batch_size, seq_len)
+
+
+def _make_rotate_inputs(graph: GraphInfo, batch_size: int, seq_len: int) -> Arrays:
     """Make normal activations, and ids that count up as in a prompt."""
     rng = np.random.default_rng(0)
     sizes = {"batch_size": batch_size, "seq_len": seq_len}

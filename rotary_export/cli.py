@@ -1,4 +1,4 @@
-"""`rotary-export`: export, fuse, verify, run, bench, inspect, doctor.
+"""`rotary-export`: export, fuse, verify, run, bench, deploy, inspect, doctor.
 
 Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
 """
@@ -16,6 +16,7 @@ import click
 from click.core import ParameterSource
 
 import rotary_export
+from rotary_export.deploy.targets import TARGETS
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.manifest import SUFFIXES
 from rotary_export.op import spec
@@ -417,6 +418,32 @@ def bench(bundle: Path, shapes: tuple[tuple[int, int], ...], seconds: float, as_
     if report["warning"]:
         terminal.line(f"warning: {report['warning']}")
     terminal.finish(report)
+
+
+@cli.command()
+@click.argument("target")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--force", is_flag=True, help="Replace a folder that deploy wrote.")
+@json_option
+def deploy(target: str, bundle: Path, out: Path, force: bool, as_json: bool) -> None:
+    """Write the folder that runs BUNDLE on TARGET: sources, the bundle, an example, a page to read.
+
+    TARGET is one of those below.
+    """
+    from rotary_export.deploy.deploy import FILE_NAME
+    from rotary_export.deploy.deploy import deploy as write_kit
+
+    terminal = Terminal(as_json)
+    with terminal.progress() as progress:
+        path = write_kit(target, bundle, out, force=force, progress=progress)
+    files = sorted(str(f.relative_to(path)) for f in path.rglob("*") if f.is_file())
+    terminal.line(f"{out}: {', '.join(name for name in files if '/' not in name)}")
+    terminal.line(f"read {out / 'README.md'}")
+    terminal.finish({"out": str(out), "files": files, **json.loads((path / FILE_NAME).read_text())})
+
+
+deploy.epilog = "\b\n" + "\n".join(f"{name}: {target.what}" for name, target in TARGETS.items())
 
 
 @cli.command()

@@ -45,7 +45,7 @@ EXACT_PATHS = [path for path in PATHS if path != "portable"]
 
 
 @functools.cache
-def _make_folder() -> Path:
+def make_folder() -> Path:
     folder = tempfile.mkdtemp(prefix="rotary_export-tests-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
@@ -58,7 +58,7 @@ def make_rope(name: str) -> RotaryEmbedding:
 @functools.cache
 def get_bundle(name: str) -> rotary_export.Bundle:
     """Return one of SPECS, exported; nobody writes into it."""
-    return rotary_export.export(make_rope(name), _make_folder() / name, **SPECS[name][1])
+    return rotary_export.export(make_rope(name), make_folder() / name, **SPECS[name][1])
 
 
 def copy_bundle(name: str, folder: Path) -> Path:

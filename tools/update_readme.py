@@ -11,6 +11,7 @@ from pathlib import Path
 
 import coverage_report
 import performance_section
+import targets
 
 from rotary_export.embedding import RotaryEmbedding
 from rotary_export.exporters.graphs import DTYPES, find_longest_xpos
@@ -92,6 +93,11 @@ def write_coverage() -> str:
     return coverage_report.describe_summary(found["summary"])
 
 
+def write_targets() -> str:
+    """Where a bundle ran, from tools/targets_results.json."""
+    return format_table(*targets.tabulate(json.loads(targets.RESULTS.read_text(encoding="utf-8"))))
+
+
 SECTIONS = {
     "minimum_onnxruntime": write_minimum_onnxruntime,
     "xpos_lengths": write_xpos_lengths,
@@ -99,6 +105,7 @@ SECTIONS = {
     "proof": write_proof,
     "performance": write_performance,
     "coverage": write_coverage,
+    "targets": write_targets,
 }
 
 

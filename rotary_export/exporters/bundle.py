@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +34,7 @@ from rotary_export.manifest import (
 )
 from rotary_export.parity import Report, compare_bundle
 from rotary_export.scaling import ScaledRotaryEmbedding
+from rotary_export.staging import make_staging, move_into_place
 
 
 @dataclass(frozen=True)
@@ -179,17 +178,6 @@ def check_out(path: Path, force: bool) -> None:
             )
 
 
-def make_staging(path: Path) -> Path:
-    """Make a folder to write in: beside path, or in the nearest parent that there is."""
-    parent = next(folder for folder in path.parents if folder.exists())
-    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
-
-
-def describe_os_error(error: OSError, path: Path) -> RotaryExportError:
-    """Return the error of a folder that can't be written."""
-    return RotaryExportError(f"{path} can't be written: {error.strerror or error}")
-
-
 def _write_graph(
     graph: Graph, folder: Path, formats: Sequence[str], opset: int, say: Callable[[str], None]
 ) -> GraphInfo:
@@ -230,17 +218,8 @@ def stage(path: Path, force: bool) -> Iterator[Path]:
     Raises:
         RotaryExportError: `path` is in the way, or can't be written.
     """
-    try:
-        check_out(path, force)
-        staging = make_staging(path)
-    except OSError as error:
-        raise describe_os_error(error, path) from None
-    try:
+    with make_staging(path, lambda: check_out(path, force)) as staging:
         yield staging
-    except OSError as error:
-        raise describe_os_error(error, path) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def finish(staging: Path, path: Path, manifest: Manifest, report: Report, force: bool) -> Bundle:
@@ -253,24 +232,5 @@ def finish(staging: Path, path: Path, manifest: Manifest, report: Report, force:
     skipped = dict.fromkeys(report.skipped, "was not on the exporting machine")
     manifest = replace(manifest, parity=report.to_dict() | {"skipped": skipped})
     (staging / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    staging.chmod(0o755)  # mkdtemp's folder is for its owner alone
     move_into_place(staging, path, force)
     return Bundle(path, manifest, report)
-
-
-def move_into_place(staging: Path, path: Path, force: bool) -> None:
-    """Rename staging to path; with force, what was there goes only once it is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not force or not path.exists():
-        staging.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    try:
-        path.rename(old / path.name)
-        staging.rename(path)
-    except BaseException:  # Ctrl-C as well
-        if not path.exists():
-            (old / path.name).rename(path)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""What another language, a browser or a server needs to run a bundle: `deploy` writes it."""

@@ -1,0 +1,29 @@
+"""The targets that `deploy` knows: what each runs, and what it needs besides its kit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rotary_export.manifest import Manifest
+
+Prepare = Callable[[Path, Manifest, str], None]  # staging folder, manifest, graph
+
+
+@dataclass(frozen=True)
+class Target:
+    """Somewhere a bundle runs.
+
+    Attributes:
+        what: In a few words.
+        format: Of the bundle's files, the one that it opens: "onnx", "torchscript", "program".
+        prepare: Writes what depends on the bundle into the folder, if anything does.
+    """
+
+    what: str
+    format: str
+    prepare: Prepare | None = None
+
+
+TARGETS: dict[str, Target] = {}
