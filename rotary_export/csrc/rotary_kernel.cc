@@ -90,15 +90,16 @@ struct Pairs {
   }
 };
 
-// Rotates by table entries [i, count): whole vectors, then the rest with ever narrower ones.
+// Rotates by table entries [i, count), less than a vector of 2 * kLanes: with ever narrower ones.
 template <typename Layout, bool kScaled, int kLanes, typename T, typename C>
-inline void RotateEntries(const T* x, T* y, const TableRow<C>& table, int64_t i, int64_t count,
-                          int64_t half) {
-  for (; i + kLanes <= count; i += kLanes) {
+inline void RotateRest(const T* x, T* y, const TableRow<C>& table, int64_t i, int64_t count,
+                       int64_t half) {
+  if (i + kLanes <= count) {
     Layout::template Rotate<kLanes, kScaled>(x, y, table, i, half);
+    i += kLanes;
   }
   if constexpr (kLanes > Layout::kEntriesPerPair) {
-    if (i < count) RotateEntries<Layout, kScaled, kLanes / 2>(x, y, table, i, count, half);
+    if (i < count) RotateRest<Layout, kScaled, kLanes / 2>(x, y, table, i, count, half);
   }
 }
 
@@ -142,36 +143,62 @@ struct VectorWork {
   int64_t tail;     // The first channel to copy.
   int64_t head_dim;
   bool prefetch;
+  bool whole;  // Nothing but whole vectors of entries: no rest, no tail, no prefetch.
 };
 
-template <typename Layout, bool kScaled, typename T, typename C>
+template <typename C>
+constexpr int kWidest = kVectorBytes / sizeof(C);  // Lanes.
+
+template <typename Layout, bool kScaled, bool kWhole, typename T, typename C>
 inline void RotateVector(const VectorWork& work, const T* x, T* y, const TableRow<C>& table) {
-  if (work.prefetch) {
+  constexpr int kLanes = kWidest<C>;
+  if (!kWhole && work.prefetch) {
     const auto ahead = reinterpret_cast<uintptr_t>(x) + kPrefetchBytes;
     for (int64_t i = 0; i < work.head_dim * int64_t{sizeof(T)}; i += kLineBytes) {
       // To read, into the second-level cache: the first level's buffers are busy with the stores.
       __builtin_prefetch(reinterpret_cast<const void*>(ahead + static_cast<uintptr_t>(i)), 0, 2);
     }
   }
-  RotateEntries<Layout, kScaled, kVectorBytes / sizeof(C)>(x + work.first, y + work.first, table, 0,
-                                                           work.entries, work.half);
-  if (work.tail < work.head_dim && x != y) {
-    CopyBytes(reinterpret_cast<const char*>(x + work.tail), reinterpret_cast<char*>(y + work.tail),
-              (work.head_dim - work.tail) * int64_t{sizeof(T)});
+  const T* from = x + work.first;
+  T* to = y + work.first;
+  int64_t i = 0;
+#pragma GCC unroll 2  // Where one token is decoded, the loop's own instructions count.
+  for (; i + kLanes <= work.entries; i += kLanes) {
+    Layout::template Rotate<kLanes, kScaled>(from, to, table, i, work.half);
+  }
+  if constexpr (!kWhole) {
+    if constexpr (kLanes > Layout::kEntriesPerPair) {
+      RotateRest<Layout, kScaled, kLanes / 2>(from, to, table, i, work.entries, work.half);
+    }
+    if (work.tail < work.head_dim && x != y) {
+      CopyBytes(reinterpret_cast<const char*>(x + work.tail),
+                reinterpret_cast<char*>(y + work.tail),
+                (work.head_dim - work.tail) * int64_t{sizeof(T)});
+    }
   }
 }
 
-// Rotates the head vectors along `axis`.
-template <typename Layout, bool kScaled, typename T, typename C>
-inline void RotateVectors(const VectorWork& work, const T* x, T* y, TableRow<C> table,
-                          const Axis& axis) {
+template <typename Layout, bool kScaled, bool kWhole, typename T, typename C>
+inline void RotateVectorsAs(const VectorWork& work, const T* x, T* y, TableRow<C> table,
+                            const Axis& axis) {
   for (int64_t i = 0; i < axis.count; ++i) {
-    RotateVector<Layout, kScaled>(work, x, y, table);
+    RotateVector<Layout, kScaled, kWhole>(work, x, y, table);
     x += axis.in_step;
     y += axis.out_step;
     table.cos += axis.table_step;
     table.sin += axis.table_step;
     table.scale += axis.table_step;
+  }
+}
+
+// Rotates the head vectors along `axis`.
+template <typename Layout, bool kScaled, typename T, typename C>
+inline void RotateVectors(const VectorWork& work, const T* x, T* y, const TableRow<C>& table,
+                          const Axis& axis) {
+  if (work.whole) {
+    RotateVectorsAs<Layout, kScaled, true>(work, x, y, table, axis);
+  } else {
+    RotateVectorsAs<Layout, kScaled, false>(work, x, y, table, axis);
   }
 }
 
@@ -207,12 +234,16 @@ template <typename Layout, bool kScaled, typename T, typename C>
 void RotateRun(const RotaryParams& params, const Block& block, const T* x, T* y,
                const TableRow<C>& table, const Axis& axis) {
   const int64_t half = params.rotary_dim / 2;
+  const int64_t entries = block.pairs * Layout::kEntriesPerPair;
+  const int64_t tail = block.first_pair == 0 ? params.rotary_dim : params.head_dim;
+  const bool whole = entries % kWidest<C> == 0 && tail == params.head_dim && !params.large;
   const VectorWork work = {block.first_pair * Layout::kEntriesPerPair,
-                           block.pairs * Layout::kEntriesPerPair,
+                           entries,
                            half,
-                           block.first_pair == 0 ? params.rotary_dim : params.head_dim,
+                           tail,
                            params.head_dim,
-                           params.large};
+                           params.large,
+                           whole};
   const bool stream = kCanStream && params.large && x != y && block.pairs == half &&
                       axis.out_step == params.head_dim &&
                       params.head_dim <= kStageBytes / int64_t{sizeof(T)};
