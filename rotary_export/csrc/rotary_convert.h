@@ -83,32 +83,58 @@ inline HalfBits<kLanes> TruncateBits(const Ints<kLanes>& bits) {
   return __builtin_convertvector(bits, HalfBits<kLanes>);
 }
 
-// The upper half of each lane.
-template <int kLanes>
-inline HalfBits<kLanes> UpperBits(const Vector<uint32_t, kLanes>& bits) {
-#if defined(__AVX512F__)
-  if constexpr (kLanes == 16) {
-    const __m256i upper =
-        _mm256_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    const __m512i first =
-        _mm512_permutexvar_epi16(_mm512_castsi256_si512(upper), CastBits<__m512i>(bits));
-    return CastBits<HalfBits<16>>(_mm512_castsi512_si256(first));
-  }
-#endif
-  return TruncateBits<kLanes>(CastBits<Ints<kLanes>>(bits >> 16));
-}
-
 template <int kLanes>
 inline Floats<kLanes> Widen(const HalfBits<kLanes>& bits, BFloat16) {
   return CastBits<Floats<kLanes>>(ExtendBits<kLanes>(bits) << 16);
 }
 
+// Rounds floats to bfloat16, which is the upper half of each result.
 template <int kLanes>
-inline HalfBits<kLanes> Narrow(const Floats<kLanes>& value, BFloat16) {
+inline Vector<uint32_t, kLanes> RoundToUpper(const Floats<kLanes>& value) {
   const auto bits = CastBits<Vector<uint32_t, kLanes>>(value);  // Unsigned: the sum may carry.
   const auto rounded = bits + 0x7fff + ((bits >> 16) & 1);
   const auto quiet_nan = bits | 0x400000;  // Rounding could carry a NaN into infinity.
-  return UpperBits<kLanes>(value != value ? quiet_nan : rounded);
+  return value != value ? quiet_nan : rounded;
+}
+
+template <int kLanes>
+inline HalfBits<kLanes> Narrow(const Floats<kLanes>& value, BFloat16) {
+  return TruncateBits<kLanes>(CastBits<Ints<kLanes>>(RoundToUpper<kLanes>(value) >> 16));
+}
+
+// kLanes elements as two vectors, of those with even and those with odd index. A bfloat16 is the
+// upper half of a float, so that taking two neighbours apart is a shift and a mask.
+template <int kLanes>
+struct EvenOdd {
+  Floats<kLanes / 2> even;
+  Floats<kLanes / 2> odd;
+};
+
+template <int kLanes>
+inline EvenOdd<kLanes> operator*(const EvenOdd<kLanes>& a, const EvenOdd<kLanes>& b) {
+  return {a.even * b.even, a.odd * b.odd};
+}
+template <int kLanes>
+inline EvenOdd<kLanes> operator+(const EvenOdd<kLanes>& a, const EvenOdd<kLanes>& b) {
+  return {a.even + b.even, a.odd + b.odd};
+}
+template <int kLanes>
+inline EvenOdd<kLanes> operator-(const EvenOdd<kLanes>& a, const EvenOdd<kLanes>& b) {
+  return {a.even - b.even, a.odd - b.odd};
+}
+
+template <int kLanes>
+inline EvenOdd<kLanes> WidenEvenOdd(const HalfBits<kLanes>& bits) {
+  const auto both = CastBits<Vector<uint32_t, kLanes / 2>>(bits);
+  return {CastBits<Floats<kLanes / 2>>(both << 16),
+          CastBits<Floats<kLanes / 2>>(both & 0xffff0000)};
+}
+
+template <int kLanes>
+inline HalfBits<kLanes> NarrowEvenOdd(const EvenOdd<kLanes>& value) {
+  const auto even = RoundToUpper<kLanes / 2>(value.even);
+  const auto odd = RoundToUpper<kLanes / 2>(value.odd);
+  return CastBits<HalfBits<kLanes>>((even >> 16) | (odd & 0xffff0000));
 }
 
 template <int kLanes>

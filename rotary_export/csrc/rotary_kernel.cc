@@ -105,7 +105,8 @@ inline void RotateRest(const T* x, T* y, const TableRow<C>& table, int64_t i, in
 
 // ---- From a block of rows to a head vector
 
-// The tables of a block of rows: `width` entries per row, in the layout's order.
+// The tables of a block of rows: `width` entries per row, in the order of the layout and, of
+// bfloat16, of EvenOdd.
 template <typename C>
 struct TableBlock {
   static constexpr int64_t kEntries = kTableBytes / sizeof(C);
@@ -146,12 +147,9 @@ struct VectorWork {
   bool whole;  // Nothing but whole vectors of entries: no rest, no tail, no prefetch.
 };
 
-template <typename C>
-constexpr int kWidest = kVectorBytes / sizeof(C);  // Lanes.
-
 template <typename Layout, bool kScaled, bool kWhole, typename T, typename C>
 inline void RotateVector(const VectorWork& work, const T* x, T* y, const TableRow<C>& table) {
-  constexpr int kLanes = kWidest<C>;
+  constexpr int kLanes = kWidest<T>;
   if (!kWhole && work.prefetch) {
     const auto ahead = reinterpret_cast<uintptr_t>(x) + kPrefetchBytes;
     for (int64_t i = 0; i < work.head_dim * int64_t{sizeof(T)}; i += kLineBytes) {
@@ -236,7 +234,7 @@ void RotateRun(const RotaryParams& params, const Block& block, const T* x, T* y,
   const int64_t half = params.rotary_dim / 2;
   const int64_t entries = block.pairs * Layout::kEntriesPerPair;
   const int64_t tail = block.first_pair == 0 ? params.rotary_dim : params.head_dim;
-  const bool whole = entries % kWidest<C> == 0 && tail == params.head_dim && !params.large;
+  const bool whole = entries % kWidest<T> == 0 && tail == params.head_dim && !params.large;
   const VectorWork work = {block.first_pair * Layout::kEntriesPerPair,
                            entries,
                            half,
@@ -304,11 +302,14 @@ inline void LayOutEntries(const Table* row, int64_t i, int64_t count, C sign, C*
   }
 }
 
-template <typename Layout, typename Table, typename C>
+template <typename Layout, typename T, typename Table, typename C>
 void FillTables(const RotaryParams& params, const Block& block, TableBlock<C>* tables) {
   tables->width = block.pairs * Layout::kEntriesPerPair;
   tables->scaled = params.scale_cache != nullptr;
-  const auto lay_out = LayOutEntries<Layout, kVectorBytes / sizeof(C), Table, C>;
+  const auto lay_out = [width = tables->width](const Table* row, C sign, C* out) {
+    LayOutEntries<Layout, kVectorBytes / sizeof(C)>(row, 0, width, sign, out);
+    if constexpr (kIsEvenOdd<C, kWidest<T>>) SplitEvenOdd<kWidest<T>>(out, width);
+  };
   const auto* cos = static_cast<const Table*>(params.cos_cache);
   const auto* sin = static_cast<const Table*>(params.sin_cache);
   const auto* scale = static_cast<const Table*>(params.scale_cache);
@@ -316,9 +317,9 @@ void FillTables(const RotaryParams& params, const Block& block, TableBlock<C>* t
     const int64_t row = FindTableRow(params, block.batch, block.row + i);
     const int64_t first = row * (params.rotary_dim / 2) + block.first_pair;
     const int64_t at = i * tables->width;
-    lay_out(cos + first, 0, tables->width, 1, tables->cos + at);
-    lay_out(sin + first, 0, tables->width, -1, tables->sin + at);
-    if (tables->scaled) lay_out(scale + first, 0, tables->width, 1, tables->scale + at);
+    lay_out(cos + first, 1, tables->cos + at);
+    lay_out(sin + first, -1, tables->sin + at);
+    if (tables->scaled) lay_out(scale + first, 1, tables->scale + at);
   }
 }
 
@@ -327,7 +328,7 @@ void FillTables(const RotaryParams& params, const Block& block, TableBlock<C>* t
 // Rotates one block of every query and key head; they share the tables.
 template <typename Layout, typename T, typename Table, typename C>
 void RotateBlock(const RotaryParams& params, const Block& block, TableBlock<C>* tables) {
-  FillTables<Layout, Table>(params, block, tables);
+  FillTables<Layout, T, Table>(params, block, tables);
   RotateHeads<Layout, T>(params, block, *tables, params.query);
   if (params.key.count == 0) return;
   if (tables->scaled) {

@@ -30,11 +30,28 @@ constexpr int64_t kLineBytes = 64;  // Of the cache.
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// How many elements of type T are rotated at once. Of bfloat16 as many as fill a vector; they are
+// computed in two.
+template <typename T>
+constexpr int kWidest =
+    kVectorBytes / static_cast<int>(std::is_same_v<T, BFloat16> ? sizeof(T) : sizeof(Wide<T>));
+
+template <typename C, int kLanes>
+constexpr bool kIsEvenOdd = kLanes * sizeof(C) > kVectorBytes;
+
 // ---- Loads and stores, of any alignment
 
 template <int kLanes, typename T>
 inline auto LoadVector(const T* x) {
-  if constexpr (std::is_floating_point_v<T>) {
+  if constexpr (kIsEvenOdd<Wide<T>, kLanes>) {
+    if constexpr (std::is_same_v<T, float>) {  // A table, laid out for this.
+      return EvenOdd<kLanes>{LoadVector<kLanes / 2>(x), LoadVector<kLanes / 2>(x + kLanes / 2)};
+    } else {
+      HalfBits<kLanes> bits;
+      std::memcpy(&bits, x, sizeof bits);
+      return WidenEvenOdd<kLanes>(bits);
+    }
+  } else if constexpr (std::is_floating_point_v<T>) {
     Vector<T, kLanes> v;
     std::memcpy(&v, x, sizeof v);
     return v;
@@ -49,6 +66,9 @@ template <int kLanes, typename V, typename T>
 inline void StoreVector(const V& v, T* y) {
   if constexpr (std::is_floating_point_v<T>) {
     std::memcpy(y, &v, sizeof v);
+  } else if constexpr (kIsEvenOdd<Wide<T>, kLanes>) {
+    const HalfBits<kLanes> bits = NarrowEvenOdd<kLanes>(v);
+    std::memcpy(y, &bits, sizeof bits);
   } else {
     const HalfBits<kLanes> bits = Narrow<kLanes>(v, T());
     std::memcpy(y, &bits, sizeof bits);
@@ -57,32 +77,57 @@ inline void StoreVector(const V& v, T* y) {
 
 // ---- Pairs
 
+// Elements of a, then of b, by index.
 template <typename To, typename From, int... kIndex>
-inline To Shuffle(const From& v, std::integer_sequence<int, kIndex...>) {
+inline To Shuffle(const From& a, const From& b, std::integer_sequence<int, kIndex...>) {
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
-  return __builtin_shufflevector(v, v, kIndex...);
+  return __builtin_shufflevector(a, b, kIndex...);
 #endif
 #endif
-  return To{v[kIndex]...};
+  constexpr int kLanes = sizeof(From) / sizeof(a[0]);
+  return To{(kIndex < kLanes ? a[kIndex % kLanes] : b[kIndex % kLanes])...};
 }
 
 template <int... kIndex>
 std::integer_sequence<int, (kIndex ^ 1)...> SwappedIndices(std::integer_sequence<int, kIndex...>);
 template <int... kIndex>
 std::integer_sequence<int, (kIndex / 2)...> DoubledIndices(std::integer_sequence<int, kIndex...>);
+template <int kFirst, int... kIndex>
+std::integer_sequence<int, (2 * kIndex + kFirst)...> EverySecond(
+    std::integer_sequence<int, kIndex...>);
 
 // (a, b, c, d, ...) to (b, a, d, c, ...).
 template <int kLanes, typename V>
 inline V SwapPairs(const V& v) {
-  return Shuffle<V>(v, decltype(SwappedIndices(std::make_integer_sequence<int, kLanes>()))());
+  return Shuffle<V>(v, v, decltype(SwappedIndices(std::make_integer_sequence<int, kLanes>()))());
+}
+
+template <int kLanes>
+inline EvenOdd<kLanes> SwapPairs(const EvenOdd<kLanes>& v) {
+  return {v.odd, v.even};
 }
 
 // (a, b, ...) to the kLanes numbers (a, a, b, b, ...).
 template <int kLanes, typename V>
 inline auto Double(const V& v) {
   using Indices = decltype(DoubledIndices(std::make_integer_sequence<int, kLanes>()));
-  return Shuffle<Vector<std::decay_t<decltype(v[0])>, kLanes>>(v, Indices());
+  return Shuffle<Vector<std::decay_t<decltype(v[0])>, kLanes>>(v, v, Indices());
+}
+
+// Puts each kLanes numbers in the order of EvenOdd.
+template <int kLanes>
+inline void SplitEvenOdd(float* x, int64_t count) {
+  using V = Floats<kLanes / 2>;
+  using Indices = std::make_integer_sequence<int, kLanes / 2>;
+  for (int64_t i = 0; i + kLanes <= count; i += kLanes) {
+    const auto first = LoadVector<kLanes / 2>(x + i);
+    const auto second = LoadVector<kLanes / 2>(x + i + kLanes / 2);
+    StoreVector<kLanes / 2>(Shuffle<V>(first, second, decltype(EverySecond<0>(Indices()))()),
+                            x + i);
+    StoreVector<kLanes / 2>(Shuffle<V>(first, second, decltype(EverySecond<1>(Indices()))()),
+                            x + i + kLanes / 2);
+  }
 }
 
 // ---- Copies
