@@ -49,7 +49,7 @@ constexpr InstructionSet kInstructionSets[] = {
 
 // Measured with a reader after the op: below this, on the machine at hand, it would rather find the
 // output in the cache. ROTARY_EXPORT_LARGE_BYTES replaces it, for benchmarks and tests.
-constexpr int64_t kLargeBytes = 20 << 20;
+constexpr int64_t kLargeBytes = 8 << 20;
 
 // Below this, 512-bit vectors save less than they cost: the processor lowers its frequency for
 // them, and all that runs after the call is slower for a while. Measured: 3 us of a decoding step
