@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 
 import pytest
 import torch
@@ -49,10 +51,15 @@ def test_the_kernel_is_called_once_for_small_tensors(spy, threads):
     assert spy.parts == [(0, 1)]
 
 
+@pytest.mark.parametrize("openmp", [True, False], ids=["openmp", "own"])
 @pytest.mark.parametrize("count", [2, 3, 7])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_threads_share_the_rows(count, batch, spy, threads, monkeypatch):
+def test_threads_share_the_rows(count, batch, openmp, spy, threads, monkeypatch):
     monkeypatch.setattr(cpu_kernel, "_THREAD_BYTES", 64)
+    if openmp:
+        assert cpu_kernel._find_openmp() is not None
+    else:
+        monkeypatch.setattr(cpu_kernel, "_find_openmp", lambda: None)
     case = Case(batch=batch, seq_len=11, rows=16, kv_heads=2, scaled=True)
     inputs = case.make_inputs()
     threads(count)
@@ -70,6 +77,20 @@ def test_a_bad_id_in_one_threads_rows_is_named_and_nothing_comes_back(threads, m
     message = re.escape(spec.bad_id_message(16, 2, 10, 16))
     with pytest.raises(RotaryExportError, match=f"^{message}$"):
         OP(*order(inputs))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # of Python 3.12
+def test_in_a_forked_process_threads_are_new(threads, monkeypatch):
+    monkeypatch.setattr(cpu_kernel, "_THREAD_BYTES", 64)
+    threads(4)
+    inputs = LARGE.make_inputs()
+    want = run(LARGE, inputs)  # in OpenMP's threads, of which the child has none
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # threads that are not there would never answer
+        same = all(map(torch.equal, run(LARGE, inputs), want))
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @sweep(SOME)

@@ -130,11 +130,44 @@ inline EvenOdd<kLanes> WidenEvenOdd(const HalfBits<kLanes>& bits) {
           CastBits<Floats<kLanes / 2>>(both & 0xffff0000)};
 }
 
+// Whether to look for NaNs in two vectors.
+template <int kLanes>
+inline bool MayHoldNan([[maybe_unused]] const Floats<kLanes>& a,
+                       [[maybe_unused]] const Floats<kLanes>& b) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) {
+    return _mm512_cmp_ps_mask(CastBits<__m512>(a), CastBits<__m512>(b), _CMP_UNORD_Q) != 0;
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (kLanes == 8) {
+    const __m256 nans = _mm256_cmp_ps(CastBits<__m256>(a), CastBits<__m256>(b), _CMP_UNORD_Q);
+    return _mm256_movemask_ps(nans) != 0;
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (kLanes == 4) {
+    return _mm_movemask_ps(_mm_cmpunord_ps(CastBits<__m128>(a), CastBits<__m128>(b))) != 0;
+  }
+#endif
+  return true;
+}
+
 template <int kLanes>
 inline HalfBits<kLanes> NarrowEvenOdd(const EvenOdd<kLanes>& value) {
-  const auto even = RoundToUpper<kLanes / 2>(value.even);
-  const auto odd = RoundToUpper<kLanes / 2>(value.odd);
-  return CastBits<HalfBits<kLanes>>((even >> 16) | (odd & 0xffff0000));
+  using U = Vector<uint32_t, kLanes / 2>;
+  if (__builtin_expect(MayHoldNan<kLanes / 2>(value.even, value.odd), false)) {
+    const U even = RoundToUpper<kLanes / 2>(value.even);
+    const U odd = RoundToUpper<kLanes / 2>(value.odd);
+    return CastBits<HalfBits<kLanes>>((even >> 16) | (odd & 0xffff0000));
+  }
+  // The same, but rounded once put together, in half the instructions.
+  const U even = CastBits<U>(value.even);
+  const U odd = CastBits<U>(value.odd);
+  const auto upper = CastBits<HalfBits<kLanes>>((even >> 16) | (odd & 0xffff0000));
+  const auto lower = CastBits<HalfBits<kLanes>>((even & 0xffff) | (odd << 16));
+  const auto up = (lower | (upper & 1)) > 0x8000;  // -1 where so: more than half, or half and odd.
+  return upper - CastBits<HalfBits<kLanes>>(up);
 }
 
 template <int kLanes>

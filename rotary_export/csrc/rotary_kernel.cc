@@ -14,8 +14,8 @@
 //   RotateRowsOf    a block of rows of one batch entry, as many as TableBlock holds; its tables are
 //                   looked up, converted and laid out once, and stay in the L1 cache for all heads
 //   RotateHeads     the block of every head: along each, memory is contiguous
-//   RotateRun       such a run, either straight to the output or, past the cache, by way of a small
-//                   buffer, as streaming stores must be aligned and the output may be anywhere
+//   RotateRun       such a run, to the cache or past it: streaming stores must be aligned and the
+//                   output may be anywhere, so that they may go by way of a small buffer
 //   RotateVector    one head vector: head_dim channels at one position
 #include "rotary_kernel.h"
 
@@ -28,7 +28,7 @@ namespace rotary_export {
 namespace ROTARY_EXPORT_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kTableBytes = 8 * 1024;     // Three of them share the L1 cache with the heads.
+constexpr int64_t kTableBytes = 4 * 1024;     // Three of them leave the heads most of an L1 cache.
 constexpr int64_t kPrefetchBytes = 4 * 1024;  // How far ahead; the processor stops at each page.
 constexpr int64_t kBurstBytes = 512;          // Longer bursts of streaming stores delay the loads.
 constexpr int64_t kStageBytes = 2 * 1024;     // The longest head vector that is streamed.
@@ -50,7 +50,7 @@ struct TableRow {
 struct Halves {
   static constexpr int kEntriesPerPair = 1;
 
-  template <int kLanes, bool kScaled, typename T, typename C>
+  template <int kLanes, bool kScaled, Stores kStores = Stores::kPlain, typename T, typename C>
   static inline void Rotate(const T* x, T* y, const TableRow<C>& table, int64_t i, int64_t half) {
     const auto cos = LoadVector<kLanes>(table.cos + i);
     const auto sin = LoadVector<kLanes>(table.sin + i);
@@ -67,8 +67,8 @@ struct Halves {
       x2_cos = x2_cos * scale;
       x1_sin = x1_sin * scale;
     }
-    StoreVector<kLanes>(x1_cos - x2_sin, y + i);
-    StoreVector<kLanes>(x2_cos + x1_sin, y + half + i);
+    StoreVector<kLanes, kStores>(x1_cos - x2_sin, y + i);
+    StoreVector<kLanes, kStores>(x2_cos + x1_sin, y + half + i);
   }
 };
 
@@ -76,7 +76,7 @@ struct Halves {
 struct Pairs {
   static constexpr int kEntriesPerPair = 2;
 
-  template <int kLanes, bool kScaled, typename T, typename C>
+  template <int kLanes, bool kScaled, Stores kStores = Stores::kPlain, typename T, typename C>
   static inline void Rotate(const T* x, T* y, const TableRow<C>& table, int64_t i, int64_t) {
     const auto x12 = LoadVector<kLanes>(x + i);
     auto by_cos = x12 * LoadVector<kLanes>(table.cos + i);
@@ -86,7 +86,7 @@ struct Pairs {
       by_cos = by_cos * scale;
       by_sin = by_sin * scale;
     }
-    StoreVector<kLanes>(by_cos + by_sin, y + i);
+    StoreVector<kLanes, kStores>(by_cos + by_sin, y + i);
   }
 };
 
@@ -144,13 +144,20 @@ struct VectorWork {
   int64_t tail;     // The first channel to copy.
   int64_t head_dim;
   bool prefetch;
-  bool whole;  // Nothing but whole vectors of entries: no rest, no tail, no prefetch.
 };
 
-template <typename Layout, bool kScaled, bool kWhole, typename T, typename C>
+// What a run of head vectors is like.
+enum class Run {
+  kAny,       // There may be a rest, a tail, and something to prefetch.
+  kWhole,     // Whole vectors of entries, and nothing else.
+  kStreamed,  // Whole vectors of entries, stored past the cache; a tail of whole lines.
+};
+
+template <typename Layout, bool kScaled, Run kRun, typename T, typename C>
 inline void RotateVector(const VectorWork& work, const T* x, T* y, const TableRow<C>& table) {
   constexpr int kLanes = kWidest<T>;
-  if (!kWhole && work.prefetch) {
+  constexpr Stores kStores = kRun == Run::kStreamed ? Stores::kStreaming : Stores::kPlain;
+  if (kRun != Run::kWhole && work.prefetch) {
     const auto ahead = reinterpret_cast<uintptr_t>(x) + kPrefetchBytes;
     for (int64_t i = 0; i < work.head_dim * int64_t{sizeof(T)}; i += kLineBytes) {
       // To read, into the second-level cache: the first level's buffers are busy with the stores.
@@ -162,25 +169,29 @@ inline void RotateVector(const VectorWork& work, const T* x, T* y, const TableRo
   int64_t i = 0;
 #pragma GCC unroll 2  // Where one token is decoded, the loop's own instructions count.
   for (; i + kLanes <= work.entries; i += kLanes) {
-    Layout::template Rotate<kLanes, kScaled>(from, to, table, i, work.half);
+    Layout::template Rotate<kLanes, kScaled, kStores>(from, to, table, i, work.half);
   }
-  if constexpr (!kWhole) {
-    if constexpr (kLanes > Layout::kEntriesPerPair) {
-      RotateRest<Layout, kScaled, kLanes / 2>(from, to, table, i, work.entries, work.half);
-    }
-    if (work.tail < work.head_dim && x != y) {
-      CopyBytes(reinterpret_cast<const char*>(x + work.tail),
-                reinterpret_cast<char*>(y + work.tail),
-                (work.head_dim - work.tail) * int64_t{sizeof(T)});
+  if constexpr (kRun == Run::kAny && kLanes > Layout::kEntriesPerPair) {
+    RotateRest<Layout, kScaled, kLanes / 2>(from, to, table, i, work.entries, work.half);
+  }
+  if (kRun != Run::kWhole && work.tail < work.head_dim && x != y) {
+    const char* tail = reinterpret_cast<const char*>(x + work.tail);
+    char* tail_out = reinterpret_cast<char*>(y + work.tail);
+    const int64_t bytes = (work.head_dim - work.tail) * int64_t{sizeof(T)};
+    if constexpr (kRun == Run::kStreamed) {
+      StreamLines(tail, tail_out, bytes);
+    } else {
+      CopyBytes(tail, tail_out, bytes);
     }
   }
 }
 
-template <typename Layout, bool kScaled, bool kWhole, typename T, typename C>
-inline void RotateVectorsAs(const VectorWork& work, const T* x, T* y, TableRow<C> table,
-                            const Axis& axis) {
+// Rotates the head vectors along `axis`.
+template <typename Layout, bool kScaled, Run kRun, typename T, typename C>
+inline void RotateVectors(const VectorWork& work, const T* x, T* y, TableRow<C> table,
+                          const Axis& axis) {
   for (int64_t i = 0; i < axis.count; ++i) {
-    RotateVector<Layout, kScaled, kWhole>(work, x, y, table);
+    RotateVector<Layout, kScaled, kRun>(work, x, y, table);
     x += axis.in_step;
     y += axis.out_step;
     table.cos += axis.table_step;
@@ -189,20 +200,8 @@ inline void RotateVectorsAs(const VectorWork& work, const T* x, T* y, TableRow<C
   }
 }
 
-// Rotates the head vectors along `axis`.
-template <typename Layout, bool kScaled, typename T, typename C>
-inline void RotateVectors(const VectorWork& work, const T* x, T* y, const TableRow<C>& table,
-                          const Axis& axis) {
-  if (work.whole) {
-    RotateVectorsAs<Layout, kScaled, true>(work, x, y, table, axis);
-  } else {
-    RotateVectorsAs<Layout, kScaled, false>(work, x, y, table, axis);
-  }
-}
-
-// The same, past the cache, for an output without gaps. Streaming stores write whole aligned lines,
-// and the output may begin anywhere: head vectors are put in a small buffer, and whole lines taken
-// out.
+// The same, past the cache, for an output without gaps, which may begin anywhere: head vectors are
+// put in a small buffer, and whole lines taken out.
 template <typename Layout, bool kScaled, typename T, typename C>
 inline void StreamVectors(const VectorWork& work, const T* x, T* y, TableRow<C> table,
                           const Axis& axis) {
@@ -214,7 +213,8 @@ inline void StreamVectors(const VectorWork& work, const T* x, T* y, TableRow<C> 
   part.count = vector_bytes < kBurstBytes ? kBurstBytes / vector_bytes : 1;
   for (int64_t done = 0; done < axis.count; done += part.count) {
     if (part.count > axis.count - done) part.count = axis.count - done;
-    RotateVectors<Layout, kScaled>(work, x, reinterpret_cast<T*>(stage + waiting), table, part);
+    RotateVectors<Layout, kScaled, Run::kAny>(work, x, reinterpret_cast<T*>(stage + waiting), table,
+                                              part);
     x += part.count * axis.in_step;
     table.cos += part.count * axis.table_step;
     table.sin += part.count * axis.table_step;
@@ -228,27 +228,38 @@ inline void StreamVectors(const VectorWork& work, const T* x, T* y, TableRow<C> 
   CopyBytes(stage, out, waiting);
 }
 
+template <typename T>
+bool IsWholeLines(int64_t elements) {
+  return elements * int64_t{sizeof(T)} % kLineBytes == 0;
+}
+
 template <typename Layout, bool kScaled, typename T, typename C>
 void RotateRun(const RotaryParams& params, const Block& block, const T* x, T* y,
                const TableRow<C>& table, const Axis& axis) {
   const int64_t half = params.rotary_dim / 2;
   const int64_t entries = block.pairs * Layout::kEntriesPerPair;
   const int64_t tail = block.first_pair == 0 ? params.rotary_dim : params.head_dim;
-  const bool whole = entries % kWidest<T> == 0 && tail == params.head_dim && !params.large;
   const VectorWork work = {block.first_pair * Layout::kEntriesPerPair,
                            entries,
                            half,
                            tail,
                            params.head_dim,
-                           params.large,
-                           whole};
+                           params.large};
+  const bool whole = entries % kWidest<T> == 0;
   const bool stream = kCanStream && params.large && x != y && block.pairs == half &&
-                      axis.out_step == params.head_dim &&
-                      params.head_dim <= kStageBytes / int64_t{sizeof(T)};
-  if (stream) {
+                      axis.out_step == params.head_dim;
+  // The buffer costs more than it is worth, but where a vector's two halves are all there is to
+  // wait for: it puts their stores in order.
+  constexpr bool kDirect = Layout::kEntriesPerPair == 2 || sizeof(T) < sizeof(C);
+  if (kDirect && stream && whole && IsWholeLines<T>(params.head_dim) &&
+      IsWholeLines<T>(params.rotary_dim) && reinterpret_cast<uintptr_t>(y) % kLineBytes == 0) {
+    RotateVectors<Layout, kScaled, Run::kStreamed>(work, x, y, table, axis);
+  } else if (stream && params.head_dim <= kStageBytes / int64_t{sizeof(T)}) {
     StreamVectors<Layout, kScaled>(work, x, y, table, axis);
+  } else if (whole && tail == params.head_dim && !params.large) {
+    RotateVectors<Layout, kScaled, Run::kWhole>(work, x, y, table, axis);
   } else {
-    RotateVectors<Layout, kScaled>(work, x, y, table, axis);
+    RotateVectors<Layout, kScaled, Run::kAny>(work, x, y, table, axis);
   }
 }
 

@@ -39,6 +39,38 @@ constexpr int kWidest =
 template <typename C, int kLanes>
 constexpr bool kIsEvenOdd = kLanes * sizeof(C) > kVectorBytes;
 
+// ---- Streaming stores: past the cache, to addresses that are aligned
+
+#if defined(__SSE2__)
+constexpr bool kCanStream = true;
+
+template <typename V>
+inline void StreamBits(const V& v, void* y) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64) {
+    return _mm512_stream_si512(static_cast<__m512i*>(y), CastBits<__m512i>(v));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof v == 32) {
+    return _mm256_stream_si256(static_cast<__m256i*>(y), CastBits<__m256i>(v));
+  }
+#endif
+  if constexpr (sizeof v == 16) {
+    return _mm_stream_si128(static_cast<__m128i*>(y), CastBits<__m128i>(v));
+  }
+  if constexpr (sizeof v == 8) {
+    return _mm_stream_si64(static_cast<long long*>(y), CastBits<long long>(v));
+  }
+}
+
+// Streaming stores are not ordered with others: another thread may read the output only after this.
+inline void FinishStreaming() { _mm_sfence(); }
+#else
+constexpr bool kCanStream = false;
+inline void FinishStreaming() {}
+#endif
+
 // ---- Loads and stores, of any alignment
 
 template <int kLanes, typename T>
@@ -62,16 +94,25 @@ inline auto LoadVector(const T* x) {
   }
 }
 
-template <int kLanes, typename V, typename T>
+// Whether a store leaves its line in the cache, or goes past it, which takes an aligned address.
+enum class Stores { kPlain, kStreaming };
+
+template <Stores kStores, typename V>
+inline void StoreBits(const V& v, void* y) {
+#if defined(__SSE2__)
+  if constexpr (kStores == Stores::kStreaming) return StreamBits(v, y);
+#endif
+  std::memcpy(y, &v, sizeof v);
+}
+
+template <int kLanes, Stores kStores = Stores::kPlain, typename V, typename T>
 inline void StoreVector(const V& v, T* y) {
   if constexpr (std::is_floating_point_v<T>) {
-    std::memcpy(y, &v, sizeof v);
+    StoreBits<kStores>(v, y);
   } else if constexpr (kIsEvenOdd<Wide<T>, kLanes>) {
-    const HalfBits<kLanes> bits = NarrowEvenOdd<kLanes>(v);
-    std::memcpy(y, &bits, sizeof bits);
+    StoreBits<kStores>(NarrowEvenOdd<kLanes>(v), y);
   } else {
-    const HalfBits<kLanes> bits = Narrow<kLanes>(v, T());
-    std::memcpy(y, &bits, sizeof bits);
+    StoreBits<kStores>(Narrow<kLanes>(v, T()), y);
   }
 }
 
@@ -141,30 +182,6 @@ inline void CopyBytes(const char* from, char* to, int64_t count) {
   }
 }
 
-#if defined(__SSE2__)
-constexpr bool kCanStream = true;
-
-// Stores one aligned vector past the cache.
-inline void StreamVector(const char* from, char* to) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
-#elif defined(__AVX2__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
-                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-#else
-  _mm_stream_si128(reinterpret_cast<__m128i*>(to),
-                   _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#endif
-}
-
-// Streaming stores are not ordered with others: another thread may read the output only after this.
-inline void FinishStreaming() { _mm_sfence(); }
-#else
-constexpr bool kCanStream = false;
-inline void StreamVector(const char*, char*) {}
-inline void FinishStreaming() {}
-#endif
-
 // Copies up to the last whole cache line of the output, lines past the cache; returns how far.
 inline int64_t StreamLines(const char* from, char* to, int64_t count) {
   const auto past_line = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kLineBytes);
@@ -172,7 +189,10 @@ inline int64_t StreamLines(const char* from, char* to, int64_t count) {
   if (i > count) return 0;
   CopyBytes(from, to, i);
   for (; i + kLineBytes <= count; i += kLineBytes) {
-    for (int64_t j = 0; j < kLineBytes; j += kVectorBytes) StreamVector(from + i + j, to + i + j);
+    for (int64_t j = 0; j < kLineBytes; j += kVectorBytes) {
+      const auto bytes = LoadVector<kVectorBytes / 4>(reinterpret_cast<const float*>(from + i + j));
+      StoreBits<Stores::kStreaming>(bytes, to + i + j);
+    }
   }
   return i;
 }

@@ -8,9 +8,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,6 +52,26 @@ class _Call(ctypes.Structure):
         *((name, ctypes.POINTER(_Tensor)) for name in (*spec.INPUTS, *spec.OUTPUTS)),
         *((name, ctypes.c_int64) for name in (*spec.ATTRIBUTES, "part", "parts")),
     )
+
+
+_PROCESS = os.getpid()
+_TeamFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@functools.cache
+def _find_openmp() -> ctypes.CDLL | None:
+    """Return GNU's OpenMP as torch has loaded it; None: torch's threads are of another kind."""
+    loaded = ctypes.CDLL(None)
+    if not torch.backends.openmp.is_available() or not hasattr(loaded, "GOMP_parallel"):
+        return None
+    loaded.GOMP_parallel.argtypes = (
+        _TeamFunction,
+        ctypes.c_void_p,
+        ctypes.c_uint,
+        ctypes.c_uint,
+    )
+    loaded.GOMP_parallel.restype = None
+    return loaded
 
 
 @functools.cache
@@ -142,27 +163,42 @@ def _describe(tensor: Tensor | None) -> ctypes._Pointer[_Tensor] | None:
 
 
 def _run(call: _Call, parts: int) -> None:
-    """Run a call in `parts` threads, this one included.
-
-    Threads are started for the call: a pool would not survive a fork, and starting one takes some
-    50 us, where a part takes more. The library does not hold Python's lock.
-    """
+    """Run a call in `parts` threads, this one included."""
     library = _find_library()
     assert library is not None
     messages = []
 
-    def run_part(part: int) -> None:
+    def run_part(part: int, parts: int) -> None:
         mine = _Call.from_buffer_copy(call)
         mine.part, mine.parts = part, parts
         message = ctypes.create_string_buffer(_MESSAGE_SIZE)
         if library.RotaryExportRotate(ctypes.byref(mine), message, _MESSAGE_SIZE):
             messages.append(message.value.decode())
 
-    threads = [threading.Thread(target=run_part, args=(part,)) for part in range(1, parts)]
-    for thread in threads:
-        thread.start()
-    run_part(0)
-    for thread in threads:
-        thread.join()
+    if parts == 1:
+        run_part(0, 1)
+    else:
+        _run_team(run_part, parts)
     if messages:
         raise RotaryExportError(messages[0])  # every part checks all, so they agree
+
+
+def _run_team(run_part: Callable[[int, int], None], parts: int) -> None:
+    """Call `run_part(part, parts)` in about so many threads; they do not wait for Python's lock.
+
+    Torch's own, of OpenMP, where there are: else those would spin on the cores that ours need,
+    for some time after each of torch's operators. They do not survive a fork.
+    """
+    openmp = _find_openmp()
+    if openmp is not None and os.getpid() == _PROCESS:
+        team = _TeamFunction(
+            lambda _: run_part(openmp.omp_get_thread_num(), openmp.omp_get_num_threads())
+        )
+        openmp.GOMP_parallel(team, None, parts, 0)
+        return
+    threads = [threading.Thread(target=run_part, args=(part, parts)) for part in range(1, parts)]
+    for thread in threads:
+        thread.start()
+    run_part(0, parts)
+    for thread in threads:
+        thread.join()
