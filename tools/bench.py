@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench_environment  # noqa: F401 (before torch)
 import torch
 from bench_cases import CASES, Result, make_copy
 from bench_graphs import Problem

@@ -19,7 +19,6 @@ from bench_graphs import (
     make_runner,
 )
 
-from rotary_export.benchmark import PAUSE
 from rotary_export.timing import Call, Goal, Spread, divide, subtract, time_interleaved
 
 NEVER_STREAM = ("ROTARY_EXPORT_LARGE_BYTES", str(2**62))
@@ -81,9 +80,8 @@ def make_copy(problem: Problem) -> Call:
 def time_on(threads: int, calls: Mapping[str, Call], seconds: float) -> Times:
     """Time calls that use so many threads: one by its processor time, more by the wall clock."""
     torch.set_num_threads(threads)
-    if threads == 1:
-        return time_interleaved(calls, seconds, clock=time.thread_time)
-    return time_interleaved(calls, seconds, PAUSE)
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    return time_interleaved(calls, seconds, clock=clock)
 
 
 def check_equal(runners: Mapping[str, Runner]) -> None:

@@ -28,7 +28,8 @@ namespace rotary_export {
 namespace ROTARY_EXPORT_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kTableBytes = 4 * 1024;     // Three of them leave the heads most of an L1 cache.
+constexpr int64_t kTableBytes = 8 * 1024;     // At most, of each of three tables, in the L1 cache.
+constexpr int64_t kRunBytes = 4 * 1024;       // Of a head in a block of rows: a page.
 constexpr int64_t kPrefetchBytes = 4 * 1024;  // How far ahead; the processor stops at each page.
 constexpr int64_t kBurstBytes = 512;          // Longer bursts of streaming stores delay the loads.
 constexpr int64_t kStageBytes = 2 * 1024;     // The longest head vector that is streamed.
@@ -355,7 +356,9 @@ void RotateRowsOf(const RotaryParams& params, int64_t begin, int64_t end) {
   TableBlock<Wide<T>> tables;
   const int64_t half = params.rotary_dim / 2;
   const int64_t max_pairs = tables.kEntries / Layout::kEntriesPerPair;
-  const int64_t max_rows = half < max_pairs ? max_pairs / half : 1;
+  int64_t max_rows = kRunBytes / (params.head_dim * int64_t{sizeof(T)});
+  if (max_rows > max_pairs / half) max_rows = max_pairs / half;
+  if (max_rows < 1) max_rows = 1;
   while (begin < end) {
     Block block = {begin / params.seq_len, begin % params.seq_len, end - begin, 0, 0};
     if (block.rows > params.seq_len - block.row) block.rows = params.seq_len - block.row;
