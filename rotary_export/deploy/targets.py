@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rotary_export.deploy.cpp_onnxruntime import copy_op_library
 from rotary_export.manifest import Manifest
 
 Prepare = Callable[[Path, Manifest, str], None]  # staging folder, manifest, graph
@@ -26,4 +27,6 @@ class Target:
     prepare: Prepare | None = None
 
 
-TARGETS: dict[str, Target] = {}
+TARGETS: dict[str, Target] = {
+    "cpp-onnxruntime": Target("a C++ program, ONNX Runtime", "onnx", copy_op_library),
+}
