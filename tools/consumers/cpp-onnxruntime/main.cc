@@ -47,7 +47,7 @@ struct Graph {
       in.all = ReadNpy(folder + "/" + in.name + ".npy");
       std::vector<int64_t> shape = in.all.shape;
       if (decode) {
-        Require(i > 0 || in.name == "query", "decode runs the graph rotate, not one of " + in.name);
+        Require(i > 0 || in.name == "query", "decode takes the graph rotate, not one of " + in.name);
         const size_t rank = in.name == "position_ids" ? 2 : 4;
         in.axis = rank / 2;  // (batch_size, num_heads, seq_len, head_dim); (batch_size, seq_len)
         if (i == 0) tokens = shape.size() == rank ? shape[in.axis] : 0;
@@ -93,16 +93,17 @@ struct Graph {
 
 int main(int argc, char** argv) try {
   const std::vector<std::string> words(argv + 1, argv + argc);
-  Require(words.size() == 5 || words.size() == 6,
+  const std::string mode = words.empty() ? "" : words[0];
+  Require((mode == "run" || mode == "decode" || mode == "time") && (argc == 6 || argc == 7),
           "usage: rotary_run run|decode|time RUNTIME GRAPH.onnx INPUTS OUTPUTS [OP_LIBRARY]");
   OpenRuntime(words[1]);
   Ort::Env env(ORT_LOGGING_LEVEL_FATAL);
   Ort::SessionOptions options;
-  if (words.size() == 6) options.RegisterCustomOpsLibrary(words[5].c_str());
+  if (argc == 7) options.RegisterCustomOpsLibrary(words[5].c_str());
   Ort::Session session(env, words[2].c_str(), options);
-  Graph graph(&session, words[3], words[0] != "run");
+  Graph graph(&session, words[3], mode != "run");
   graph.Run(graph.tokens);
-  for (int64_t count; words[0] == "time" && std::cin >> count;) {  // tools/measure_cpp_latency.py
+  for (int64_t count; mode == "time" && std::cin >> count;) {  // tools/measure_cpp_latency.py
     const auto start = std::chrono::steady_clock::now();
     graph.Run(count);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
@@ -113,7 +114,6 @@ int main(int argc, char** argv) try {
     WriteNpy(words[4] + "/" + out.name + ".npy", out.all);
     std::cout << words[4] << "/" << out.name << ".npy " << ToText(out.all.shape) << "\n";
   }
-  return 0;
 } catch (const std::exception& error) {
   std::cerr << "error: " << error.what() << "\n";
   return 1;

@@ -1,0 +1,279 @@
+"""The kit for C++ with ONNX Runtime: built as its page says, run on runtimes old and new."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from bundles import get_bundle, make_arrays, run_eager, to_numpy
+from target_runs import (
+    ROOT,
+    Row,
+    compare,
+    get_model_bundle,
+    make_model_arrays,
+    record,
+    require,
+    run_model_eager,
+)
+
+from rotary_export.deploy.deploy import deploy
+from rotary_export.parity import TOLERANCES
+
+NAME = "cpp-onnxruntime"
+NEWEST = "1.31.1"
+OLDEST = {"fused": "1.23.2", "portable": "1.24.4"}  # for opset 23, of what setup_targets installs
+SHAPES = ((1, 1), (3, 7), (2, 32))  # batch_size, seq_len; none was traced
+EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+BUNDLES = {"plain": "float32", "xpos": "float32", "float16": "float16", "bfloat16": "bfloat16"}
+
+
+def get_runtime(version: str) -> str:
+    folder = require(NAME) / version / "onnxruntime" / "capi"
+    return str(folder / f"libonnxruntime.so.{version}")
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory) -> Path:
+    """A kit of the plain bundle, built as its page says, but with warnings as errors."""
+    require(NAME)
+    folder = deploy(NAME, get_bundle("plain").path, tmp_path_factory.mktemp("cpp") / "kit")
+    build = folder / "build"
+    headers = ROOT / "build" / "ort_headers"
+    options = [f"-DORT_HEADERS={headers}", "-DCMAKE_CXX_FLAGS=-Werror"]
+    for command in (
+        ["cmake", "-S", folder, "-B", build, *options],
+        ["cmake", "--build", build, "--parallel", "2"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def call(
+    kit: Path,
+    mode: str,
+    inputs: Path,
+    out: Path,
+    *,
+    path: str = "fused",
+    version: str = NEWEST,
+    graph: Path | None = None,
+    **changed: Path,
+) -> subprocess.CompletedProcess[str]:
+    """Run the program; `changed` replaces its runtime or library."""
+    graph = graph or kit / "bundle" / "rotate.onnx"
+    words = [changed.get("runtime", get_runtime(version)), graph, inputs, out]
+    if path == "fused":
+        words.append(changed.get("library", kit / "build" / "librotary_export.so"))
+    command = list(map(str, (kit / "build" / "rotary_run", mode, *words)))
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def save(folder: Path, arrays: dict[str, np.ndarray]) -> Path:
+    folder.mkdir()
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return folder
+
+
+def load(folder: Path) -> dict[str, np.ndarray]:
+    arrays = {file.stem: np.load(file) for file in folder.iterdir()}
+    return {k: v.view(ml_dtypes.bfloat16) if v.dtype.kind == "V" else v for k, v in arrays.items()}
+
+
+def run(kit: Path, mode: str, folder: Path, arrays: dict[str, np.ndarray], **options):
+    """Return what the program gives for arrays."""
+    folder.mkdir()
+    inputs, out = save(folder / "inputs", arrays), folder / "outputs"
+    done = call(kit, mode, inputs, out, **options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return load(out)
+
+
+def get_tolerance(name: str, path: str) -> float:
+    """Return the largest difference allowed, relative to the largest magnitude."""
+    dtype = BUNDLES[name]
+    if path == "fused":
+        kind = "exact"
+    elif dtype == "float32":
+        kind = "native-xpos" if name == "xpos" else "native"
+    else:
+        kind = "native-half"
+    return TOLERANCES[kind].max_ulp * EPSILON[dtype]
+
+
+# ---- rotate
+
+
+@pytest.mark.parametrize("path", ["fused", "portable"])
+@pytest.mark.parametrize("name", BUNDLES)
+def test_rotate_is_eager(name, path, kit, tmp_path):
+    """At shapes not traced. The rows of a decode loop are those of one run, to the bit."""
+    bundle, allowed = get_bundle(name).path, get_tolerance(name, path)
+    worst, exact = 0.0, True
+    for batch_size, seq_len in SHAPES:
+        arrays = make_arrays(name, batch=batch_size, seq_len=seq_len)
+        wanted = {k: to_numpy(v) for k, v in run_eager(name, arrays).items()}
+        folder = tmp_path / f"{batch_size}x{seq_len}"
+        folder.mkdir()
+        options = {"path": path, "graph": bundle / "rotate.onnx"}
+        got = run(kit, "run", folder / "run", arrays, **options)
+        error, same = compare(got, wanted, allowed)
+        worst, exact = max(worst, error), exact and same
+        compare(run(kit, "decode", folder / "decode", arrays, **options), got, 0)
+        old = run(kit, "run", folder / "old", arrays, **options, version=OLDEST[path])
+        compare(old, wanted, allowed)
+    if name == "xpos":
+        return  # shown as float32 by "plain"
+    record(
+        Row(
+            "C++, ONNX Runtime",
+            f"{OLDEST[path]}, {NEWEST}",
+            "rotate",
+            "ran",
+            path,
+            [BUNDLES[name]],
+            [f"{b}x{s}" for b, s in SHAPES],
+            worst,
+            exact,
+            "with I/O binding; a decode loop gives the same bits",
+        )
+    )
+
+
+def test_example_is_reproduced(kit, tmp_path):
+    """As the page says: `diff -r example/expected out`, bytes of the files."""
+    out = tmp_path / "out"
+    assert call(kit, "decode", kit / "example", out).returncode == 0
+    for file in (kit / "example" / "expected").iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+# ---- a whole model
+
+
+@pytest.mark.parametrize("path", ["fused", "portable"])
+def test_model_is_eager(path, kit, tmp_path):
+    bundle = get_model_bundle().path
+    allowed = TOLERANCES["model"].max_ulp * EPSILON["float32"]
+    worst = 0.0
+    shapes = [(1, 1), (3, 9)]
+    for batch_size, seq_len in shapes:
+        arrays = make_model_arrays(batch_size, seq_len)
+        wanted = run_model_eager(arrays)
+        for version in (NEWEST, OLDEST[path]):
+            folder = tmp_path / f"{batch_size}x{seq_len}-{version}"
+            options = {"path": path, "version": version, "graph": bundle / "model.onnx"}
+            error, _ = compare(run(kit, "run", folder, arrays, **options), wanted, allowed)
+            worst = max(worst, error)
+    record(
+        Row(
+            "C++, ONNX Runtime",
+            f"{OLDEST[path]}, {NEWEST}",
+            "model",
+            "ran",
+            path,
+            ["float32"],
+            [f"{b}x{s}" for b, s in shapes],
+            worst,
+            note="llama, two layers",
+        )
+    )
+
+
+def test_model_kit(kit, tmp_path):
+    """What deploy writes for a model runs with what was built for another bundle."""
+    folder = deploy(NAME, get_model_bundle().path, tmp_path / "kit")
+    out = tmp_path / "out"
+    done = call(kit, "run", folder / "example", out, graph=folder / "bundle" / "model.onnx")
+    assert done.returncode == 0, done.stderr
+    allowed = TOLERANCES["model"].max_ulp * EPSILON["float32"]
+    compare(load(out), load(folder / "example" / "expected"), allowed)
+
+
+# ---- what goes wrong
+
+
+def check_refused(message: str, done: subprocess.CompletedProcess[str], out: Path) -> None:
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stdout == ""
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "mode", "message"),
+    [
+        ("position_ids", np.array([[31, 32]]), "run", "[0, 32), got 32 at batch 0, row 1"),
+        ("position_ids", np.array([[31, -1]]), "decode", "[0, 32), got -1 at batch 0, row 0"),
+        ("position_ids", np.array([[1]]), "run", "position_ids must have shape"),
+        ("position_ids", np.array([[1]]), "decode", "must have tokens, as many as query"),
+        ("key", np.zeros((1, 2, 2, 20), np.float32), "run", "key for the following indices"),
+        ("key", np.zeros((1, 2, 0, 24), np.float32), "decode", "must have tokens, as many as"),
+        ("query", np.zeros((1, 2, 24), np.float32), "run", "Invalid rank for input: query"),
+        ("query", np.zeros((1, 2, 24), np.float32), "decode", "query must have tokens"),
+        ("query", np.zeros((1, 4, 2, 24), np.float16), "run", "expected: (tensor(float))"),
+        ("query", np.zeros((1, 4, 2, 24), np.int32), "run", "must hold float16, bfloat16"),
+        ("query", np.zeros((4, 2, 24, 1), np.float32).T, "run", "must be in C order"),
+    ],
+)
+def test_bad_arrays(name, array, mode, message, kit, tmp_path):
+    arrays = make_arrays("plain", batch=1, seq_len=2) | {name: array}
+    out = tmp_path / "out"
+    done = call(kit, mode, save(tmp_path / "inputs", arrays), out)
+    check_refused(message, done, out)
+    assert len(done.stderr.splitlines()) <= 3  # as many as ONNX Runtime's own messages have
+
+
+def test_bad_id_without_the_library(kit, tmp_path):
+    arrays = make_arrays("plain", batch=1, seq_len=2) | {"position_ids": np.array([[0, 32]])}
+    out = tmp_path / "out"
+    done = call(kit, "run", save(tmp_path / "inputs", arrays), out, path="portable")
+    check_refused("position_ids value 32 at index 1 is out of range", done, out)
+
+
+@pytest.mark.parametrize("size", [0, 9, 50, 200])
+def test_cut_files(size, kit, tmp_path):
+    inputs, out = Path(shutil.copytree(kit / "example", tmp_path / "inputs")), tmp_path / "out"
+    (inputs / "query.npy").write_bytes((inputs / "query.npy").read_bytes()[:size])
+    check_refused(f"{inputs / 'query.npy'} ", call(kit, "run", inputs, out), out)
+
+
+def test_missing_files(kit, tmp_path):
+    example, out, none = kit / "example", tmp_path / "out", tmp_path / "none"
+    library = kit / "build" / "librotary_export.so"
+    for message, changed in {
+        "RUNTIME: ": {"runtime": none},
+        "is not ONNX Runtime": {"runtime": library},
+        "Failed to load library": {"library": none},
+        "File doesn't exist": {"graph": none},
+    }.items():
+        check_refused(message, call(kit, "run", example, out, **changed), out)
+    check_refused("query.npy can't be opened", call(kit, "run", none, out), out)
+    check_refused("usage: rotary_run", call(kit, "walk", example, out), out)
+
+
+def test_a_model_without_a_cache_is_not_decoded(kit, tmp_path):
+    inputs, out = save(tmp_path / "inputs", make_model_arrays(1, 2)), tmp_path / "out"
+    graph = get_model_bundle().path / "model.onnx"
+    check_refused(
+        "decode takes the graph rotate", call(kit, "decode", inputs, out, graph=graph), out
+    )
+
+
+def test_a_runtime_that_is_too_old_says_so(kit, tmp_path):
+    """1.23 has no native RotaryEmbedding for this graph's portable body."""
+    out = tmp_path / "out"
+    done = call(kit, "run", kit / "example", out, path="portable", version="1.23.2")
+    check_refused("RotaryEmbedding", done, out)
+
+
+def test_the_program_is_small():
+    assert len((ROOT / "tools" / "consumers" / NAME / "main.cc").read_text().splitlines()) <= 120
