@@ -30,6 +30,13 @@ def test_committed_bundle_is_proven_here(name):
     assert report.skipped == {}
 
 
+def test_no_drift_of_the_example(tmp_path):
+    new = rebuild_exported.make_example(tmp_path)
+    assert list(rebuild_exported.find_example_drift(new)) == []
+    (new / "key.npy").write_bytes(b"")
+    assert list(rebuild_exported.find_example_drift(new)) == ["example/key.npy differs"]
+
+
 def test_drift_is_found(tmp_path):
     copy = tmp_path / "plain"
     shutil.copytree(ROOT / "exported" / "plain", copy)

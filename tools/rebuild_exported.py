@@ -1,5 +1,7 @@
 """Rebuild the reference bundles in exported/, or check that they are what the code exports.
 
+Beside them stands `example/`, inputs and outputs of the bundle `plain`, as `deploy` writes them.
+
 Drift is a difference in graph structure, in inputs, outputs or configuration, or in a stored table
 by more than an ulp (another machine's torch may compute a cosine an ulp differently). Reports,
 producer versions and byte order are not compared.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +24,7 @@ import onnx
 import torch
 
 import rotary_export
+from rotary_export.deploy.deploy import deploy
 from rotary_export.exporters.program import quiet_torch
 from rotary_export.manifest import Manifest, check_files, read_manifest
 from rotary_export.oracle import compute_ulp
@@ -29,6 +33,7 @@ from rotary_export.runners import read_constants
 
 STORED = Tolerance(1, "another machine's torch may round a cosine or a power the other way")
 EXPORTED = Path(__file__).parent.parent / "exported"
+EXAMPLE = EXPORTED / "example"
 BUNDLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({"dim": 64}, {"num_heads": 8, "num_kv_heads": 2}),
     "xpos": ({"dim": 64, "use_xpos": True}, {"num_heads": 8, "num_kv_heads": 2}),
@@ -41,6 +46,19 @@ def build(name: str, folder: Path, *, force: bool) -> None:
     module, options = BUNDLES[name]
     rope = rotary_export.RotaryEmbedding(**module, max_seq_len=128)
     rotary_export.export(rope, folder, force=force, **options)
+
+
+def make_example(folder: Path) -> Path:
+    """Run the committed bundle `plain` on the example that `deploy` makes of it."""
+    return deploy("cpp-onnxruntime", EXPORTED / "plain", folder / "kit") / "example"
+
+
+def find_example_drift(new: Path) -> Iterator[str]:
+    """Yield the files of the committed example that differ from a new one."""
+    for file in sorted(new.rglob("*.npy")):
+        name = file.relative_to(new)
+        if (EXAMPLE / name).read_bytes() != file.read_bytes():
+            yield f"example/{name} differs"
 
 
 def find_drift(old: Path, new: Path) -> Iterator[str]:
@@ -94,12 +112,16 @@ def main() -> None:
         for name in BUNDLES:
             print(f"export exported/{name}")
             build(name, EXPORTED / name, force=True)
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.rmtree(EXAMPLE, ignore_errors=True)
+            shutil.copytree(make_example(Path(folder)), EXAMPLE)
         return
     drift = []
     with tempfile.TemporaryDirectory() as folder:
         for name in BUNDLES:
             build(name, Path(folder) / name, force=False)
             drift += [f"{name}/{what}" for what in find_drift(EXPORTED / name, Path(folder) / name)]
+        drift += find_example_drift(make_example(Path(folder)))
     for what in drift:
         print(f"drift: exported/{what}")
     if drift:
