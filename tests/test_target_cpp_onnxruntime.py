@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -45,20 +47,31 @@ def get_runtime(version: str) -> str:
     return str(folder / f"libonnxruntime.so.{version}")
 
 
+def follow_page(folder: Path) -> None:
+    """Run the commands that the kit's page has for a kit; warnings are errors."""
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"^```bash\n(cmake -S \. .*?)```$", page, re.DOTALL | re.MULTILINE)
+    headers = str(ROOT / "build" / "ort_headers")
+    commands = commands.replace("HEADERS &&", f"{headers} &&").replace(
+        "RUNTIME", get_runtime(NEWEST)
+    )
+    done = subprocess.run(
+        ["bash", "-ec", commands],
+        cwd=folder,
+        env=os.environ | {"CXXFLAGS": "-Werror", "CMAKE_BUILD_PARALLEL_LEVEL": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory) -> Path:
-    """A kit of the plain bundle, built as its page says, but with warnings as errors."""
+    """A kit of the plain bundle, built, and its example reproduced byte by byte, as on its page."""
     require(NAME)
     folder = deploy(NAME, get_bundle("plain").path, tmp_path_factory.mktemp("cpp") / "kit")
-    build = folder / "build"
-    headers = ROOT / "build" / "ort_headers"
-    options = [f"-DORT_HEADERS={headers}", "-DCMAKE_CXX_FLAGS=-Werror"]
-    for command in (
-        ["cmake", "-S", folder, "-B", build, *options],
-        ["cmake", "--build", build, "--parallel", "2"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    follow_page(folder)
     return folder
 
 
@@ -143,14 +156,6 @@ def test_rotate_is_eager(name, path, kit, tmp_path):
                 "a decode loop gives the same bits",
             )
         )
-
-
-def test_example_is_reproduced(kit, tmp_path):
-    """As the page says: `diff -r example/expected out`, bytes of the files."""
-    out = tmp_path / "out"
-    assert call(kit, "decode", kit / "example", out).returncode == 0
-    for file in (kit / "example" / "expected").iterdir():
-        assert (out / file.name).read_bytes() == file.read_bytes()
 
 
 # ---- a whole model
@@ -271,6 +276,20 @@ def test_a_runtime_older_than_the_bundle_needs(kit, tmp_path):
     out = tmp_path / "out"
     done = call(kit, "run", kit / "example", out, path="portable", version="1.23.2")
     check_refused("RotaryEmbedding", done, out)
+
+
+def test_the_page_for_a_clone_names_what_is_there():
+    """Its three commands need the network; what they run is in the repository."""
+    page = (ROOT / "tools" / "consumers" / NAME / "README.md").read_text(encoding="utf-8")
+    commands = page.split("```bash\n")[1].split("```")[0]
+    for word in re.findall(r"\b(?:tools|exported)/[\w./-]+", commands):
+        assert (ROOT / word).exists(), word
+
+
+def test_the_page_has_the_table_of_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("<!-- begin: minimum_onnxruntime -->")[1].split("<!--")[0].strip()
+    assert table in (ROOT / "tools" / "consumers" / NAME / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_program_is_small():
