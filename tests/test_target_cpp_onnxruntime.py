@@ -267,7 +267,9 @@ def test_a_model_without_a_cache_is_not_decoded(kit, tmp_path):
     inputs, out = save(tmp_path / "inputs", make_model_arrays(1, 2)), tmp_path / "out"
     graph = get_model_bundle().path / "model.onnx"
     check_refused(
-        "decode takes the graph rotate", call(kit, "decode", inputs, out, graph=graph), out
+        "decode takes rotate, not a graph of input_ids",
+        call(kit, "decode", inputs, out, graph=graph),
+        out,
     )
 
 
