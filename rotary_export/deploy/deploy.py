@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 import rotary_export
-from rotary_export.benchmark import find_main_graph, fit_shapes, make_inputs
+from rotary_export.benchmark import find_main_graph, fit_shapes
+from rotary_export.deploy.example import SHAPE, make_example
 from rotary_export.deploy.targets import TARGETS
 from rotary_export.errors import RotaryExportError
 from rotary_export.manifest import FILE_NAME as MANIFEST
@@ -22,7 +23,6 @@ from rotary_export.runtime.session import is_torch, make_bfloat16
 from rotary_export.staging import make_staging, move_into_place
 
 FILE_NAME = "kit.json"  # marks a folder as one that deploy wrote
-EXAMPLE_SHAPE = (2, 7)  # batch_size, seq_len
 
 
 def deploy(
@@ -105,8 +105,8 @@ def check_out(path: Path, force: bool) -> None:
 def _write_example(staging: Path, manifest: Manifest, graph: str) -> dict[str, object]:
     """Write inputs and outputs of one call, and return what they are."""
     info = manifest.graphs[graph]
-    batch_size, seq_len = next(iter(fit_shapes(manifest, graph, [EXAMPLE_SHAPE])))
-    inputs = make_inputs(manifest, graph, batch_size, seq_len)
+    batch_size, seq_len = next(iter(fit_shapes(manifest, graph, [SHAPE])))
+    inputs = make_example(manifest, graph, batch_size, seq_len)
     runtime = next(
         r for r in ("torchscript", "program", "onnxruntime") if RUNTIMES[r] in info.files
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rotary_export.deploy.cpp_onnxruntime import copy_op_library
+from rotary_export.deploy.inline import prepare_openvino, prepare_tract
 from rotary_export.manifest import Manifest
 
 Prepare = Callable[[Path, Manifest, str], None]  # staging folder, manifest, graph
@@ -29,4 +30,6 @@ class Target:
 
 TARGETS: dict[str, Target] = {
     "cpp-onnxruntime": Target("a C++ program, ONNX Runtime", "onnx", copy_op_library),
+    "openvino": Target("OpenVINO, Python or C++", "onnx", prepare_openvino),
+    "tract": Target("tract, Rust or Python", "onnx", prepare_tract),
 }

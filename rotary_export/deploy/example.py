@@ -1,0 +1,37 @@
+"""Inputs that tell a wrong runtime from a right one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rotary_export.benchmark import make_inputs
+from rotary_export.manifest import Manifest
+from rotary_export.runtime.session import is_torch
+
+SHAPE = (2, 7)  # batch_size, seq_len
+
+
+def make_example(
+    manifest: Manifest, graph: str, batch_size: int, seq_len: int
+) -> Mapping[str, Any]:
+    """Make inputs of `rotate` (numpy) or `model` (torch), each row with positions of its own.
+
+    Rows count in steps of 1, 2, 3, ...: attention sees distances alone, so that a model gives the
+    same when a runtime mistakes one row's positions for another's that are merely shifted.
+    """
+    inputs = dict(make_inputs(manifest, graph, batch_size, seq_len))
+    info = next((i for i in manifest.graphs[graph].inputs if i.name == "position_ids"), None)
+    if info is None or len(info.shape) < 2:
+        return inputs
+    ids = np.asarray(inputs["position_ids"])
+    ids = ids * np.arange(1, ids.shape[-2] + 1)[:, None]
+    rows = info.limits[1] + 1 if info.limits else manifest.config.get("longest")
+    ids = ids % rows if rows else ids
+    if is_torch(inputs["position_ids"]):
+        import torch
+
+        return inputs | {"position_ids": torch.from_numpy(ids)}
+    return inputs | {"position_ids": ids}

@@ -1,0 +1,204 @@
+"""`GRAPH.inlined.onnx`: the graph without model-local functions, which some runtimes can't run.
+
+OpenVINO gets the bodies that the bundle has, tract primitives of opset 18. The file stands beside
+`bundle/`, whose `.data` file it shares, and is compared with the bundle's own before it counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rotary_export.benchmark import fit_shapes
+from rotary_export.deploy.example import make_example
+from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.manifest import Manifest
+from rotary_export.runtime.load import open_session
+from rotary_export.runtime.providers import CPU
+from rotary_export.runtime.session import is_torch
+
+SHAPES = ((2, 7), (3, 1), (1, 5))  # batch_size, seq_len; compared at
+TRACT_OPSET = 18
+
+
+def prepare_openvino(staging: Path, manifest: Manifest, graph: str) -> None:
+    """Inline, with the tables of a whole model computed for the whole batch.
+
+    Raises:
+        RotaryExportError: OpenVINO would not compute in the bundle's type.
+    """
+    if manifest.dtype == "float64":
+        raise RotaryExportError(
+            "openvino needs a bundle of float32, float16 or bfloat16 (OpenVINO's CPU computes "
+            "float64 in float32), got float64"
+        )
+    model = _widen_probes(_read(staging, manifest, graph))
+    _write(model, staging, manifest, graph)
+
+
+def prepare_tract(staging: Path, manifest: Manifest, graph: str) -> None:
+    """Inline primitives of opset 18, and leave shapes open that the kit sets for each plan.
+
+    Raises:
+        RotaryExportError: The bundle has what tract or opset 18 does not.
+    """
+    import onnx
+
+    from rotary_export.op.onnx_function import add_functions
+
+    if manifest.dtype == "bfloat16":
+        raise RotaryExportError(
+            "tract needs a bundle of float32, float16 or float64 (it has no bfloat16), got bfloat16"
+        )
+    model = _read(staging, manifest, graph)
+    next(o for o in model.opset_import if o.domain == "").version = TRACT_OPSET
+    add_functions(model)
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        command = "export-model" if graph == "model" else "export"
+        reason = str(error).partition("\n")[0]
+        raise RotaryExportError(
+            f"tract needs a bundle of opset {TRACT_OPSET} (rotary-export {command} --opset "
+            f"{TRACT_OPSET}), got opset {manifest.opset}, whose graph is not of opset "
+            f"{TRACT_OPSET}: {reason}"
+        ) from None
+    _write(model, staging, manifest, graph)
+
+
+def _read(staging: Path, manifest: Manifest, graph: str) -> Any:
+    """Read the bundle's graph; what is in `bundle/GRAPH.onnx.data` stays there."""
+    import onnx
+
+    file = staging / "bundle" / manifest.graphs[graph].files["onnx"]
+    model = onnx.load(file, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = f"bundle/{entry.value}"
+    return model
+
+
+def _widen_probes(proto: Any) -> Any:
+    """Return the model with each probe of a rotary function expanded to the batch of its X.
+
+    `export_model` asks a function for its tables with a constant row of batch 1 and one head.
+    OpenVINO takes that for a rotary embedding like any other, and fuses it to an op whose output
+    has the probe's batch: the first row's positions would be everyone's.
+    """
+    from onnxscript import ir
+
+    from rotary_export.fusion.join import is_rotary
+
+    model = ir.serde.deserialize_model(proto)
+    done = set()
+    for node in model.graph:
+        if not is_rotary(node):
+            continue
+        x, cos, sin = node.inputs[:3]
+        if cos.shape[0] == 1:
+            continue
+        for probe in _find_probes((cos, sin)) - done:
+            done.add(probe)
+            batch = ir.node("Shape", [x], {"start": 0, "end": 1})
+            ones = ir.node("Constant", [], {"value_ints": [1] * (len(probe.shape) - 1)})
+            sizes = ir.node("Concat", [batch.outputs[0], ones.outputs[0]], {"axis": 0})
+            wide = ir.node("Expand", [probe, sizes.outputs[0]])
+            probe.replace_all_uses_with(wide.outputs[0])
+            wide.replace_input_with(0, probe)
+            model.graph.insert_after(probe.producer(), [batch, ones, sizes, wide])
+    model.graph.sort()
+    return ir.serde.serialize_model(model)
+
+
+def _find_probes(tables: Sequence[Any]) -> set[Any]:
+    """Return what tables are computed from, of the form of `models.rotation.make_probe`."""
+    probes, seen, queue = set(), set(), list(tables)
+    while queue:
+        value = queue.pop()
+        node = value.producer()
+        if node is None or value in seen:
+            continue
+        seen.add(value)
+        queue.extend(each for each in node.inputs if each is not None)
+        shape = value.shape
+        if node.op_type != "Expand" or not node.inputs[0].is_initializer() or shape is None:
+            continue
+        if len(shape) >= 3 and shape[0] == 1 and shape[-1] == node.inputs[0].shape[-1] != 1:
+            probes.add(value)
+    return probes
+
+
+def _write(model: Any, staging: Path, manifest: Manifest, graph: str) -> None:
+    """Inline, compare with the bundle's own file, and write."""
+    import onnx
+    import onnx.inliner
+
+    from rotary_export.op import spec
+
+    # A runtime holds sizes there against those that it is given, and infers them by itself.
+    del model.graph.value_info[:]
+    model = onnx.inliner.inline_local_functions(model)
+    kept = [o for o in model.opset_import if o.domain != spec.DOMAIN]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    file = staging / f"{graph}.inlined.onnx"
+    onnx.save(model, file)
+    onnx.checker.check_model(str(file))
+    _compare(staging, manifest, graph, file.name)
+
+
+def _compare(staging: Path, manifest: Manifest, graph: str, file: str) -> None:
+    """Run the inlined file and the bundle's, without the op library, and compare.
+
+    Raises:
+        CheckFailedError: They differ.
+    """
+    from rotary_export.oracle import compute_ulp
+    from rotary_export.parity import TOLERANCES, compare
+
+    shapes = fit_shapes(manifest, graph, SHAPES)
+    cases = [make_example(manifest, graph, *shape) for shape in shapes]
+    info = replace(manifest.graphs[graph], files={"onnx": file})
+    wanted = _run(staging / "bundle", manifest, graph, cases)
+    got = _run(staging, replace(manifest, graphs={graph: info}), graph, cases)
+    for shape, ours, theirs in zip(shapes, got, wanted, strict=True):
+        for output in info.outputs:
+            left, right = ours[output.name], theirs[output.name]
+            allowed = TOLERANCES[_choose_tolerance(manifest, graph, output.dtype)].max_ulp
+            is_float = "float" in output.dtype
+            largest = np.abs(right.astype(np.float64)).max(initial=0)
+            unit = compute_ulp(largest, output.dtype) if is_float else np.asarray(1.0)
+            error = compare(left, right, unit)
+            if not error.max_ulp <= (allowed if is_float else 0):
+                raise CheckFailedError(
+                    f"the inlined graph is not equal to the bundle's, nothing was written: "
+                    f"{output.name} differs by {error.max_ulp:.3g} ulp of its largest magnitude at "
+                    f"{error.worst} ({allowed:g} are allowed; batch_size, seq_len {shape})"
+                )
+
+
+def _choose_tolerance(manifest: Manifest, graph: str, dtype: str) -> str:
+    half = dtype in ("float16", "bfloat16")
+    if graph == "model":
+        return "model-half" if half else "model"
+    xpos = manifest.config.get("embedding", {}).get("use_xpos", False)
+    return "native-half" if half else "native-xpos" if xpos else "native"
+
+
+def _run(
+    folder: Path, manifest: Manifest, graph: str, cases: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Run every case in one session, which is gone afterwards."""
+    from rotary_export.runners import to_numpy
+
+    session = open_session(folder, manifest, graph, "onnxruntime", [CPU], use_op_library=False)
+    results = []
+    for case in cases:
+        outputs = session(**case).items()
+        results.append({name: to_numpy(v) if is_torch(v) else v for name, v in outputs})
+    return results
