@@ -58,7 +58,7 @@ def prepare_tract(staging: Path, manifest: Manifest, graph: str) -> None:
     next(o for o in model.opset_import if o.domain == "").version = TRACT_OPSET
     add_functions(model)
     try:
-        onnx.checker.check_model(model)
+        _write(model, staging, manifest, graph)
     except onnx.checker.ValidationError as error:
         command = "export-model" if graph == "model" else "export"
         reason = str(error).partition("\n")[0]
@@ -67,7 +67,6 @@ def prepare_tract(staging: Path, manifest: Manifest, graph: str) -> None:
             f"{TRACT_OPSET}), got opset {manifest.opset}, whose graph is not of opset "
             f"{TRACT_OPSET}: {reason}"
         ) from None
-    _write(model, staging, manifest, graph)
 
 
 def _read(staging: Path, manifest: Manifest, graph: str) -> Any:
@@ -95,11 +94,12 @@ def _widen_probes(proto: Any) -> Any:
     from rotary_export.fusion.join import is_rotary
 
     model = ir.serde.deserialize_model(proto)
-    done = set()
+    done: set[Any] = set()
     for node in model.graph:
         if not is_rotary(node):
             continue
-        x, cos, sin = node.inputs[:3]
+        inputs: Any = node.inputs
+        x, cos, sin = inputs[:3]
         if cos.shape[0] == 1:
             continue
         for probe in _find_probes((cos, sin)) - done:

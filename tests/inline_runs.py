@@ -1,0 +1,79 @@
+"""What the tests of OpenVINO and tract share: both run a kit's `Model` in an environment."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+
+# Runs every case in one process; says what the kit says of itself.
+_DRIVER = """
+import json, sys
+import run
+from arrays import read_arrays, write_arrays
+model = run.Model()
+for folder in sys.argv[1:]:
+    write_arrays(f"{folder}/out", model(read_arrays(folder, model.inputs)))
+print(json.dumps(model.count_ropes() if hasattr(model, "count_ropes") else None))
+"""
+
+
+def run_python(environment: Path, kit: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a kit's folder, with its environment."""
+    command = [str(environment / "bin" / "python"), "-B", *arguments]
+    return subprocess.run(command, cwd=kit, capture_output=True, text=True, timeout=300)
+
+
+def run_cases(
+    environment: Path, kit: Path, cases: Sequence[Arrays]
+) -> tuple[list[dict[str, Any]], int | None]:
+    """Run cases; return their outputs, and how many operations are the runtime's own RoPE."""
+    folders = []
+    for index, case in enumerate(cases):
+        folders.append(kit / f"case{index}")
+        folders[-1].mkdir()
+        for name, array in case.items():
+            np.save(folders[-1] / f"{name}.npy", array)
+    done = run_python(environment, kit, "-c", _DRIVER, *map(str, folders))
+    assert done.returncode == 0, done.stderr
+    outputs = [
+        {file.stem: np.load(file) for file in sorted((folder / "out").iterdir())}
+        for folder in folders
+    ]
+    return outputs, json.loads(done.stdout.splitlines()[-1])
+
+
+def name_shapes(cases: Sequence[Arrays]) -> list[str]:
+    """Return batch and length of each case, by its position ids."""
+    return ["x".join(map(str, case["position_ids"].shape)) for case in cases]
+
+
+def check_bad_input(environment: Path, kit: Path, case: Arrays) -> None:
+    """Give `plain` what a newcomer gets wrong: one line that names it, nothing written."""
+    ids, query = case["position_ids"], case["query"]
+    wrong: list[tuple[str, Arrays]] = [
+        ("position_ids must be in [0, 31], got 32", {"position_ids": ids * 0 + 32}),
+        ("position_ids must be in [0, 31], got -1", {"position_ids": ids * 0 - 1}),
+        ("position_ids must be int64, got int32", {"position_ids": ids.astype(np.int32)}),
+        ("query must be float32, got float64", {"query": query.astype(np.float64)}),
+        ("query must have shape ['batch_size', 'num_heads', 'seq_len', 24]", {"query": query[0]}),
+        ("where batch_size is", {"position_ids": ids[:, 1:]}),
+        ("key.npy can't be read: ", {"key": None}),
+    ]
+    for index, (message, changed) in enumerate(wrong):
+        folder, out = kit / f"wrong{index}", kit / f"wrong{index}-out"
+        folder.mkdir()
+        for name, array in (case | changed).items():
+            if array is not None:
+                np.save(folder / f"{name}.npy", array)
+        done = run_python(environment, kit, "run.py", str(folder), str(out))
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "\n" not in done.stderr.strip()
+        assert not out.exists()
