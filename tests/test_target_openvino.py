@@ -101,6 +101,18 @@ def test_model(environment, tmp_path):
     )  # fmt: skip
 
 
+def test_a_wrong_fusion_is_found(environment, tmp_path, monkeypatch):
+    monkeypatch.setattr("rotary_export.deploy.inline._widen_probes", lambda model: model)
+    kit = deploy("openvino", get_model_bundle(), tmp_path / "kit")
+    done = run_python(environment, kit, "run.py")
+    assert done.returncode == 1
+    assert "the first row's positions: it fuses an input of batch 1 with" in done.stderr
+    program = (kit / "run.py").read_text()
+    (kit / "run.py").write_text(program.replace("sys.exit(\n", "print(\n", 1))
+    done = run_python(environment, kit, "run.py")  # as soon as it is right, this can go
+    assert (done.returncode, done.stderr) == (1, "logits is not what PyTorch computed\n")
+
+
 def test_the_page(environment, tmp_path):
     kit = deploy("openvino", get_bundle("plain"), tmp_path / "kit")
     model = onnx.load(kit / "rotate.inlined.onnx")

@@ -116,7 +116,11 @@ def _widen_probes(proto: Any) -> Any:
 
 
 def _find_probes(tables: Sequence[Any]) -> set[Any]:
-    """Return what tables are computed from, of the form of `models.rotation.make_probe`."""
+    """Return what tables are computed from, of the form of `models.rotation.make_probe`.
+
+    Those of which something is reshaped on the way are left: its sizes are written there, and
+    OpenVINO does not take them for a rotary embedding. Its kit looks for any that it does.
+    """
     probes, seen, queue = set(), set(), list(tables)
     while queue:
         value = queue.pop()
@@ -125,12 +129,27 @@ def _find_probes(tables: Sequence[Any]) -> set[Any]:
             continue
         seen.add(value)
         queue.extend(each for each in node.inputs if each is not None)
-        shape = value.shape
-        if node.op_type != "Expand" or not node.inputs[0].is_initializer() or shape is None:
+        if node.op_type != "Expand" or not node.inputs[0].is_initializer():
             continue
-        if len(shape) >= 3 and shape[0] == 1 and shape[-1] == node.inputs[0].shape[-1] != 1:
+        row, shape = node.inputs[0].shape, value.shape
+        if len(row) == 1 and shape is not None and len(shape) >= 3 and shape[0] == 1:
             probes.add(value)
-    return probes
+    return {probe for probe in probes if not _is_reshaped(probe)}
+
+
+def _is_reshaped(probe: Any) -> bool:
+    """Whether anything between a probe and the rotary nodes has sizes of its own."""
+    from rotary_export.fusion.join import is_rotary
+
+    seen, queue = set(), [probe]
+    while queue:
+        for node, _ in queue.pop().uses():
+            if node.op_type in ("Reshape", "Expand", "Tile"):
+                return True
+            if not is_rotary(node) and node not in seen:
+                seen.add(node)
+                queue.extend(node.outputs)
+    return False
 
 
 def _write(model: Any, staging: Path, manifest: Manifest, graph: str) -> None:

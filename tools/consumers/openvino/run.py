@@ -26,11 +26,15 @@ class Model:
         # Without the hint, a processor with bfloat16 instructions computes float32 in bfloat16.
         options = {"INFERENCE_PRECISION_HINT": "f32"}
         self.compiled = ov.Core().compile_model(HERE / f"{graph}.inlined.onnx", device, options)
-
-    def count_ropes(self):
-        """Return how many operations OpenVINO has fused to its own RoPE."""
         nodes = self.compiled.get_runtime_model().get_ordered_ops()
-        return sum(node.get_rt_info()["layerType"].value == "RoPE" for node in nodes)
+        self.ropes = [n for n in nodes if n.get_rt_info()["layerType"].value == "RoPE"]
+        for node in self.ropes:
+            x, cos = (node.input(index).get_partial_shape()[0] for index in (0, 1))
+            if x == ov.Dimension(1) != cos:
+                sys.exit(
+                    f"OpenVINO would give every row of {node.friendly_name} the first row's "
+                    f"positions: it fuses an input of batch {x} with tables of batch {cos}"
+                )
 
     def __call__(self, arrays):
         """Return outputs by name."""
@@ -58,7 +62,7 @@ def main():
     if len(sys.argv) not in (1, 3):
         sys.exit(__doc__)
     model = Model()
-    print(f"OpenVINO {ov.__version__}: {model.count_ropes()} operations are its own RoPE")
+    print(f"OpenVINO {ov.__version__}: {len(model.ropes)} operations are its own RoPE")
     inputs, *out = sys.argv[1:] or [HERE / "example"]
     outputs = model(read_arrays(inputs, model.inputs))
     if out:
