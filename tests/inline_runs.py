@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.inliner
+from cases import FORMS
+from portable import make_portable
+
+from rotary_export.op import spec
+from rotary_export.op.onnx_schema import register_schema
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -77,3 +84,48 @@ def check_bad_input(environment: Path, kit: Path, case: Arrays) -> None:
         assert message in done.stderr
         assert "\n" not in done.stderr.strip()
         assert not out.exists()
+
+
+def run_forms(environment: Path, folder: Path, opset: int, program: str) -> Iterator[Any]:
+    """Run one node of every float32 form, as its inlined body.
+
+    Args:
+        environment: Of the runtime.
+        folder: To write in.
+        opset: Of the bodies.
+        program: Defines `run(file, inputs)`, which returns outputs by name, and the operations
+            that are the runtime's own RoPE.
+
+    Yields:
+        The form, outputs, what eager gives, and that number.
+    """
+    register_schema()
+    forms = [case for case in FORMS if case.types == ("float32", "float32")]
+    wants = []
+    for case in forms:
+        inputs = case.make_inputs(3)
+        wants.append(dict(zip(spec.OUTPUTS, case.compute_eager(inputs), strict=False)))
+        model = make_portable(case, opset=opset, dynamic=True)
+        del model.graph.value_info[:]
+        onnx.save(onnx.inliner.inline_local_functions(model), folder / f"{case.id}.onnx")
+        np.savez(folder / f"{case.id}.npz", **{k: v.numpy() for k, v in inputs.items()})
+    names = [case.id for case in forms]
+    done = run_python(environment, folder, "-c", program + _RUN_FORMS, *names)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    for case, want, count in zip(forms, wants, counts, strict=True):
+        with np.load(folder / f"{case.id}.out.npz") as got:
+            yield case, dict(got), {k: v.numpy() for k, v in want.items()}, count
+
+
+_RUN_FORMS = """
+import json, sys
+import numpy as np
+counts = []
+for name in sys.argv[1:]:
+    with np.load(f"{name}.npz") as inputs:
+        outputs, count = run(f"{name}.onnx", dict(inputs))
+    np.savez(f"{name}.out.npz", **outputs)
+    counts.append(count)
+print(json.dumps(counts))
+"""

@@ -7,7 +7,7 @@ import onnx
 import onnx.inliner
 import pytest
 from bundles import check_refused, get_bundle, make_arrays, make_folder, run_eager, to_numpy
-from inline_runs import check_bad_input, name_shapes, run_cases, run_python
+from inline_runs import check_bad_input, name_shapes, run_cases, run_forms, run_python
 from target_runs import (
     Row,
     compare,
@@ -111,6 +111,24 @@ def test_a_wrong_fusion_is_found(environment, tmp_path, monkeypatch):
     (kit / "run.py").write_text(program.replace("sys.exit(\n", "print(\n", 1))
     done = run_python(environment, kit, "run.py")  # as soon as it is right, this can go
     assert (done.returncode, done.stderr) == (1, "logits is not what PyTorch computed\n")
+
+
+RUN = """
+import openvino as ov
+def run(file, inputs):
+    model = ov.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    outputs = {port.any_name: value for port, value in model(inputs).items()}
+    nodes = model.get_runtime_model().get_ordered_ops()
+    return outputs, sum(n.get_rt_info()["layerType"].value == "RoPE" for n in nodes)
+"""
+
+
+def test_every_form_of_node(environment, tmp_path):
+    for case, got, want, count in run_forms(environment, tmp_path, 23, RUN):
+        allowed = TOLERANCES["native-xpos" if case.scaled else "native"].max_ulp
+        compare(got, want, allowed * EPS["float32"])
+        is_fused = case.interleaved or not case.rotary_dim
+        assert count == (len(want) if is_fused else 0), case.id
 
 
 def test_the_page(environment, tmp_path):

@@ -6,7 +6,7 @@ import functools
 import onnx
 import pytest
 from bundles import check_refused, get_bundle, make_arrays, make_folder, run_eager, to_numpy
-from inline_runs import check_bad_input, name_shapes, run_cases, run_python
+from inline_runs import check_bad_input, name_shapes, run_cases, run_forms, run_python
 from target_runs import (
     Row,
     compare,
@@ -86,6 +86,25 @@ def test_model(environment, tmp_path):
             name_shapes(cases), max(errors), note="primitives of opset 18; one plan per shape",
         )
     )  # fmt: skip
+
+
+RUN = """
+import tract
+def run(file, inputs):
+    model = tract.onnx().load(file)
+    names = [model.input_name(index) for index in range(model.input_count())]
+    for index, name in enumerate(names):
+        kind = {"float32": "f32", "int64": "i64"}[inputs[name].dtype.name]
+        model.set_input_fact(index, ",".join([*map(str, inputs[name].shape), kind]))
+    outputs = [model.output_name(index) for index in range(model.output_count())]
+    results = model.into_model().into_runnable().run([inputs[name] for name in names])
+    return {name: value.to_numpy() for name, value in zip(outputs, results)}, 0
+"""
+
+
+def test_every_form_of_node_has_the_bits_of_eager(environment, tmp_path):
+    for _, got, want, _ in run_forms(environment, tmp_path, 18, RUN):
+        compare(got, want, 0)
 
 
 def test_the_page(environment, tmp_path):
