@@ -1,12 +1,21 @@
 """OpenVINO: the inlined graph of opset 23, whose rotary nodes it fuses to an op of its own."""
 
 import functools
+import shutil
 
 import numpy as np
 import onnx
 import onnx.inliner
 import pytest
-from bundles import check_refused, get_bundle, make_arrays, make_folder, run_eager, to_numpy
+from bundles import (
+    check_refused,
+    edit_manifest,
+    get_bundle,
+    make_arrays,
+    make_folder,
+    run_eager,
+    to_numpy,
+)
 from inline_runs import check_bad_input, name_shapes, run_cases, run_forms, run_python
 from target_runs import (
     Row,
@@ -151,9 +160,13 @@ def test_bad_input(environment, tmp_path):
     check_bad_input(environment, kit, make_arrays("plain"))
 
 
-def test_refuses_float64(tmp_path):
+def test_refuses_types_that_are_not_computed_or_compared(tmp_path):
     act = lambda: deploy("openvino", get_bundle("float64"), tmp_path / "kit")  # noqa: E731
     check_refused("openvino needs a bundle of float32, float16 or bfloat16", act, tmp_path)
+    bundle = shutil.copytree(get_model_bundle().path, tmp_path / "bundle")
+    edit_manifest(bundle, dtype="bfloat16")
+    act = lambda: deploy("openvino", bundle, tmp_path / "kit")  # noqa: E731
+    check_refused("openvino needs a whole model of float32 or float16", act, tmp_path)
 
 
 def test_refuses_an_inlined_graph_that_is_not_equal(tmp_path, monkeypatch):

@@ -29,12 +29,17 @@ def prepare_openvino(staging: Path, manifest: Manifest, graph: str) -> None:
     """Inline, with the tables of a whole model computed for the whole batch.
 
     Raises:
-        RotaryExportError: OpenVINO would not compute in the bundle's type.
+        RotaryExportError: OpenVINO does not compute in the bundle's type, or was not shown to.
     """
     if manifest.dtype == "float64":
         raise RotaryExportError(
             "openvino needs a bundle of float32, float16 or bfloat16 (OpenVINO's CPU computes "
             "float64 in float32), got float64"
+        )
+    if graph == "model" and manifest.dtype == "bfloat16":
+        raise RotaryExportError(
+            "openvino needs a whole model of float32 or float16 (of bfloat16, ONNX Runtime's CPU "
+            "can't run it for comparison), got bfloat16"
         )
     model = _widen_probes(_read(staging, manifest, graph))
     _write(model, staging, manifest, graph)
