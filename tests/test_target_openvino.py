@@ -26,7 +26,9 @@ from target_runs import (
     require,
     run_model_eager,
 )
+from tiny_models import make_inputs, make_model
 
+from rotary_export import export_model
 from rotary_export.deploy.deploy import deploy
 from rotary_export.op.spec import OP_TYPE
 from rotary_export.parity import TOLERANCES
@@ -108,6 +110,15 @@ def test_model(environment, tmp_path):
             name_shapes(cases), worst, note=note,
         )
     )  # fmt: skip
+
+
+def test_a_model_that_reshapes_its_tables(environment, tmp_path):
+    model = make_model("gptj", num_hidden_layers=1)
+    bundle = export_model(model, make_inputs(model), tmp_path / "bundle", formats=["onnx"])
+    kit = deploy("openvino", bundle, tmp_path / "kit")
+    done = run_python(environment, kit, "run.py")
+    assert done.returncode == 0, done.stderr
+    assert "2 operations are its own RoPE" in done.stdout
 
 
 def test_a_wrong_fusion_is_found(environment, tmp_path, monkeypatch):
