@@ -20,7 +20,7 @@ ORDER = [
     "models.source", "fusion.sums", "fusion.operators", "fusion.channels", "fusion.rotation",
     "fusion.build", "fusion.rules", "fusion.prepare", "fusion.join", "fusion.feeds", "fusion.check",
     "fusion.fuse", "timing", "machine", "benchmark",
-    "deploy.cpp_onnxruntime", "deploy.targets", "deploy.deploy",
+    "deploy.example", "deploy.inline", "deploy.cpp_onnxruntime", "deploy.targets", "deploy.deploy",
     "terminal", "arrays", "inspection", "cli", "__main__",
 ]  # fmt: skip
 
