@@ -41,6 +41,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "TorchScript": ("torchscript", {"runtime": "torchscript"}),
     "torch.export": ("program", {"runtime": "program"}),
+    "AOTInductor": ("aoti", {"runtime": "aoti"}),
 }
 
 Arrays = dict[str, np.ndarray[Any, Any]]

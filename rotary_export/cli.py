@@ -18,7 +18,7 @@ from click.core import ParameterSource
 import rotary_export
 from rotary_export.deploy.targets import TARGETS
 from rotary_export.errors import CheckFailedError, RotaryExportError
-from rotary_export.manifest import SUFFIXES
+from rotary_export.manifest import DEFAULT_FORMATS, SUFFIXES
 from rotary_export.op import spec
 from rotary_export.terminal import Terminal
 from rotary_export.timing import SECONDS
@@ -100,7 +100,7 @@ def cli() -> None:
     "formats",
     type=click.Choice(list(SUFFIXES)),
     multiple=True,
-    default=list(SUFFIXES),
+    default=DEFAULT_FORMATS,
     show_default=True,
     help="May be repeated.",
 )
@@ -167,7 +167,7 @@ def _make_rope(options: dict[str, Any]) -> Any:
     "formats",
     type=click.Choice(list(SUFFIXES)),
     multiple=True,
-    default=list(SUFFIXES),
+    default=DEFAULT_FORMATS,
     show_default=True,
     help="May be repeated.",
 )

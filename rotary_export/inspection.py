@@ -69,6 +69,7 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
         "opset": manifest.opset,
         **{f"minimum ONNX Runtime, {k}": v for k, v in manifest.minimum_onnxruntime.items()},
         **{f"made by {name}": number for name, number in manifest.producers.items()},
+        **{f"compiled graphs need {k}": v for k, v in manifest.compiled_for.items()},
         "proven": manifest.parity.get("passed", False),
         "graphs": graphs,
         "files": files,

@@ -19,7 +19,8 @@ from rotary_export.op import spec
 FILE_NAME = "manifest.json"
 FORMAT = "rotary_export.bundle"
 FORMAT_VERSION = 1
-SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "program": ".pt2"}
+SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "program": ".pt2", "aoti": ".aoti.pt2"}
+DEFAULT_FORMATS = ("onnx", "torchscript", "program")
 DATA_SUFFIX = ".data"  # of the file beside GRAPH.onnx that holds a large model's weights
 
 
@@ -48,7 +49,7 @@ class GraphInfo:
     Attributes:
         inputs: In order.
         outputs: In order.
-        files: File name by format ("onnx", "torchscript", "program").
+        files: File name by format, a key of SUFFIXES.
         rotary_nodes: Number of `rotary_export::RotaryEmbedding` nodes in the ONNX file.
         portable: What ONNX Runtime runs without our op library: "native" or "primitive".
         at_most: Largest legal size of a dynamic axis, where there is one.
@@ -76,6 +77,8 @@ class Manifest:
         producers: Versions of what made it.
         files: sha256 by file name.
         parity: The report of `verify`, as made by the export.
+        compiled_for: "system", "machine" and "instruction_set" that "aoti" files need; empty
+            where there are none.
     """
 
     name: str
@@ -87,6 +90,7 @@ class Manifest:
     producers: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
+    compiled_for: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
@@ -141,11 +145,15 @@ def read_manifest(bundle_dir: Path) -> Manifest:
             producers=dict(data["producers"]),
             files=dict(data["files"]),
             parity=dict(data["parity"]),
+            compiled_for={str(k): str(v) for k, v in data.get("compiled_for", {}).items()},
         )
     except RotaryExportError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise RotaryExportError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    compiled = any("aoti" in graph.files for graph in manifest.graphs.values())
+    if compiled and manifest.compiled_for.keys() != {"system", "machine", "instruction_set"}:
+        raise RotaryExportError(f"{path} does not say which machine its compiled graphs need")
     for name in (*manifest.files, *(f for g in manifest.graphs.values() for f in g.files.values())):
         if Path(name).name != name or name in ("", ".", ".."):
             raise RotaryExportError(f"{path} names a file outside the bundle: {name!r}")

@@ -21,6 +21,7 @@ from rotary_export.exporters.program import quiet_torch
 from rotary_export.manifest import GraphInfo, Manifest
 from rotary_export.op.reference_op import RotaryEmbedding as ReferenceRotaryEmbedding
 from rotary_export.runtime.load import open_session
+from rotary_export.runtime.machine import find_refusal
 from rotary_export.runtime.providers import CPU, import_onnxruntime, library_refusal
 from rotary_export.runtime.session import make_bfloat16
 
@@ -42,10 +43,12 @@ def read_constants(path: Path, info: GraphInfo) -> dict[str, dict[str, Array]]:
         info: The graph.
 
     Returns:
-        By format, arrays by buffer name.
+        By format, but for `aoti`, arrays by buffer name.
     """
     constants: dict[str, dict[str, Array]] = {}
     for kind, file in info.files.items():
+        if kind == "aoti":
+            continue  # machine code; the program that it was compiled from is there too
         if kind == "onnx":
             initializers = onnx.load(path / file).graph.initializer
             arrays = {t.name: numpy_helper.to_array(t) for t in initializers}
@@ -113,6 +116,12 @@ def open_runners(
         yield open_runner("TorchScript", "torchscript")
     if "program" in info.files:
         yield open_runner("torch.export", "program")
+    if "aoti" in info.files:
+        refusal = find_refusal(manifest.compiled_for)
+        if refusal:
+            skipped["AOTInductor"] = refusal
+        else:
+            yield open_runner("AOTInductor", "aoti")
     if "onnx" in info.files:
         try:
             import_onnxruntime()

@@ -19,7 +19,8 @@ class Target:
 
     Attributes:
         what: In a few words.
-        format: Of the bundle's files, the one that it opens: "onnx", "torchscript", "program".
+        format: Of the bundle's files, the one that it opens: "onnx", "torchscript", "program",
+            "aoti".
         prepare: Writes what depends on the bundle into the folder, if anything does.
     """
 

@@ -14,6 +14,7 @@ import torch
 import rotary_export
 from rotary_export.embedding import RotaryEmbedding
 from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.exporters.aoti import check_compiler, compile_program
 from rotary_export.exporters.graphs import (
     TRACED_SIZES,
     Graph,
@@ -25,6 +26,7 @@ from rotary_export.exporters.onnx import check_opset, export_onnx, minimum_onnxr
 from rotary_export.exporters.program import export_program
 from rotary_export.exporters.torchscript import export_torchscript
 from rotary_export.manifest import (
+    DEFAULT_FORMATS,
     FILE_NAME,
     SUFFIXES,
     GraphInfo,
@@ -33,6 +35,7 @@ from rotary_export.manifest import (
     read_manifest,
 )
 from rotary_export.parity import Report, compare_bundle
+from rotary_export.runtime.machine import COMPILED_FOR
 from rotary_export.scaling import ScaledRotaryEmbedding
 from rotary_export.staging import make_staging, move_into_place
 
@@ -66,7 +69,7 @@ def export(
     max_seq_len: int | None = None,
     batch_size: int | None = None,
     static: bool = False,
-    formats: Sequence[str] = ("onnx", "torchscript", "program"),
+    formats: Sequence[str] = DEFAULT_FORMATS,
     opset: int = 23,
     dtype: torch.dtype = torch.float32,
     force: bool = False,
@@ -89,7 +92,8 @@ def export(
         max_seq_len: Rows of the tables; default: module.max_seq_len, or what the config says.
         batch_size: Of a static export.
         static: query and key have max_seq_len rows, of which the first seq_len are rotated.
-        formats: Of "onnx", "torchscript", "program".
+        formats: Of "onnx", "torchscript", "program", and "aoti": the program, compiled for the
+            CPU by AOTInductor, which takes a C++ compiler.
         opset: Of ai.onnx; from 23 on the portable body is ORT's own rotary kernel.
         dtype: Of query and key; float32, float16, bfloat16 or float64. Tables stay float32.
         force: Replace an existing bundle.
@@ -135,6 +139,7 @@ def export(
             producers={"rotary_export": rotary_export.__version__}
             | {name: version(name) for name in ("torch", "onnx", "onnxscript")},
             files={file.name: hash_file(file) for file in sorted(staging.iterdir())},
+            compiled_for=COMPILED_FOR if "aoti" in formats else {},
         )
         report = compare_bundle(staging, manifest, lambda what: say(f"verify {what}"), state)
         return finish(staging, path, manifest, report, force)
@@ -150,6 +155,13 @@ def check_formats(formats: Sequence[str]) -> None:
             raise RotaryExportError(f"formats must be of {known}, got {kind!r}")
     if not formats:
         raise RotaryExportError("formats must name at least one format, got none")
+    if "aoti" in formats:
+        if "program" not in formats:
+            raise RotaryExportError(
+                "the format 'aoti' is compiled from 'program', which formats must name too, got "
+                f"{', '.join(formats)}"
+            )
+        check_compiler()
 
 
 def find_out(out: str | os.PathLike[str]) -> Path:
@@ -193,8 +205,10 @@ def _write_graph(
                 portable = "native"
         elif kind == "torchscript":
             export_torchscript(graph, example, folder / file)
-        else:
+        elif kind == "program":
             export_program(graph, example, folder / file)
+    if "aoti" in files:
+        compile_program(folder / files["program"], example, folder / files["aoti"])
     return GraphInfo(graph.inputs, graph.outputs, files, rotary_nodes, portable)
 
 

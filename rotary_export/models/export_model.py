@@ -14,6 +14,7 @@ from torch import nn
 
 import rotary_export
 from rotary_export.errors import RotaryExportError
+from rotary_export.exporters.aoti import compile_program
 from rotary_export.exporters.bundle import (
     Bundle,
     check_formats,
@@ -26,6 +27,7 @@ from rotary_export.exporters.onnx import check_opset, minimum_onnxruntime
 from rotary_export.exporters.program import quiet_torch, save_program
 from rotary_export.exporters.torchscript import save_traced
 from rotary_export.manifest import (
+    DEFAULT_FORMATS,
     SUFFIXES,
     GraphInfo,
     Manifest,
@@ -53,6 +55,7 @@ from rotary_export.models.trace import (
     trace_program,
 )
 from rotary_export.models.write import MAX_INLINE_BYTES, write_onnx
+from rotary_export.runtime.machine import COMPILED_FOR
 
 Progress = Callable[[str], None]
 
@@ -65,7 +68,7 @@ def export_model(
     dynamic_shapes: str | Mapping[str, Any] | None = "auto",
     opset: int = 23,
     dtype: torch.dtype | None = None,
-    formats: Sequence[str] = ("onnx", "torchscript", "program"),
+    formats: Sequence[str] = DEFAULT_FORMATS,
     force: bool = False,
     max_inline_bytes: int = MAX_INLINE_BYTES,
     progress: Progress | None = None,
@@ -84,7 +87,7 @@ def export_model(
             by name, type and rank; None: none; or by input name, {axis: name}.
         opset: Of ai.onnx; from 23 on the portable body is ORT's own rotary kernel.
         dtype: Export a copy of the model in this type; default: the model as it is.
-        formats: Of "onnx", "torchscript", "program".
+        formats: As of `export`.
         force: Replace an existing bundle.
         max_inline_bytes: Weights of more bytes than that go to a file of their own, beside the
             ONNX file.
@@ -172,8 +175,10 @@ def _write_graph(
                     graph = replace(graph, portable="native")
             elif kind == "program":
                 save_program(program, folder / file)
-            else:
+            elif kind == "torchscript":
                 _write_torchscript(prepared, folder / file)
+    if "aoti" in files:
+        compile_program(folder / files["program"], tuple(tensors), folder / files["aoti"])
     return graph
 
 
@@ -214,4 +219,5 @@ def _make_manifest(
         minimum_onnxruntime=minimum_onnxruntime(opset),
         producers=producers,
         files={file.name: hash_file(file) for file in sorted(folder.iterdir())},
+        compiled_for=COMPILED_FOR if "aoti" in graph.files else {},
     )

@@ -24,6 +24,7 @@ from rotary_export.oracle import compute_ulp
 from rotary_export.parity import Array, Error, Report, Row, compare
 from rotary_export.runners import open_reference, to_numpy
 from rotary_export.runtime.load import open_session
+from rotary_export.runtime.machine import find_refusal
 from rotary_export.runtime.providers import CPU, import_onnxruntime, library_refusal
 
 GRAPH = "model"
@@ -121,7 +122,7 @@ def compare_model(
     info = manifest.graphs[GRAPH]
     report = Report(shapes={GRAPH: [case.name for case in cases]})
     say = progress or (lambda _: None)
-    for name, options in _list_runs(info, report.skipped):
+    for name, options in _list_runs(info, manifest.compiled_for, report.skipped):
         say(f"{GRAPH}: {name}")
         try:
             kernel_path, results = _run_cases(path, manifest, options, cases)
@@ -159,12 +160,20 @@ def _run_cases(
     return session.kernel_path, results
 
 
-def _list_runs(info: GraphInfo, skipped: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
+def _list_runs(
+    info: GraphInfo, compiled_for: Mapping[str, str], skipped: dict[str, str]
+) -> list[tuple[str, dict[str, Any]]]:
     runs: list[tuple[str, dict[str, Any]]] = []
     if "program" in info.files:
         runs.append(("torch.export", {"runtime": "program"}))
     if "torchscript" in info.files:
         runs.append(("TorchScript", {"runtime": "torchscript"}))
+    if "aoti" in info.files:
+        refusal = find_refusal(compiled_for)
+        if refusal:
+            skipped["AOTInductor"] = refusal
+        else:
+            runs.append(("AOTInductor", {"runtime": "aoti"}))
     if "onnx" not in info.files:
         return runs
     try:

@@ -10,7 +10,12 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.manifest import DATA_SUFFIX, SUFFIXES, Manifest, check_files, read_manifest
 from rotary_export.runtime.session import Session
 
-RUNTIMES = {"onnxruntime": "onnx", "torchscript": "torchscript", "program": "program"}
+RUNTIMES = {
+    "onnxruntime": "onnx",
+    "torchscript": "torchscript",
+    "program": "program",
+    "aoti": "aoti",
+}
 
 
 def load(
@@ -26,8 +31,8 @@ def load(
     Args:
         bundle_dir: The bundle's folder.
         graph: "tables", "rotate" or "model".
-        runtime: "onnxruntime", "torchscript" or "program". Only the one file of that format is
-            opened.
+        runtime: "onnxruntime", "torchscript", "program" or "aoti". Only the one file of that
+            format is opened.
         providers: ONNX Runtime's execution providers by name, in order of preference; "auto":
             CUDA where it works, else the CPU.
         use_op_library: Register our op library. "auto": where it is installed and has a kernel
@@ -98,4 +103,10 @@ def open_session(
         )
     from rotary_export.runtime.torch_runtime import TorchSession
 
+    if runtime == "aoti":
+        from rotary_export.runtime.machine import find_refusal
+
+        refusal = find_refusal(manifest.compiled_for)
+        if refusal:
+            raise RotaryExportError(f"{file.name} can't run here: {refusal}")
     return TorchSession(file, graph, info, runtime)

@@ -1,10 +1,10 @@
-"""Sessions that torch runs: TorchScript files and torch.export programs."""
+"""Sessions that torch runs: TorchScript files, torch.export programs, compiled ones."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ try:
     import torch
 except ImportError:
     raise RotaryExportError(
-        "the runtimes 'torchscript' and 'program' need torch: pip install torch"
+        "the runtimes 'torchscript', 'program' and 'aoti' need torch: pip install torch"
     ) from None
 
 
@@ -41,7 +41,7 @@ def _quiet_loaders() -> Iterator[None]:
 
 
 class TorchSession(Session):
-    """A `.pt` or `.pt2` file, run by torch on the CPU."""
+    """A `.pt`, `.pt2` or `.aoti.pt2` file, run by torch on the CPU."""
 
     def __init__(self, file: Path, graph_name: str, graph: GraphInfo, runtime: str) -> None:
         super().__init__(graph_name, graph, ("CPU (torch)",), "primitive")
@@ -49,8 +49,10 @@ class TorchSession(Session):
             with _quiet_loaders():
                 if runtime == "torchscript":
                     self._module: Any = torch.jit.load(file)
-                else:
+                elif runtime == "program":
                     self._module = torch.export.load(file).module()
+                else:
+                    self._module = _load_compiled(file)
         except Exception as error:  # torch's loaders let through what their parsers raise
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise RotaryExportError(
@@ -67,6 +69,22 @@ class TorchSession(Session):
         if wants_torch:
             return dict(zip(names, outputs, strict=True))
         return {name: _to_numpy(value) for name, value in zip(names, outputs, strict=True)}
+
+
+def _load_compiled(file: Path) -> Callable[..., list[torch.Tensor]]:
+    """Load what AOTInductor compiled, by the class that C++ programs use.
+
+    `torch._inductor.aoti_load_package` compiles probes first, to warn of another machine.
+    """
+    loader = torch._C._aoti.AOTIModelPackageLoader(  # type: ignore[attr-defined]
+        str(file), "model", False, 1, -1
+    )
+
+    def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        outputs: list[torch.Tensor] = loader.boxed_run(list(tensors))
+        return outputs
+
+    return run
 
 
 def _to_torch(value: Any) -> torch.Tensor:

@@ -1,0 +1,80 @@
+"""`.aoti.pt2`: a program that AOTInductor compiled for the CPU, to be run from C++."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotary_export.errors import RotaryExportError
+from rotary_export.exporters.program import quiet_torch
+from rotary_export.runtime.machine import COMPILED_FOR, find_refusal
+
+_AVX2_BITS = 256
+
+
+def check_compiler() -> None:
+    """Refuse where a program can't be compiled and proven.
+
+    Raises:
+        RotaryExportError: There is no C++ compiler, or the machine is of another kind.
+    """
+    from torch._inductor import config
+
+    refusal = find_refusal(COMPILED_FOR)
+    if refusal:
+        raise RotaryExportError(f"the format 'aoti' can't be proven here: {refusal}")
+    compiler = config.cpp.cxx[-1]
+    if shutil.which(compiler) is None:
+        raise RotaryExportError(
+            f"the format 'aoti' needs a C++ compiler, {compiler} is not there: install g++, or "
+            "name another in the environment variable CXX"
+        )
+
+
+def compile_program(program: Path, example: tuple[Tensor, ...], path: Path) -> None:
+    """Compile a `.pt2` file.
+
+    Args:
+        program: The `.pt2` file.
+        example: Inputs of the sizes that it was traced with.
+        path: The `.aoti.pt2` file to write.
+
+    Raises:
+        RotaryExportError: AOTInductor or the compiler fails.
+    """
+    from torch._inductor.package import package_aoti
+
+    try:
+        with quiet_torch():
+            module: Any = torch.export.load(program).module()
+            files: Any = torch._inductor.aot_compile(module, example, options=_make_options())
+            # The sources stay behind: they name places on this machine.
+            package_aoti(str(path), [file for file in files if not file.endswith(".cpp")])
+    except Exception as error:  # whatever AOTInductor lets through
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RotaryExportError(
+            f"AOTInductor can't compile {program.name}: {reason}; leave 'aoti' out of formats"
+        ) from error
+
+
+def _make_options() -> dict[str, Any]:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    # Messages of the compiled code name the source file: of its folder and torch's, only these.
+    places = {cache_dir(): "aoti", str(Path(torch.__file__).parent): "torch"}
+    maps = [shlex.quote(f"-ffile-prefix-map={place}={name}") for place, name in places.items()]
+    return {
+        "aot_inductor.package": True,
+        "aot_inductor.enable_line_tables": False,
+        "aot_inductor.precompile_headers": False,  # pays off from the fourth graph on
+        "cpp.march": " ".join(("x86-64", *maps)),  # no more than simdlen adds; not "native"
+        "cpp.simdlen": _AVX2_BITS,
+        "cpp.enable_floating_point_contract_flag": "off",
+        # What throws in a parallel region, at a bad id, ends the process.
+        "cpp.threads": 1,
+    }
