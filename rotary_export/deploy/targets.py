@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rotary_export.deploy.cpp_onnxruntime import copy_op_library
 from rotary_export.deploy.inline import prepare_openvino, prepare_tract
+from rotary_export.deploy.signature import write_signature
 from rotary_export.manifest import Manifest
 
 Prepare = Callable[[Path, Manifest, str], None]  # staging folder, manifest, graph
@@ -33,4 +34,6 @@ TARGETS: dict[str, Target] = {
     "cpp-onnxruntime": Target("a C++ program, ONNX Runtime", "onnx", copy_op_library),
     "openvino": Target("OpenVINO, Python or C++", "onnx", prepare_openvino),
     "tract": Target("tract, Rust or Python", "onnx", prepare_tract),
+    "cpp-libtorch": Target("C++, libtorch: TorchScript", "torchscript", write_signature),
+    "cpp-aoti": Target("C++, libtorch: compiled by AOTInductor", "aoti", write_signature),
 }

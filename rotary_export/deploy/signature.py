@@ -1,0 +1,29 @@
+"""`signature.txt`: what a graph takes and gives, for programs that read no JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rotary_export.manifest import Manifest
+
+
+def write_signature(staging: Path, manifest: Manifest, graph: str) -> None:
+    """Write a line for each input and output.
+
+    `input NAME DTYPE DIM... [in LOW HIGH]` and `output NAME`; a sum of sizes is one word.
+
+    Args:
+        staging: The folder to write it in.
+        manifest: Of the bundle.
+        graph: Which graph.
+    """
+    info = manifest.graphs[graph]
+    lines = []
+    for tensor in info.inputs:
+        words = ["input", tensor.name, tensor.dtype]
+        words += [str(dim).replace(" ", "") for dim in tensor.shape]
+        if tensor.limits is not None:
+            words += ["in", *map(str, tensor.limits)]
+        lines.append(" ".join(words))
+    lines += [f"output {tensor.name}" for tensor in info.outputs]
+    (staging / "signature.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
