@@ -95,7 +95,7 @@ def test_modules(mistake, tmp_path):
 
 # ---- export
 
-FORMATS = "onnx, torchscript, program"
+FORMATS = "onnx, torchscript, program, aoti"
 DTYPES = "float32, float16, bfloat16, float64"
 # module, arguments, message
 EXPORTS = {
@@ -308,7 +308,7 @@ BUNDLES = {
     "runtime": (
         None,
         {"runtime": "tf"},
-        "runtime must be one of onnxruntime, torchscript, program",
+        "runtime must be one of onnxruntime, torchscript, program, aoti",
     ),
     "format": (
         lambda b: edit_graph(b, files={"onnx": "rotate.onnx"}),

@@ -168,8 +168,11 @@ except RotaryExportError as error:
 """
 MISSING = {
     "onnxruntime": ("onnxruntime", r"ONNX Runtime is not installed: pip install onnxruntime \(CPU"),
-    "torch": ("program", "'torchscript' and 'program' need torch: pip install torch"),
-    "torch,onnxruntime": ("torchscript", "'torchscript' and 'program' need torch: pip install"),
+    "torch": ("program", "'torchscript', 'program' and 'aoti' need torch: pip install torch"),
+    "torch,onnxruntime": (
+        "torchscript",
+        "'torchscript', 'program' and 'aoti' need torch: pip install",
+    ),
 }
 
 

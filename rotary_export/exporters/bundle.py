@@ -198,6 +198,8 @@ def _write_graph(
     files = {kind: f"{graph.name}{SUFFIXES[kind]}" for kind in formats}
     rotary_nodes, portable = int(graph.name == "rotate"), "primitive"
     for kind, file in files.items():
+        if kind == "aoti":
+            continue  # compiled once the program is there
         say(f"export {file}")
         if kind == "onnx":
             forms = export_onnx(graph, example, folder / file, opset)
@@ -208,6 +210,7 @@ def _write_graph(
         elif kind == "program":
             export_program(graph, example, folder / file)
     if "aoti" in files:
+        say(f"compile {files['aoti']}")
         compile_program(folder / files["program"], example, folder / files["aoti"])
     return GraphInfo(graph.inputs, graph.outputs, files, rotary_nodes, portable)
 

@@ -168,6 +168,8 @@ def _write_graph(
         nodes = sum(node.target == op for node in program.graph.nodes)
         graph = GraphInfo(prepared.inputs, outputs, files, nodes, at_most=at_most)
         for kind, file in files.items():
+            if kind == "aoti":
+                continue  # compiled once the program is there
             say(f"export {file}")
             if kind == "onnx":
                 forms = write_onnx(program, graph, symbols, folder / file, opset, max_inline_bytes)
@@ -178,6 +180,7 @@ def _write_graph(
             elif kind == "torchscript":
                 _write_torchscript(prepared, folder / file)
     if "aoti" in files:
+        say(f"compile {files['aoti']}")
         compile_program(folder / files["program"], tuple(tensors), folder / files["aoti"])
     return graph
 

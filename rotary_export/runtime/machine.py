@@ -24,13 +24,11 @@ def find_refusal(needs: Mapping[str, str]) -> str | None:
 
     has = torch.backends.cpu.get_cpu_capability()  # ATEN_CPU_CAPABILITY lowers it
     rank = _INSTRUCTION_SETS.index(has) if has in _INSTRUCTION_SETS else 0
-    system, machine = platform.system(), platform.machine()
-    if (
-        (needs["system"], needs["machine"]) == (system, machine)
-        and needs["instruction_set"] in _INSTRUCTION_SETS[: rank + 1]
-    ):
+    system, machine, runs = platform.system(), platform.machine(), _INSTRUCTION_SETS[: rank + 1]
+    same_kind = (needs["system"], needs["machine"]) == (system, machine)
+    if same_kind and needs["instruction_set"] in runs:
         return None
     return (
-        f"it was compiled for {needs['system']} {needs['machine']} with "
-        f"{needs['instruction_set']}, this is {system} {machine} with {has}"
+        f"it needs {needs['system']} {needs['machine']} with {needs['instruction_set']}, "
+        f"this is {system} {machine} with {has}"
     )

@@ -76,9 +76,7 @@ def _load_compiled(file: Path) -> Callable[..., list[torch.Tensor]]:
 
     `torch._inductor.aoti_load_package` compiles probes first, to warn of another machine.
     """
-    loader = torch._C._aoti.AOTIModelPackageLoader(  # type: ignore[attr-defined]
-        str(file), "model", False, 1, -1
-    )
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
 
     def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
         outputs: list[torch.Tensor] = loader.boxed_run(list(tensors))

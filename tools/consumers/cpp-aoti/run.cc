@@ -29,7 +29,7 @@ void CheckMachine(const std::string& package) {
   }
   const std::string needed = needs["AOTI_CPU_ISA"], has = at::get_cpu_capability();
   if (needed != has && !(needed == "AVX2" && has == "AVX512")) {
-    throw std::runtime_error(package + " can't run here: it was compiled for " + needed +
+    throw std::runtime_error(package + " can't run here: it needs " + needed +
                              ", this machine has " + has);
   }
 }
