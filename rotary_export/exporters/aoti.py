@@ -13,6 +13,7 @@ from torch import Tensor
 from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.program import quiet_torch
 from rotary_export.runtime.machine import COMPILED_FOR, find_refusal
+from rotary_export.runtime.torch_runtime import quiet_loaders
 
 _AVX2_BITS = 256
 
@@ -50,7 +51,7 @@ def compile_program(program: Path, example: tuple[Tensor, ...], path: Path) -> N
     from torch._inductor.package import package_aoti
 
     try:
-        with quiet_torch():
+        with quiet_torch(), quiet_loaders():
             module: Any = torch.export.load(program).module()
             files: Any = torch._inductor.aot_compile(module, example, options=_make_options())
             # The sources stay behind: they name places on this machine.

@@ -24,7 +24,7 @@ except ImportError:
 
 
 @contextmanager
-def _quiet_loaders() -> Iterator[None]:
+def quiet_loaders() -> Iterator[None]:
     """Silence that TorchScript is deprecated, and that a `.pt2` names sizes it has no use for.
 
     Errors are exceptions.
@@ -46,7 +46,7 @@ class TorchSession(Session):
     def __init__(self, file: Path, graph_name: str, graph: GraphInfo, runtime: str) -> None:
         super().__init__(graph_name, graph, ("CPU (torch)",), "primitive")
         try:
-            with _quiet_loaders():
+            with quiet_loaders():
                 if runtime == "torchscript":
                     self._module: Any = torch.jit.load(file)
                 elif runtime == "program":
