@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from bundles import get_bundle, make_arrays, run_eager
@@ -18,6 +21,8 @@ from target_runs import (
 )
 
 from rotary_export.deploy.deploy import deploy
+from rotary_export.deploy.signature import write_signature
+from rotary_export.manifest import TensorInfo
 from rotary_export.parity import TOLERANCES
 
 TARGET = "C++, libtorch"
@@ -118,6 +123,51 @@ def test_a_mistake_is_one_clear_error(mistake, kit, program, tmp_path):
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "case" / "out").exists()
+
+
+def test_a_sum_of_sizes(kit, program, tmp_path):
+    """As of a key/value cache, "past_seq_len + seq_len": here the heads of query are such a sum."""
+    shutil.copytree(kit, tmp_path / "kit")
+    signature = (tmp_path / "kit" / "signature.txt").read_text()
+    (tmp_path / "kit" / "signature.txt").write_text(
+        signature.replace(" num_heads ", " num_kv_heads+2 ")
+    )
+    for heads in (4, 5):
+        case = write_folder(tmp_path / str(heads), make_arrays("plain", heads=heads))
+        done = run_kit(program, tmp_path / "kit", "rotate.pt", case)
+        assert done.returncode == int(heads != 4)
+    assert "query must have shape (batch_size, num_kv_heads+2, seq_len, 24)" in done.stderr
+
+
+def test_a_largest_size(kit, program, tmp_path):
+    shutil.copytree(kit, tmp_path / "kit")
+    with (tmp_path / "kit" / "signature.txt").open("a") as file:
+        file.write("at_most seq_len 7\n")
+    for seq_len in (7, 8):
+        case = write_folder(tmp_path / str(seq_len), make_arrays("plain", seq_len=seq_len))
+        done = run_kit(program, tmp_path / "kit", "rotate.pt", case)
+        assert done.returncode == int(seq_len == 8)
+    assert done.stderr == "error: seq_len must be <= 7, got 8\n"
+
+
+def test_the_signature_says_all_of_the_manifest(tmp_path):
+    manifest = get_bundle("plain").manifest
+    rotate = replace(
+        manifest.graphs["rotate"],
+        inputs=(
+            TensorInfo("mask", "bool", ("batch_size", "past_len + seq_len")),
+            TensorInfo("ids", "int64", (2, "seq_len"), (0, 9)),
+        ),
+        at_most={"seq_len": 64},
+    )
+    write_signature(tmp_path, replace(manifest, graphs={"rotate": rotate}), "rotate")
+    assert (tmp_path / "signature.txt").read_text().splitlines() == [
+        "input mask bool batch_size past_len+seq_len",
+        "input ids int64 2 seq_len in 0 9",
+        "output query_out",
+        "output key_out",
+        "at_most seq_len 64",
+    ]
 
 
 def test_both_kits_hold_the_same_headers():

@@ -8,9 +8,10 @@ from rotary_export.manifest import Manifest
 
 
 def write_signature(staging: Path, manifest: Manifest, graph: str) -> None:
-    """Write a line for each input and output.
+    """Write a line for each input and output, and limit.
 
-    `input NAME DTYPE DIM... [in LOW HIGH]` and `output NAME`; a sum of sizes is one word.
+    `input NAME DTYPE DIM... [in LOW HIGH]`, `output NAME`, and `at_most DIM SIZE` for an axis that
+    is limited; a sum of sizes is one word.
 
     Args:
         staging: The folder to write it in.
@@ -26,4 +27,5 @@ def write_signature(staging: Path, manifest: Manifest, graph: str) -> None:
             words += ["in", *map(str, tensor.limits)]
         lines.append(" ".join(words))
     lines += [f"output {tensor.name}" for tensor in info.outputs]
+    lines += [f"at_most {dim} {size}" for dim, size in info.at_most.items()]
     (staging / "signature.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -20,9 +20,10 @@ struct Input {
 struct Signature {
   std::vector<Input> inputs;
   std::vector<std::string> outputs;
+  std::map<std::string, int64_t> at_most;  // largest legal size of a dynamic axis
 };
 
-// Lines: "input NAME DTYPE DIM... [in LOW HIGH]", "output NAME".
+// Lines: "input NAME DTYPE DIM... [in LOW HIGH]", "output NAME", "at_most DIM SIZE".
 inline Signature ReadSignature(const std::string& path) {
   std::ifstream file(path);
   if (!file) throw std::runtime_error(path + " can't be read");
@@ -34,6 +35,10 @@ inline Signature ReadSignature(const std::string& path) {
     words >> kind >> input.name >> input.dtype;
     if (kind == "output") {
       signature.outputs.push_back(input.name);
+      continue;
+    }
+    if (kind == "at_most") {
+      signature.at_most[input.name] = std::stoll(input.dtype);
       continue;
     }
     while (words >> word && word != "in") input.dims.push_back(word);
@@ -57,38 +62,52 @@ inline int64_t ResolveDim(const std::string& dim, std::map<std::string, int64_t>
   return sizes.emplace(dim, got).first->second;
 }
 
+inline void CheckInput(const Input& input, const at::Tensor& value,
+                       std::map<std::string, int64_t>& sizes) {
+  std::ostringstream said;
+  const std::map<std::string, at::ScalarType> types = {
+      {"float32", at::kFloat},     {"float64", at::kDouble}, {"float16", at::kHalf},
+      {"bfloat16", at::kBFloat16}, {"int64", at::kLong},     {"int32", at::kInt},
+      {"bool", at::kBool},
+  };
+  if (types.at(input.dtype) != value.scalar_type()) {
+    said << " must be " << input.dtype << ", got " << value.scalar_type();
+    throw std::invalid_argument(input.name + said.str());
+  }
+  bool fits = value.dim() == static_cast<int64_t>(input.dims.size());
+  for (int64_t axis = 0; fits && axis < value.dim(); ++axis) {
+    fits = ResolveDim(input.dims[axis], sizes, value.size(axis)) == value.size(axis);
+  }
+  if (!fits) {
+    said << " must have shape " << input.shape;
+    for (const auto& [name, size] : sizes) said << ", " << name << "=" << size;
+    said << ", got " << value.sizes();
+    throw std::invalid_argument(input.name + said.str());
+  }
+  if (input.low > input.high || value.numel() == 0) return;
+  const auto [smallest, largest] = value.aminmax();
+  const int64_t low = smallest.item<int64_t>(), high = largest.item<int64_t>();
+  if (low < input.low || high > input.high) {
+    said << " must be in [" << input.low << ", " << input.high << "], got "
+         << (low < input.low ? low : high);
+    throw std::invalid_argument(input.name + said.str());
+  }
+}
+
 // Compiled graphs check nothing: another shape or type would be read out of bounds.
 inline void CheckInputs(const Signature& signature, const std::vector<at::Tensor>& tensors) {
   std::map<std::string, int64_t> sizes;
-  for (size_t i = 0; i < signature.inputs.size(); ++i) {
-    const Input& input = signature.inputs[i];
-    const at::Tensor& value = tensors[i];
-    std::ostringstream said;
-    const std::map<std::string, at::ScalarType> types = {
-        {"float32", at::kFloat},     {"float64", at::kDouble}, {"float16", at::kHalf},
-        {"bfloat16", at::kBFloat16}, {"int64", at::kLong},     {"bool", at::kBool},
-    };
-    if (types.at(input.dtype) != value.scalar_type()) {
-      said << " must be " << input.dtype << ", got " << value.scalar_type();
-      throw std::invalid_argument(input.name + said.str());
+  for (const bool sums : {false, true}) {  // a sum is known once the other shapes are
+    for (size_t i = 0; i < signature.inputs.size(); ++i) {
+      const Input& input = signature.inputs[i];
+      const bool has_sum = input.shape.find('+') != std::string::npos;
+      if (has_sum == sums) CheckInput(input, tensors[i], sizes);
     }
-    bool fits = value.dim() == static_cast<int64_t>(input.dims.size());
-    for (int64_t axis = 0; fits && axis < value.dim(); ++axis) {
-      fits = ResolveDim(input.dims[axis], sizes, value.size(axis)) == value.size(axis);
-    }
-    if (!fits) {
-      said << " must have shape " << input.shape;
-      for (const auto& [name, size] : sizes) said << ", " << name << "=" << size;
-      said << ", got " << value.sizes();
-      throw std::invalid_argument(input.name + said.str());
-    }
-    if (input.low > input.high || value.numel() == 0) continue;
-    const auto [smallest, largest] = value.aminmax();
-    const int64_t low = smallest.item<int64_t>(), high = largest.item<int64_t>();
-    if (low < input.low || high > input.high) {
-      said << " must be in [" << input.low << ", " << input.high << "], got "
-           << (low < input.low ? low : high);
-      throw std::invalid_argument(input.name + said.str());
+  }
+  for (const auto& [dim, largest] : signature.at_most) {
+    if (sizes[dim] > largest) {
+      throw std::invalid_argument(dim + " must be <= " + std::to_string(largest) + ", got " +
+                                  std::to_string(sizes[dim]));
     }
   }
 }
