@@ -11,7 +11,14 @@ import numpy as np
 
 from rotary_export.errors import RotaryExportError
 from rotary_export.machine import describe_machine
-from rotary_export.manifest import GraphInfo, Manifest, TensorInfo, check_files, read_manifest
+from rotary_export.manifest import (
+    GraphInfo,
+    Manifest,
+    TensorInfo,
+    check_files,
+    find_main_graph,
+    read_manifest,
+)
 from rotary_export.models.prove import fit_sizes, make_model_inputs
 from rotary_export.runtime.load import open_session
 from rotary_export.runtime.providers import CPU
@@ -25,7 +32,6 @@ from rotary_export.timing import (
     time_interleaved,
 )
 
-GRAPHS = ("rotate", "model")  # a bundle has one of them
 SHAPES = ((1, 1), (16, 1), (1, 128), (1, 2048))  # batch_size, seq_len
 PAUSE = 5e-3  # ONNX Runtime's threads spin on after a run, on the cores that torch wants next
 HEADS = 8  # where the bundle leaves the number open
@@ -195,17 +201,6 @@ def fit_shapes(
     assert position.limits is not None
     rows = position.limits[1] + 1
     return list(dict.fromkeys((batch_size, min(seq_len, rows)) for batch_size, seq_len in shapes))
-
-
-def find_main_graph(path: Path, manifest: Manifest) -> str:
-    """Return "rotate" or "model", whichever the bundle has."""
-    for name in GRAPHS:
-        if name in manifest.graphs:
-            return name
-    raise RotaryExportError(
-        f"the bundle {path} has no graph {' or '.join(map(repr, GRAPHS))}; it has "
-        f"{', '.join(manifest.graphs)}"
-    )
 
 
 def make_inputs(manifest: Manifest, name: str, batch_size: int, seq_len: int) -> Mapping[str, Any]:

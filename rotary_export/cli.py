@@ -1,4 +1,4 @@
-"""`rotary-export`: export, fuse, verify, run, bench, deploy, inspect, doctor.
+"""`rotary-export`: export, fuse, verify, run, bench, deploy, serve, inspect, doctor.
 
 Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from rotary_export.deploy.targets import TARGETS
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.manifest import DEFAULT_FORMATS, SUFFIXES
 from rotary_export.op import spec
+from rotary_export.serving.core import MAX_BATCH_SIZE, PLATFORMS
+from rotary_export.serving.options import ENGINES, Options
 from rotary_export.terminal import Terminal
 from rotary_export.timing import SECONDS
 
 DTYPES = tuple(dict.fromkeys(x_type for x_type, _ in spec.TYPE_PAIRS))
+PORT = click.IntRange(0, 65535)
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "ml_dtypes")
 
 
@@ -418,6 +422,55 @@ def bench(bundle: Path, shapes: tuple[tuple[int, int], ...], seconds: float, as_
     if report["warning"]:
         terminal.line(f"warning: {report['warning']}")
     terminal.finish(report)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--engine", type=click.Choice(list(ENGINES)), default="mlserver", show_default=True)
+@click.option(
+    "--replicas",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes that run the model, of --engine ray.",
+)
+@click.option("--name", help="Of the model; default: the bundle's.")
+@click.option("--graph", help="Default: rotate or model, whichever the bundle has.")
+@click.option("--runtime", type=click.Choice(list(PLATFORMS)), default="onnxruntime")
+@click.option("--allow-torchscript", is_flag=True, help="For --runtime torchscript: it is code.")
+@click.option(
+    "--max-batch-size",
+    type=click.IntRange(1),
+    default=MAX_BATCH_SIZE,
+    show_default=True,
+    help="Rows that run together; 1: each request by itself.",
+)
+@click.option(
+    "--max-batch-delay-ms",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="How long a request waits for company, at most; 0: only while a run is on.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--http-port", type=PORT, default=8080, show_default=True, help="0: a free one.")
+@click.option("--grpc-port", type=PORT, default=8081, show_default=True, help="0: a free one.")
+@click.option("--metrics-port", type=PORT, default=8082, show_default=True, help="0: a free one.")
+@click.option(
+    "--max-request-mib",
+    type=click.IntRange(1, 2047),
+    default=64,
+    show_default=True,
+    help="Largest body that is read.",
+)
+def serve(engine: str, replicas: int, **options: Any) -> None:
+    """Serve BUNDLE over HTTP and gRPC (Open Inference Protocol) until SIGTERM or Ctrl-C.
+
+    Requests are checked one by one, then run together; one that is wrong fails alone.
+    """
+    if replicas > 1 and engine != "ray":
+        raise click.UsageError(f"--replicas must be 1 for the engine {engine}, got {replicas}")
+    import_module(ENGINES[engine]).serve(Options(**options, replicas=replicas), click.echo)
 
 
 @cli.command()

@@ -21,6 +21,7 @@ FORMAT = "rotary_export.bundle"
 FORMAT_VERSION = 1
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "program": ".pt2", "aoti": ".aoti.pt2"}
 DEFAULT_FORMATS = ("onnx", "torchscript", "program")
+MAIN_GRAPHS = ("rotate", "model")  # a bundle has one of them
 DATA_SUFFIX = ".data"  # of the file beside GRAPH.onnx that holds a large model's weights
 
 
@@ -191,6 +192,17 @@ def _read_graph(data: Mapping[str, Any]) -> GraphInfo:
         int(data["rotary_nodes"]),
         str(data["portable"]),
         {str(name): int(size) for name, size in data.get("at_most", {}).items()},
+    )
+
+
+def find_main_graph(bundle_dir: Path, manifest: Manifest) -> str:
+    """Return "rotate" or "model", whichever the bundle has."""
+    for name in MAIN_GRAPHS:
+        if name in manifest.graphs:
+            return name
+    raise RotaryExportError(
+        f"the bundle {bundle_dir} has no graph {' or '.join(map(repr, MAIN_GRAPHS))}; it has "
+        f"{', '.join(manifest.graphs)}"
     )
 
 

@@ -74,6 +74,12 @@ def require(name: str) -> Path:
     return folder
 
 
+def read_version(python: Path, package: str) -> str:
+    """Return the version of a package in the environment of a target."""
+    (found,) = python.parent.parent.glob(f"lib/python*/site-packages/{package}-*.dist-info")
+    return found.name.removeprefix(f"{package}-").removesuffix(".dist-info")
+
+
 @functools.cache
 def get_model() -> torch.nn.Module:
     """Return the small whole model: llama, two layers, random weights."""

@@ -11,17 +11,17 @@ PACKAGE = Path(rotary_export.__file__).parent
 ORDER = [
     "errors", "staging", "op.spec", "runtime.native", "reference", "op", "embedding", "scaling",
     "manifest", "runtime.machine", "runtime.providers", "runtime.session", "runtime.ort",
-    "runtime.torch_runtime", "runtime", "exporters.rotate_static", "exporters.scaled_graphs",
-    "exporters.graphs", "exporters.program", "exporters.aoti", "exporters.torchscript",
-    "exporters.onnx", "oracle", "scaled_oracle", "runners", "parity_cases", "parity",
-    "exporters.bundle", "models.calls", "models.rotation", "models.probe", "models.replace",
-    "models.preserve", "models.inputs", "models.cases", "models.stateless", "models.trace",
-    "models.write", "models.prepare", "models.prove", "models.export_model", "models.source",
-    "fusion.sums", "fusion.operators", "fusion.channels", "fusion.rotation", "fusion.build",
-    "fusion.rules", "fusion.prepare", "fusion.join", "fusion.feeds", "fusion.check", "fusion.fuse",
-    "timing", "machine", "benchmark", "deploy.example", "deploy.inline", "deploy.cpp_onnxruntime",
-    "deploy.signature", "deploy.targets", "deploy.deploy", "terminal", "arrays", "inspection",
-    "cli", "__main__",
+    "runtime.torch_runtime", "runtime", "serving", "exporters.rotate_static",
+    "exporters.scaled_graphs", "exporters.graphs", "exporters.program", "exporters.aoti",
+    "exporters.torchscript", "exporters.onnx", "oracle", "scaled_oracle", "runners", "parity_cases",
+    "parity", "exporters.bundle", "models.calls", "models.rotation", "models.probe",
+    "models.replace", "models.preserve", "models.inputs", "models.cases", "models.stateless",
+    "models.trace", "models.write", "models.prepare", "models.prove", "models.export_model",
+    "models.source", "fusion.sums", "fusion.operators", "fusion.channels", "fusion.rotation",
+    "fusion.build", "fusion.rules", "fusion.prepare", "fusion.join", "fusion.feeds", "fusion.check",
+    "fusion.fuse", "timing", "machine", "benchmark", "deploy.example", "deploy.inline",
+    "deploy.cpp_onnxruntime", "deploy.signature", "deploy.triton", "deploy.mlserver",
+    "deploy.targets", "deploy.deploy", "terminal", "arrays", "inspection", "cli", "__main__",
 ]  # fmt: skip
 
 

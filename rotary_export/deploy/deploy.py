@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 import rotary_export
-from rotary_export.benchmark import find_main_graph, fit_shapes
+from rotary_export.benchmark import fit_shapes
 from rotary_export.deploy.example import SHAPE, make_example
 from rotary_export.deploy.targets import TARGETS
 from rotary_export.errors import RotaryExportError
 from rotary_export.manifest import FILE_NAME as MANIFEST
-from rotary_export.manifest import Manifest, check_files, read_manifest
+from rotary_export.manifest import Manifest, check_files, find_main_graph, read_manifest
 from rotary_export.runtime.load import RUNTIMES, open_session
 from rotary_export.runtime.session import is_torch, make_bfloat16
 from rotary_export.staging import make_staging, move_into_place

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from rotary_export.deploy.cpp_onnxruntime import copy_op_library
 from rotary_export.deploy.inline import prepare_openvino, prepare_tract
+from rotary_export.deploy.mlserver import prepare_mlserver
 from rotary_export.deploy.signature import write_signature
+from rotary_export.deploy.triton import write_repository
 from rotary_export.manifest import Manifest
 
 Prepare = Callable[[Path, Manifest, str], None]  # staging folder, manifest, graph
@@ -32,8 +34,11 @@ class Target:
 
 TARGETS: dict[str, Target] = {
     "cpp-onnxruntime": Target("a C++ program, ONNX Runtime", "onnx", copy_op_library),
-    "openvino": Target("OpenVINO, Python or C++", "onnx", prepare_openvino),
-    "tract": Target("tract, Rust or Python", "onnx", prepare_tract),
-    "cpp-libtorch": Target("C++, libtorch: TorchScript", "torchscript", write_signature),
-    "cpp-aoti": Target("C++, libtorch: compiled by AOTInductor", "aoti", write_signature),
+    "cpp-libtorch": Target("a C++ program, libtorch: TorchScript", "torchscript", write_signature),
+    "cpp-aoti": Target("a C++ program, libtorch: compiled by AOTInductor", "aoti", write_signature),
+    "openvino": Target("OpenVINO, from Python", "onnx", prepare_openvino),
+    "tract": Target("tract, from Python", "onnx", prepare_tract),
+    "triton": Target("a model repository for Triton Inference Server", "onnx", write_repository),
+    "mlserver": Target("the settings of an MLServer, and a client", "onnx", prepare_mlserver),
+    "ray": Target("an application and a config file of Ray Serve, and a client", "onnx"),
 }

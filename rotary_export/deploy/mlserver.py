@@ -1,0 +1,24 @@
+"""What MLServer needs to serve a bundle: model-settings.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rotary_export.manifest import Manifest
+from rotary_export.serving.core import MAX_BATCH_SIZE
+
+
+def prepare_mlserver(staging: Path, manifest: Manifest, graph: str) -> None:
+    """Write the settings of the one model."""
+    settings = {
+        "name": manifest.name,
+        "implementation": "rotary_export.serving.mlserver_model.RotaryModel",
+        "parameters": {
+            "uri": "./bundle",
+            "version": "1",
+            "extra": {"graph": graph, "max_batch_size": MAX_BATCH_SIZE},
+        },
+    }
+    text = json.dumps(settings, indent=1) + "\n"
+    (staging / "model-settings.json").write_text(text, encoding="utf-8")

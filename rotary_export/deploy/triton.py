@@ -1,0 +1,147 @@
+"""What Triton Inference Server needs: a model repository with a model for each of three backends.
+
+Source: Triton's model configuration, `model_config.proto`. Dimensions there leave out the batch
+where `max_batch_size` is not 0.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import rotary_export
+from rotary_export.manifest import DATA_SUFFIX, GraphInfo, Manifest, TensorInfo
+from rotary_export.runtime import native
+from rotary_export.serving.core import DATATYPES, MAX_BATCH_SIZE, find_batch_axes
+
+REPOSITORY = "model_repository"
+MOUNT = "/models"  # where the container has the repository
+QUEUE_MICROSECONDS = 500
+TYPES = {dtype: f"TYPE_{datatype}" for dtype, datatype in DATATYPES.items()} | {
+    "bfloat16": "TYPE_BF16"
+}
+# What of the package the Python backend does not need.
+LEFT_OUT = ("csrc", "consumers", "__pycache__", "librotary_export.so.*")
+
+
+def write_repository(staging: Path, manifest: Manifest, graph: str) -> None:
+    """Write the model repository: GRAPH_onnxruntime, GRAPH_pytorch (TorchScript), GRAPH_python.
+
+    Triton has no scalars; a graph that takes one gets GRAPH_python alone, which makes them of (1,).
+
+    Args:
+        staging: The folder that deploy writes; `bundle/` and the kit are there.
+        manifest: Of the bundle.
+        graph: Its main graph.
+    """
+    info = manifest.graphs[graph]
+    axes = find_batch_axes(manifest, info)
+    batched = axes is not None and set(axes.values()) == {0}
+    repository = staging / REPOSITORY
+    bundle = staging / "bundle"
+
+    if all(tensor.shape for tensor in info.inputs):
+        _write_onnxruntime(bundle, repository / f"{graph}_onnxruntime", manifest, info, batched)
+        if "torchscript" in info.files:
+            _write_pytorch(bundle, repository / f"{graph}_pytorch", info, batched)
+
+    folder = _make_version(repository / f"{graph}_python")
+    (staging / "model.py").rename(folder / "model.py")
+    shutil.copytree(bundle, folder / "bundle")
+    _copy_package(folder / "rotary_export")
+    types = TYPES | {"bfloat16": "TYPE_FP32"}  # the backend's numpy has no bfloat16
+    python = _describe(info, "python", "model.py", batched, types=types, ragged=True)
+    _write_configs(folder.parent, python, gpu=False)
+
+
+def _write_onnxruntime(
+    bundle: Path, model: Path, manifest: Manifest, info: GraphInfo, batched: bool
+) -> None:
+    folder, file = _make_version(model), info.files["onnx"]
+    for name in (file, f"{file}{DATA_SUFFIX}"):
+        if name in manifest.files:
+            shutil.copy2(bundle / name, folder / name)
+    shutil.copy2(native.op_library_path(), folder / native.LIBRARY_NAME)
+    library = f"{MOUNT}/{model.name}/1/{native.LIBRARY_NAME}"
+    operations = f'model_operations {{ op_library_filename: "{library}" }}\n'
+    _write_configs(model, _describe(info, "onnxruntime", file, batched), operations)
+
+
+def _write_pytorch(bundle: Path, model: Path, info: GraphInfo, batched: bool) -> None:
+    folder, file = _make_version(model), info.files["torchscript"]
+    shutil.copy2(bundle / file, folder / file)
+    names = {t.name: f"INPUT__{i}" for i, t in enumerate(info.inputs)}
+    names |= {t.name: f"OUTPUT__{i}" for i, t in enumerate(info.outputs)}
+    _write_configs(model, _describe(info, "pytorch", file, batched, names))
+
+
+def _make_version(model: Path) -> Path:
+    folder = model / "1"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _write_configs(folder: Path, config: str, operations: str = "", *, gpu: bool = True) -> None:
+    """Write config.pbtxt for the CPU and, as `--model-config-name=gpu` wants it, for a GPU.
+
+    The op library is for the CPU alone: in a session on a GPU it would pull nodes off it.
+    """
+    (folder / "config.pbtxt").write_text(config + operations + _describe_instances("KIND_CPU"))
+    if gpu:
+        (folder / "configs").mkdir()
+        text = config + _describe_instances("KIND_GPU")
+        (folder / "configs" / "gpu.pbtxt").write_text(text)
+
+
+def _describe_instances(kind: str) -> str:
+    return f"instance_group [ {{ count: 1 kind: {kind} }} ]\n"
+
+
+def _describe(
+    info: GraphInfo,
+    backend: str,
+    file: str,
+    batched: bool,
+    names: Mapping[str, str] | None = None,
+    types: Mapping[str, str] = TYPES,
+    *,
+    ragged: bool = False,
+) -> str:
+    """Return a model's configuration, but for its instances.
+
+    Args:
+        info: The graph.
+        backend: Of Triton.
+        file: In the version's folder.
+        batched: Whether the first axis is the batch, and requests may run together.
+        names: Of the tensors, where the backend has its own.
+        types: Triton's of our dtypes.
+        ragged: Whether requests of several lengths come to the backend together.
+    """
+
+    def describe(kind: str, tensors: Iterable[TensorInfo]) -> str:
+        parts = []
+        for tensor in tensors:
+            shape = [str(d) if isinstance(d, int) else "-1" for d in tensor.shape][batched:]
+            dims = f"dims: [ {', '.join(shape or ['1'])} ]"
+            if ragged and batched and kind == "input":
+                dims += " allow_ragged_batch: true"
+            name = (names or {}).get(tensor.name, tensor.name)
+            parts.append(f'  {{ name: "{name}" data_type: {types[tensor.dtype]} {dims} }}')
+        return f"{kind} [\n" + ",\n".join(parts) + "\n]\n"
+
+    size = min(MAX_BATCH_SIZE, info.at_most.get("batch_size", MAX_BATCH_SIZE)) if batched else 0
+    lines = f'backend: "{backend}"\ndefault_model_filename: "{file}"\nmax_batch_size: {size}\n'
+    lines += describe("input", info.inputs) + describe("output", info.outputs)
+    if batched:
+        lines += f"dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_MICROSECONDS} }}\n"
+    return lines
+
+
+def _copy_package(to: Path) -> None:
+    """Copy this package, for a server on which it is not installed."""
+    # More than one folder: an editable install keeps built files and sources apart.
+    for folder in rotary_export.__path__:
+        ignore = shutil.ignore_patterns(*LEFT_OUT)
+        shutil.copytree(folder, to, ignore=ignore, dirs_exist_ok=True)

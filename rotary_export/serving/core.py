@@ -1,0 +1,317 @@
+"""What every server does with a bundle: check each request by itself, then run them together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rotary_export.errors import RotaryExportError
+from rotary_export.manifest import GraphInfo, Manifest, TensorInfo, find_main_graph, read_manifest
+from rotary_export.runtime.load import load
+from rotary_export.runtime.session import check_session_inputs, make_bfloat16
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Arrays = Mapping[str, Array]
+
+# Runtimes that are served; the protocol's name of the platform.
+PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "torchscript": "pytorch_torchscript"}
+BATCH = "batch_size"
+MAX_BATCH_SIZE = 64
+DATATYPES = {
+    "bool": "BOOL",
+    "uint8": "UINT8",
+    "int8": "INT8",
+    "int32": "INT32",
+    "int64": "INT64",
+    "float16": "FP16",
+    "float32": "FP32",
+    "float64": "FP64",
+    "bfloat16": "FP32",  # JSON has no BF16, and half of the protocol's servers neither
+}
+
+
+class ServedModel:
+    """One graph of a bundle, and what the Open Inference Protocol says of it.
+
+    Arrays come and go in the protocol's datatypes. bfloat16 has none that every server knows, so it
+    is FP32 there: rounded to bfloat16 on arrival, exact on the way back.
+
+    Args:
+        bundle_dir: The bundle's folder.
+        graph: Default: "rotate" or "model", whichever the bundle has.
+        runtime: Of PLATFORMS.
+        allow_torchscript: Open a TorchScript file, whose code runs here. Without it, an error.
+        max_batch_size: Rows of a run, at most; a request of more runs alone.
+        name: Of the model; default: the bundle's.
+
+    Attributes:
+        metadata: The model's metadata, as the protocol's JSON; a dynamic size is -1.
+        kernel_path: As `Session.kernel_path`.
+        providers: As `Session.providers`.
+        batches: Whether requests run together.
+        max_batch_size: Rows of a run, at most.
+        datatypes: The protocol's, of each output.
+
+    Raises:
+        RotaryExportError: As `load`; or TorchScript is not allowed.
+    """
+
+    def __init__(
+        self,
+        bundle_dir: str | os.PathLike[str],
+        graph: str | None = None,
+        runtime: str = "onnxruntime",
+        *,
+        allow_torchscript: bool = False,
+        max_batch_size: int = MAX_BATCH_SIZE,
+        name: str | None = None,
+    ) -> None:
+        if runtime not in PLATFORMS:
+            raise RotaryExportError(
+                f"runtime must be one of {', '.join(PLATFORMS)}, got {runtime!r}"
+            )
+        if runtime == "torchscript" and not allow_torchscript:
+            raise RotaryExportError(
+                "a TorchScript file is code that runs here: serve it with --allow-torchscript if "
+                "you know who made it"
+            )
+        if max_batch_size < 1:
+            raise RotaryExportError(f"max_batch_size must be >= 1, got {max_batch_size}")
+        path = Path(bundle_dir)
+        manifest = read_manifest(path)
+        self._session = load(path, graph or find_main_graph(path, manifest), runtime)
+        self._info = self._session.graph
+        self._inputs = {info.name: info for info in self._info.inputs}
+        self._axes = find_batch_axes(manifest, self._info)
+        self.max_batch_size = min(max_batch_size, self._info.at_most.get(BATCH, max_batch_size))
+        self.batches = self._axes is not None and self.max_batch_size > 1
+        self.kernel_path = self._session.kernel_path
+        self.providers = self._session.providers
+        self.metadata: dict[str, Any] = {
+            "name": name or manifest.name,
+            "versions": ["1"],
+            "platform": PLATFORMS[runtime],
+            "inputs": [_describe(info) for info in self._info.inputs],
+            "outputs": [_describe(info) for info in self._info.outputs],
+        }
+        self.datatypes = {info.name: DATATYPES[info.dtype] for info in self._info.outputs}
+
+    def decode(self, name: str, datatype: str, shape: Sequence[int], data: Any) -> Array:
+        """Make the array of one input from what a request says of it.
+
+        Args:
+            name: Of the input.
+            datatype: The protocol's.
+            shape: Of the input.
+            data: Numbers in row-major order, in a list (nested or not) or an array.
+
+        Returns:
+            The array.
+
+        Raises:
+            RotaryExportError: The graph has no such input, the datatype is not its own, or the
+                numbers are not of that datatype or not as many as the shape says.
+        """
+        info = self._find_input(name)
+        wanted = DATATYPES[info.dtype]
+        if datatype != wanted:
+            raise RotaryExportError(f"{name} must have the datatype {wanted}, got {datatype}")
+        sizes = tuple(shape)
+        if any(size < 0 for size in sizes):
+            raise RotaryExportError(f"{name} must have a shape without negatives, got {sizes}")
+        values = _read_numbers(name, data, _find_wire_dtype(info), wanted)
+        count = 1
+        for size in sizes:
+            count *= size  # of Python, which does not overflow
+        if values.size != count:
+            raise RotaryExportError(
+                f"{name} must have as many numbers as its shape {sizes} says, {count}, got "
+                f"{values.size}"
+            )
+        return values.reshape(sizes)
+
+    def find_outputs(self, wanted: Sequence[str]) -> list[str]:
+        """Return the outputs that a request names, or all.
+
+        Raises:
+            RotaryExportError: The graph has no such output.
+        """
+        for name in wanted:
+            if name not in self.datatypes:
+                raise RotaryExportError(
+                    f"{self._session.graph_name} has no output {name!r}; it gives "
+                    f"{', '.join(self.datatypes)}"
+                )
+        return list(dict.fromkeys(wanted)) or list(self.datatypes)
+
+    def check(self, inputs: Arrays) -> dict[str, Array]:
+        """Check one request.
+
+        Args:
+            inputs: Arrays by name.
+
+        Returns:
+            Arrays as the session takes them.
+
+        Raises:
+            RotaryExportError: An input is missing, unknown, of a wrong dtype or shape, or out of
+                its limits.
+        """
+        checked = dict(inputs)
+        for name, value in inputs.items():
+            if self._find_input(name).dtype == "bfloat16" and value.dtype == np.float32:
+                checked[name] = value.astype(make_bfloat16())
+        check_session_inputs(self._session.graph_name, self._info, checked)
+        return checked
+
+    def run_many(self, requests: Sequence[Arrays]) -> list[dict[str, Array] | RotaryExportError]:
+        """Run requests, together where that changes no answer; one that fails fails alone.
+
+        Args:
+            requests: Arrays by name, each.
+
+        Returns:
+            For each request its outputs by name, or what is wrong with it.
+        """
+        results: list[dict[str, Array] | RotaryExportError | None] = [None] * len(requests)
+        groups: dict[object, list[tuple[int, dict[str, Array]]]] = {}
+        for index, request in enumerate(requests):
+            try:
+                checked = self.check(request)
+            except RotaryExportError as error:
+                results[index] = error
+            else:
+                key = self._find_group(checked) if self.batches else index
+                groups.setdefault(key, []).append((index, checked))
+        for group in groups.values():
+            for run in self._divide(group):
+                outputs = self._run_together([inputs for _, inputs in run])
+                for (index, _), output in zip(run, outputs, strict=True):
+                    results[index] = output
+        return [result for result in results if result is not None]
+
+    def _find_input(self, name: str) -> TensorInfo:
+        if name not in self._inputs:
+            raise RotaryExportError(
+                f"{self._session.graph_name} has no input {name!r}; it takes "
+                f"{', '.join(self._inputs)}"
+            )
+        return self._inputs[name]
+
+    def _count_rows(self, inputs: Arrays) -> int:
+        assert self._axes is not None
+        name = self._info.inputs[0].name
+        return int(inputs[name].shape[self._axes[name]])
+
+    def _find_group(self, inputs: Arrays) -> object:
+        """Return what requests that run together have in common: every size but the batch's."""
+        assert self._axes is not None
+        return tuple(
+            size
+            for name in self._inputs
+            for axis, size in enumerate(inputs[name].shape)
+            if axis != self._axes[name]
+        )
+
+    def _divide(
+        self, group: Sequence[tuple[int, dict[str, Array]]]
+    ) -> list[list[tuple[int, dict[str, Array]]]]:
+        """Divide requests into runs of at most so many rows."""
+        if not self.batches:
+            return [[request] for request in group]
+        runs: list[list[tuple[int, dict[str, Array]]]] = []
+        room = 0
+        for request in group:
+            rows = self._count_rows(request[1])
+            if not runs or rows > room:
+                runs.append([])
+                room = self.max_batch_size
+            runs[-1].append(request)
+            room -= rows
+        return runs
+
+    def _run_together(
+        self, requests: Sequence[dict[str, Array]]
+    ) -> list[dict[str, Array] | RotaryExportError]:
+        """Run checked requests in one call; should it fail, each in its own."""
+        if len(requests) == 1:
+            return [self._run_one(requests[0])]
+        assert self._axes is not None
+        joined = {
+            name: np.concatenate([request[name] for request in requests], self._axes[name])
+            for name in self._inputs
+        }
+        outputs = self._run_one(joined)
+        if isinstance(outputs, RotaryExportError):
+            return [self._run_one(request) for request in requests]
+        ends = np.cumsum([self._count_rows(request) for request in requests])[:-1]
+        parts = {name: np.split(value, ends, self._axes[name]) for name, value in outputs.items()}
+        return [{name: parts[name][i] for name in parts} for i in range(len(requests))]
+
+    def _run_one(self, inputs: Arrays) -> dict[str, Array] | RotaryExportError:
+        try:
+            outputs = self._session(**inputs)
+        except RotaryExportError as error:
+            return error
+        except Exception as error:  # torch lets through what its operators raise
+            return RotaryExportError(f"{self._session.graph_name} failed: {error}")
+        return {
+            info.name: np.asarray(outputs[info.name]).astype(_find_wire_dtype(info), copy=False)
+            for info in self._info.outputs
+        }
+
+
+def find_batch_axes(manifest: Manifest, graph: GraphInfo) -> dict[str, int] | None:
+    """Return the batch axis of every input and output; None: requests can't run together.
+
+    They can where every tensor has that axis, and where no row's answer depends on another's: the
+    angles of dynamic and longrope are chosen by the longest sequence of the batch.
+    """
+    rope = manifest.config.get("rope") or {}
+    if manifest.config.get("thresholds") or rope.get("rope_type") in ("dynamic", "longrope"):
+        return None
+    axes = {}
+    for info in (*graph.inputs, *graph.outputs):
+        if info.shape.count(BATCH) != 1:
+            return None
+        axes[info.name] = info.shape.index(BATCH)
+    return axes
+
+
+def _find_wire_dtype(info: TensorInfo) -> np.dtype[Any]:
+    return np.dtype("float32" if info.dtype == "bfloat16" else info.dtype)
+
+
+def _describe(info: TensorInfo) -> dict[str, Any]:
+    shape = [size if isinstance(size, int) else -1 for size in info.shape]
+    return {"name": info.name, "datatype": DATATYPES[info.dtype], "shape": shape}
+
+
+def _read_numbers(name: str, data: Any, dtype: np.dtype[Any], datatype: str) -> Array:
+    """Return numbers as a flat array; what the datatype can't hold is refused, not rounded off."""
+    wrong = RotaryExportError(f"{name} must hold {datatype} numbers")
+    if isinstance(data, np.ndarray) and data.dtype == dtype:
+        return data.reshape(-1)
+    try:
+        # JSON has no NaN: it is null there.
+        values = np.asarray(data, dtype=np.float64 if dtype.kind == "f" else None).reshape(-1)
+    except (ValueError, TypeError, OverflowError):
+        raise wrong from None
+    if values.size == 0:
+        return values.astype(dtype)
+    kinds = {"f": "f", "b": "b", "u": "iu", "i": "iu"}[dtype.kind]
+    if values.dtype.kind not in kinds:
+        raise wrong
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype)
+    if dtype.kind == "f":
+        fits = np.isfinite(cast) == np.isfinite(values)
+    else:
+        fits = cast == values
+    if not fits.all():
+        raise RotaryExportError(f"{name} must hold {datatype} numbers, got {values[~fits][0]}")
+    return cast

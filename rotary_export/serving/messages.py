@@ -1,0 +1,236 @@
+"""The Open Inference Protocol's messages: read to arrays, written from arrays.
+
+JSON over HTTP, with or without binary tensors, and gRPC (the stubs are those of tritonclient).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rotary_export.errors import RotaryExportError
+from rotary_export.serving.core import DATATYPES, Array, Arrays, ServedModel
+
+HEADER_LENGTH = "Inference-Header-Content-Length"  # of the JSON that binary tensors follow
+WIRE_DTYPES = {wire: np.dtype(name) for name, wire in DATATYPES.items() if name != "bfloat16"}
+# Where gRPC carries numbers that are not raw; it has no such place for FP16.
+CONTENTS = {
+    "BOOL": "bool_contents",
+    "UINT8": "uint_contents",
+    "INT8": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+}
+
+
+@dataclass(frozen=True)
+class InferCall:
+    """One request.
+
+    Attributes:
+        inputs: Arrays by name.
+        outputs: Names of those that are wanted, and whether as binary tensors; none: all of them.
+        binary: Whether outputs that are not named come as binary tensors.
+        id: Sent back with the answer.
+    """
+
+    inputs: dict[str, Array]
+    outputs: dict[str, bool] = field(default_factory=dict)
+    binary: bool = False
+    id: str = ""
+
+
+def read_http(served: ServedModel, body: bytes, header_length: str | None) -> InferCall:
+    """Read the body of an HTTP request.
+
+    Args:
+        served: The model that it is for.
+        body: JSON, followed by binary tensors if `header_length` is there.
+        header_length: The value of HEADER_LENGTH.
+
+    Raises:
+        RotaryExportError: It is not what the protocol says, or does not fit the model.
+    """
+    size = len(body)
+    if header_length is not None:
+        if not header_length.isdecimal() or int(header_length) > size:
+            raise RotaryExportError(
+                f"{HEADER_LENGTH} must be a number <= the size of the body, {size}, "
+                f"got {header_length!r}"
+            )
+        size = int(header_length)
+    try:
+        request = json.loads(body[:size])
+    except ValueError as error:  # json's and unicode's alike
+        raise RotaryExportError(f"the body must be JSON: {error}") from None
+    except RecursionError:
+        raise RotaryExportError("the body must be JSON: it is nested too deep") from None
+    request = _Object("the request", request)
+    rest = memoryview(body)[size:]
+    inputs: dict[str, Array] = {}
+    for tensor in request.get_objects("inputs"):
+        name = tensor.get_str("name")
+        datatype, shape = tensor.get_str("datatype"), tensor.get_shape()
+        data_size = tensor.get_parameters().value.get("binary_data_size")
+        if data_size is None:
+            data: Any = tensor.get("data", list)
+        else:
+            if type(data_size) is not int or not 0 <= data_size <= len(rest):
+                raise RotaryExportError(
+                    f"{name}: binary_data_size must be >= 0 and <= the {len(rest)} bytes left of "
+                    f"the body, got {data_size!r}"
+                )
+            data, rest = _read_raw(name, datatype, rest[:data_size]), rest[data_size:]
+        _add(inputs, name, served.decode(name, datatype, shape, data))
+    if len(rest):
+        raise RotaryExportError(f"the body has {len(rest)} bytes more than its inputs take")
+    binary = request.get_parameters().value.get("binary_data_output") is True
+    outputs = {}
+    for output in request.get_objects("outputs") if "outputs" in request.value else []:
+        wants = output.get_parameters().value.get("binary_data", binary)
+        outputs[output.get_str("name")] = wants is True
+    served.find_outputs(list(outputs))
+    id_ = request.get_str("id") if "id" in request.value else ""
+    return InferCall(inputs, outputs, binary, id_)
+
+
+def write_http(
+    served: ServedModel, call: InferCall, outputs: Arrays
+) -> tuple[bytes, dict[str, str]]:
+    """Return the body of the answer to an HTTP request, and its headers.
+
+    Raises:
+        RotaryExportError: JSON can't say it.
+    """
+    tensors, raw = [], []
+    for name in call.outputs or outputs:
+        value = outputs[name]
+        tensor = _describe(name, value)
+        if call.outputs.get(name, call.binary):
+            raw.append(np.ascontiguousarray(value).tobytes())
+            tensor["parameters"] = {"binary_data_size": len(raw[-1])}
+        else:
+            tensor["data"] = _to_json(name, value)
+        tensors.append(tensor)
+    answer: dict[str, Any] = {
+        "model_name": served.metadata["name"],
+        "model_version": served.metadata["versions"][0],
+        "outputs": tensors,
+    }
+    if call.id:
+        answer["id"] = call.id
+    header = json.dumps(answer).encode()
+    if not raw:
+        return header, {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(header))}
+    return b"".join((header, *raw)), headers
+
+
+def read_grpc(served: ServedModel, request: Any) -> InferCall:
+    """Read a ModelInferRequest; raises as `read_http`."""
+    raws = request.raw_input_contents
+    if raws and len(raws) != len(request.inputs):
+        raise RotaryExportError(
+            f"raw_input_contents must hold one item for each of {len(request.inputs)} inputs, or "
+            f"none at all, got {len(raws)}"
+        )
+    inputs: dict[str, Array] = {}
+    for index, tensor in enumerate(request.inputs):
+        if raws:
+            data: Any = _read_raw(tensor.name, tensor.datatype, raws[index])
+        else:
+            data = list(getattr(tensor.contents, CONTENTS.get(tensor.datatype, "bytes_contents")))
+        array = served.decode(tensor.name, tensor.datatype, tuple(tensor.shape), data)
+        _add(inputs, tensor.name, array)
+    outputs = {output.name: True for output in request.outputs}
+    served.find_outputs(list(outputs))
+    return InferCall(inputs, outputs, id=request.id)
+
+
+def write_grpc(served: ServedModel, call: InferCall, outputs: Arrays) -> Any:
+    """Return the ModelInferResponse to a request; its tensors are raw."""
+    from tritonclient.grpc import service_pb2
+
+    answer = service_pb2.ModelInferResponse(
+        model_name=served.metadata["name"],
+        model_version=served.metadata["versions"][0],
+        id=call.id,
+    )
+    for name in call.outputs or outputs:
+        answer.outputs.add(**_describe(name, outputs[name]))
+        answer.raw_output_contents.append(np.ascontiguousarray(outputs[name]).tobytes())
+    return answer
+
+
+class _Object:
+    """A JSON object of a request; each part is read with its type checked."""
+
+    def __init__(self, where: str, value: object) -> None:
+        if not isinstance(value, dict):
+            raise RotaryExportError(f"{where} must be an object, got {type(value).__name__}")
+        self.where = where
+        self.value = value
+
+    def get(self, key: str, kind: type) -> Any:
+        value = self.value.get(key)
+        if not isinstance(value, kind):
+            given = type(value).__name__ if key in self.value else "nothing"
+            raise RotaryExportError(
+                f"{self.where} must have {key!r}, a {kind.__name__}, got {given}"
+            )
+        return value
+
+    def get_str(self, key: str) -> str:
+        return str(self.get(key, str))
+
+    def get_objects(self, key: str) -> list[_Object]:
+        values = self.get(key, list)
+        return [_Object(f"{key}[{index}]", value) for index, value in enumerate(values)]
+
+    def get_parameters(self) -> _Object:
+        return _Object(f"parameters of {self.where}", self.value.get("parameters", {}))
+
+    def get_shape(self) -> Sequence[int]:
+        shape = self.get("shape", list)
+        if any(type(size) is not int for size in shape):
+            raise RotaryExportError(f"shape of {self.where} must hold integers, got {shape}")
+        return tuple(shape)
+
+
+def _add(inputs: dict[str, Array], name: str, value: Array) -> None:
+    if name in inputs:
+        raise RotaryExportError(f"the input {name!r} must be given once, got it twice")
+    inputs[name] = value
+
+
+def _read_raw(name: str, datatype: str, data: bytes | memoryview) -> Array:
+    """Return raw little-endian numbers as an array; an unknown datatype is `decode`'s to refuse."""
+    dtype = WIRE_DTYPES.get(datatype, np.dtype("uint8"))
+    if len(data) % dtype.itemsize:
+        raise RotaryExportError(
+            f"{name} must hold {datatype} numbers of {dtype.itemsize} bytes each, got {len(data)} "
+            "bytes"
+        )
+    return np.frombuffer(data, dtype.newbyteorder("<"))
+
+
+def _describe(name: str, value: Array) -> dict[str, Any]:
+    return {"name": name, "datatype": DATATYPES[value.dtype.name], "shape": list(value.shape)}
+
+
+def _to_json(name: str, value: Array) -> list[Any]:
+    """Return numbers in row-major order; a NaN is null."""
+    flat = value.reshape(-1)
+    if value.dtype.kind != "f" or np.isfinite(flat).all():
+        return list(flat.tolist())
+    if np.isinf(flat).any():
+        raise RotaryExportError(
+            f"{name} must be finite for JSON, got inf; use binary data, or gRPC"
+        )
+    return [None if np.isnan(number) else number for number in flat.tolist()]

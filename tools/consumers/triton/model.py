@@ -1,0 +1,46 @@
+"""A bundle behind Triton's Python backend: each request is checked, and the good run together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as triton
+
+from rotary_export.errors import RotaryExportError
+from rotary_export.serving.core import ServedModel
+
+
+class TritonPythonModel:
+    """What the backend looks for."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the bundle that stands beside this file."""
+        config = json.loads(args["model_config"])
+        size = max(1, config["max_batch_size"])
+        self._served = ServedModel(Path(__file__).parent / "bundle", max_batch_size=size)
+        inputs = self._served.metadata["inputs"]
+        self._scalars = {tensor["name"] for tensor in inputs if not tensor["shape"]}
+        triton.Logger.log_info(f"{args['model_name']}: {self._served.kernel_path}")
+
+    def execute(self, requests: list) -> list:
+        """Answer the requests that Triton's batcher has gathered."""
+        inputs = [
+            {tensor.name(): self._read(tensor) for tensor in request.inputs()}
+            for request in requests
+        ]
+        return [self._make_response(result) for result in self._served.run_many(inputs)]
+
+    def _read(self, tensor: triton.Tensor) -> np.ndarray:
+        """Return an array; what the graph takes as a scalar comes as (1,), as Triton has none."""
+        value = tensor.as_numpy()
+        return value.reshape(()) if tensor.name() in self._scalars else value
+
+    def _make_response(self, result: object) -> object:
+        if isinstance(result, RotaryExportError):
+            error = triton.TritonError(str(result), triton.TritonError.INVALID_ARG)
+            return triton.InferenceResponse(output_tensors=[], error=error)
+        return triton.InferenceResponse(
+            output_tensors=[triton.Tensor(name, value) for name, value in result.items()]
+        )
