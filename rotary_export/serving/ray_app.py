@@ -204,12 +204,12 @@ def add_open_inference(servicer: Any, server: Any) -> None:
     server.add_generic_rpc_handlers((handler,))
 
 
-def build_app(args: Mapping[str, Any], num_replicas: int | None = None) -> serve.Application:
+def build_app(args: Mapping[str, Any], num_replicas: int = 1) -> serve.Application:
     """Return the application, for `serve.run` or a config file.
 
     Args:
         args: `bundle_dir`, and what else `OpenInference` takes.
-        num_replicas: Default: one, or what the config file says.
+        num_replicas: A config file overrides it.
     """
     deployment = serve.deployment(
         OpenInference,
@@ -219,7 +219,7 @@ def build_app(args: Mapping[str, Any], num_replicas: int | None = None) -> serve
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.2,
     )
-    return deployment.options(num_replicas=num_replicas or 1).bind(**args)
+    return deployment.options(num_replicas=num_replicas).bind(**args)
 
 
 def _make_proxy_method(name: str) -> Callable[[OpenInference, Any, Any], Awaitable[Any]]:
