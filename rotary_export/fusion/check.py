@@ -104,11 +104,12 @@ def compare_models(
     runs, hows = _run_before(old, folder, cases, shapes, check)
     new = _observe(after, observed)
     if all(isinstance(run, str) for run in runs):
+        reason = runs[0]
         runs, hows = _run_reference(old, cases), ["by onnx.reference"] * len(cases)
         if all(isinstance(run, str) for run in runs):
-            raise RotaryExportError(f"the model can't be verified, it runs at no shape: {runs[0]}")
+            raise RotaryExportError(f"the model can't be verified, it runs at no shape: {reason}")
     for name, library in _find_runtimes(check):
-        results = _run_session(new, folder, cases, library)
+        results = _run_session(new, folder, cases, shapes, hows, library)
         if all(isinstance(r, str) for r in results) and hows[0] == "by onnx.reference":
             name, results = "onnx.reference", _run_reference(new, cases)
         for shape, want, got, how in zip(shapes, runs, results, hows, strict=True):
@@ -174,13 +175,22 @@ def _run_session(
     model: onnx.ModelProto,
     folder: Path | None,
     cases: Sequence[Mapping[str, Array]],
-    library: bool = False,
+    shapes: Sequence[Shape],
+    hows: Sequence[str],
+    library: bool,
 ) -> list[Run]:
+    """Run the fused model; row by row where the model itself did not run the batch, nor it does."""
     try:
         session = _open(model, folder, library)
     except Exception as error:  # ORT's own exceptions share no base class
         return [_describe(error)] * len(cases)
-    return [_run_case(session, case) for case in cases]
+    runs = []
+    for case, shape, how in zip(cases, shapes, hows, strict=True):
+        run = _run_case(session, case)
+        if isinstance(run, str) and how == "row by row":
+            run = _run_rows(session, case, shape.batch) or run
+        runs.append(run)
+    return runs
 
 
 def _run_case(session: Any, case: Mapping[str, Array]) -> Run:

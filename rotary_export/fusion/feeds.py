@@ -17,6 +17,7 @@ from rotary_export.runtime.session import make_bfloat16
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _PAST = re.compile(r"past|cache")
+_TOTAL = re.compile(r"total|past.*(\+|plus|and)")
 _IDS = re.compile(r"^(decoder_)?input_ids$|^tokens?$|^token_ids$")
 
 
@@ -71,7 +72,11 @@ def make_feeds(
                 if isinstance(dim, str):
                     sizes[dim] = size
     for value in inputs:
-        for axis, dim in enumerate(_read_input(value)):
+        dims = _read_input(value)
+        head_dim = _find_head_dim(value)
+        if head_dim is not None and isinstance(dims[-1], str):
+            sizes.setdefault(dims[-1], head_dim)
+        for axis, dim in enumerate(dims):
             if isinstance(dim, str) and dim.isidentifier():
                 sizes.setdefault(dim, _choose_size(value.name or "", axis, dim, shape))
     feeds = {}
@@ -86,6 +91,23 @@ def make_feeds(
     return feeds
 
 
+def _find_head_dim(value: ir.Value) -> int | None:
+    """Return the channels of a key/value cache that one of ONNX Runtime's attention nodes reads.
+
+    onnxruntime-genai leaves them open (`kv_cache_dim`).
+    """
+    for user, index in value.uses():
+        if user.op_type != "GroupQueryAttention" or index not in (3, 4) or user.inputs[0] is None:
+            continue
+        heads = user.attributes["num_heads"].as_int()
+        if user.inputs[1] is None:  # query, key and value in one
+            heads += 2 * user.attributes["kv_num_heads"].as_int()
+        dims = read_dims(user.inputs[0])
+        if dims is not None and isinstance(dims[-1], int):
+            return dims[-1] // heads
+    return None
+
+
 def _read_input(value: ir.Value) -> list[int | str | None]:
     dims = read_dims(value)
     if dims is None or value.dtype is None:
@@ -98,10 +120,10 @@ def _choose_size(name: str, axis: int, dim: str, shape: Shape) -> int:
     low = dim.lower()
     if "batch" in low:
         return shape.batch
-    if "past" in low and "seq" in low and "total" not in low and "+" not in low:
-        return shape.past
-    if "total" in low or "past" in low or ("mask" in name and axis > 0):
+    if _TOTAL.search(low) or ("mask" in name and axis > 0):
         return shape.past + shape.length
+    if "past" in low:
+        return shape.past
     if _PAST.search(name):
         return shape.batch if axis == 0 else shape.past
     if "seq" in low or "len" in low:

@@ -226,6 +226,11 @@ def read_model(model: onnx.ModelProto | str | os.PathLike[str]) -> ir.Model:
             f"{name} has opset {opset}, it must be >= {OLDEST_OPSET}: "
             "onnx.version_converter raises it"
         )
+    made = {output for node in proto.graph.node for output in node.output}
+    made |= {value.name for value in (*proto.graph.input, *proto.graph.initializer)}
+    for output in proto.graph.output:
+        if output.name not in made:
+            raise RotaryExportError(f"{name} is damaged: no node computes its output {output.name}")
     source = ir.serde.deserialize_model(proto)
     if not isinstance(model, onnx.ModelProto):
         folder = Path(model).absolute().parent
