@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tiny_models import make_inputs, make_model
+from tiny_models import make_cache, make_inputs, make_model
 from torch import nn
 
 import rotary_export
@@ -140,11 +140,7 @@ def test_half_models_have_float32_tables(tmp_path, dtype):
 
 
 def test_cache(tmp_path, llama):
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for layer in range(2):
-        cache.update(torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16), layer)
+    cache = make_cache([torch.randn(2, 2, 5, 16) for _ in range(4)])
     inputs = {
         "input_ids": torch.tensor([[5], [6]]),
         "attention_mask": torch.ones(2, 6, dtype=torch.int64),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,3 +97,10 @@ def make_inputs(model: nn.Module, batch: int = 2, seq: int = 6) -> dict[str, Any
 
     inputs = make_example(model)
     return {name: value[:batch, :seq] for name, value in inputs.items()}
+
+
+def make_cache(tensors: Sequence[torch.Tensor], config: Any = None) -> Any:
+    """Fill a key/value cache with (key, value, key, value, ...), two for each layer."""
+    from transformers import DynamicCache
+
+    return DynamicCache(list(zip(tensors[::2], tensors[1::2], strict=True)), config=config)

@@ -12,7 +12,7 @@ import onnx_ir.passes.common as passes
 from onnxscript import ir, optimizer
 from onnxscript.rewriter import pattern
 
-from rotary_export.fusion.shapes import fill_shapes
+from rotary_export.fusion.shapes import fill_shapes, forget_made_up
 from rotary_export.fusion.sums import read_constant, read_dims, read_ints
 from rotary_export.op import spec
 
@@ -48,10 +48,10 @@ class SizeRule(pattern.RewriteRuleClassBase):
 
 
 class RepeatRule(pattern.RewriteRuleClassBase):
-    """`repeat_interleave` of the channels by a size that is not known while torch's old exporter runs.
+    """Channels that torch's old exporter repeats without knowing how many there are.
 
-    It brings the channels to the front, repeats them along a new axis, picks with GatherND and moves
-    them back. Once the size is known, that is one Gather of channels.
+    It brings them to the front, repeats them along a new axis, picks with GatherND and moves them
+    back. Once their number is known, that is one Gather.
     """
 
     def __init__(self) -> None:
@@ -112,6 +112,7 @@ def prepare(model: ir.Model) -> None:
     if model.functions:
         passes.InlinePass()(model)
     for step in range(_MAX_STEPS):  # sizes fold into constants, which make more sizes known
+        forget_made_up(model)
         passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
         changed = fill_shapes(model)
         for rule in (SizeRule, RepeatRule):
@@ -122,4 +123,3 @@ def prepare(model: ir.Model) -> None:
     passes.RemoveUnusedNodesPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.NameFixPass()(model)
-

@@ -30,11 +30,6 @@ def fill_shapes(model: ir.Model) -> bool:
         Whether there were any.
     """
     changed = False
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if value.const_value is not None and value.shape != value.const_value.shape:
-                value.shape = ir.Shape(value.const_value.shape)  # folded, after it was inferred
-                changed = True
     for node in model.graph.all_nodes():
         infer = _HANDLERS.get(node.op_type)
         if infer is None or node.domain or node.inputs[0] is None:
@@ -51,6 +46,15 @@ def fill_shapes(model: ir.Model) -> bool:
             value.shape = ir.Shape(merged)
             changed = True
     return changed
+
+
+def forget_made_up(model: ir.Model) -> None:
+    """Drop the names that shape inference made up, so that it finds better ones, in place."""
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            dims = read_dims(value)
+            if dims is not None and any(map(_is_unknown, dims)):
+                value.shape = ir.Shape([None if _is_unknown(dim) else dim for dim in dims])
 
 
 def _is_unknown(dim: int | str | None) -> bool:
@@ -85,14 +89,6 @@ def _read_gather(node: ir.Node) -> Sizes | None:
     return [sizes[i] if -len(sizes) <= i < len(sizes) else None for i in picked]
 
 
-def _read_slice(node: ir.Node) -> Sizes | None:
-    sizes, cut = read_sizes(node.inputs[0]), [read_ints(v) for v in node.inputs[1:]]
-    if sizes is None or any(bound is None or len(bound) != 1 for bound in cut):
-        return None
-    bounds = [bound[0] for bound in cut if bound is not None]
-    return sizes[slice(bounds[0], bounds[1], bounds[3] if len(bounds) > 3 else 1)]
-
-
 def _read_concat(node: ir.Node) -> Sizes | None:
     parts = [read_sizes(v) for v in node.inputs]
     found: Sizes = []
@@ -101,16 +97,6 @@ def _read_concat(node: ir.Node) -> Sizes | None:
             return None
         found += part
     return found
-
-
-def _read_filled(node: ir.Node) -> Sizes | None:
-    """ConstantOfShape: so many times a number."""
-    count = read_sizes(node.inputs[0])
-    if count is None or len(count) != 1 or not isinstance(count[0], int) or count[0] > _MAX_SIZES:
-        return None
-    attribute = node.attributes.get("value")
-    number = attribute.as_tensor().numpy().reshape(-1)[0] if attribute is not None else 0
-    return [int(number)] * count[0]
 
 
 def _elementwise(combine: Callable[..., Any]) -> Callable[[ir.Node], Sizes | None]:
@@ -123,10 +109,6 @@ def _elementwise(combine: Callable[..., Any]) -> Callable[[ir.Node], Sizes | Non
         return [combine(*column) for column in zip(*columns, strict=True)]
 
     return read
-
-
-def _multiply(a: int | str | None, b: int | str | None) -> int | str | None:
-    return a * b if isinstance(a, int) and isinstance(b, int) else None
 
 
 def _is_equal(a: int | str | None, b: int | str | None) -> int | None:
@@ -143,10 +125,7 @@ def _choose(flag: int | str | None, a: int | str | None, b: int | str | None) ->
 _READERS: dict[str, Callable[[ir.Node], Sizes | None]] = {
     "Shape": _read_shape,
     "Gather": _read_gather,
-    "Slice": _read_slice,
     "Concat": _read_concat,
-    "ConstantOfShape": _read_filled,
-    "Mul": _elementwise(_multiply),
     "Equal": _elementwise(_is_equal),
     "Where": _elementwise(_choose),
 }
@@ -159,7 +138,9 @@ def _infer_reshape(node: ir.Node) -> Sizes | None:
     wanted = read_sizes(node.inputs[1])
     allowzero = node.attributes.get("allowzero")
     if wanted is not None and before is not None and not (allowzero and allowzero.as_int()):
-        named = [before[i] if size == 0 and i < len(before) else size for i, size in enumerate(wanted)]
+        named = [
+            before[i] if size == 0 and i < len(before) else size for i, size in enumerate(wanted)
+        ]
         own: Sizes = [None if size == -1 else size for size in named]
         after = own if after is None or len(after) != len(own) else [
             a if isinstance(a, int) or b is None else b for a, b in zip(after, own, strict=True)
@@ -203,12 +184,10 @@ def _infer_tile(node: ir.Node) -> Sizes | None:
     dims, repeats = read_dims(node.inputs[0]), read_sizes(node.inputs[1])
     if dims is None or repeats is None or len(dims) != len(repeats):
         return None
-    return [d if r == 1 else _multiply(d, r) for d, r in zip(dims, repeats, strict=True)]
-
-
-def _infer_gathered(node: ir.Node) -> Sizes | None:
-    """GatherElements: of the shape of its indices."""
-    return read_dims(node.inputs[1]) if node.inputs[1] is not None else None
+    return [
+        d if r == 1 else d * r if isinstance(d, int) and isinstance(r, int) else None
+        for d, r in zip(dims, repeats, strict=True)
+    ]
 
 
 def _infer_slice(node: ir.Node) -> Sizes | None:
@@ -228,6 +207,5 @@ _HANDLERS: dict[str, Callable[[ir.Node], Sizes | None]] = {
     "Reshape": _infer_reshape,
     "Expand": _infer_expand,
     "Tile": _infer_tile,
-    "GatherElements": _infer_gathered,
     "Slice": _infer_slice,
 }
