@@ -81,8 +81,12 @@ class ScaledOracle(Oracle):
         """Say which axis of the positions each column takes."""
         half = self._inv_freq.shape[1]
         column, section = np.arange(half), self._rope["mrope_section"]
+        layout = self._rope["mrope_layout"]
         if self._rope["rope_type"] == "axial":
-            return np.asarray(column >= half // 2).astype(int)
+            if layout == "alternating":
+                return np.asarray(1 - column % 2)
+            axis = column * (3 if layout == "three-axes" else 2) // half
+            return np.asarray(1 - axis if layout == "columns-first" else axis)
         if not section:
             return None
         ends = np.cumsum(section)

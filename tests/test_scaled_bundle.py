@@ -213,6 +213,25 @@ def test_a_wrong_switch_fails_the_proof(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+VISION = ("kimi_k25_vision", "llama4_vision_model", "minimax_m3_vl_vision", "pixtral")
+
+
+@pytest.mark.parametrize("model_type", VISION)
+def test_vision(tmp_path, model_type):
+    """Rows and columns of an image as ids, dealt out in every layout; held against the oracle."""
+    rope = ScaledRotaryEmbedding(read_rope({"model_type": model_type, "head_dim": 20})[None])
+    bundle = rotary_export.export(
+        rope, tmp_path / "b", max_seq_len=ROWS, head_dim=20, formats=("onnx",)
+    )
+    assert bundle.report.passed
+    ids = torch.randint(0, ROWS, (rope.num_axes, 2, 7))
+    query, key = torch.randn(2, 2, 1, 7, 20)
+    outputs = rotary_export.load(bundle)(query=query, key=key, position_ids=ids)
+    cos, sin = rope(ids)
+    for got, x in zip(outputs.values(), (query, key), strict=True):
+        assert_same_bits(got, rotate_eagerly(x, cos, sin, None, False), model_type)
+
+
 def test_refused(tmp_path):
     def export(name, **options):
         return lambda: rotary_export.export(make_rope(name), tmp_path / "b", **options)
@@ -220,6 +239,14 @@ def test_refused(tmp_path):
     check_refused(
         "a static export has one position for each row, this rope has 3",
         export("chunked", static=True, batch_size=2, num_heads=2),
+        tmp_path,
+    )
+    coordinates = ScaledRotaryEmbedding(
+        read_rope({"model_type": "dinov3_vit", "head_dim": 16})[None]
+    )
+    check_refused(
+        "the positions of this rope are coordinates",
+        lambda: rotary_export.export(coordinates, tmp_path / "b", max_seq_len=8),
         tmp_path,
     )
     check_refused("rotary_dim must be even and <= head_dim", export("yarn", head_dim=8), tmp_path)

@@ -131,7 +131,7 @@ def test_mrope_of_a_family(model_type):
     if families.MROPE[model_type][0] == "doubled":
         rope = {"mrope_section": [16, 16, 16, 16]}
         with pytest.raises(
-            RotaryExportError, match=f"mrope_section of {model_type} turns no pairs"
+            RotaryExportError, match=f"mrope_section of {model_type} gives the two channels of"
         ):
             read_rope({"model_type": model_type, "head_dim": 128, "rope_parameters": rope})
         return
@@ -146,28 +146,81 @@ def test_mrope_of_a_family(model_type):
             assert_same_bits(got, full.contiguous(), layer_type)
 
 
-@pytest.mark.parametrize("model_type", sorted(families.AXIAL))
+def find_vision_class(model_type):
+    models, config = import_models(model_type), CONFIG_MAPPING[model_type]
+    for name in vars(models):
+        wanted = getattr(getattr(models, name), "__init__", None)
+        wanted = getattr(wanted, "__annotations__", {}).get("config")
+        if name.endswith(("RotaryEmbedding", "RoPE")) and wanted in (config, config.__name__):
+            return getattr(models, name)
+    raise AssertionError(model_type)
+
+
+NOT_OF_IDS = families.COORDINATES | {"llama4_vision_model"}  # have a test of their own
+
+
+@pytest.mark.parametrize("model_type", sorted(set(families.AXIAL) - NOT_OF_IDS))
 def test_axial_vision(model_type):
+    """Cos and sin of the family's own module, at any rows and columns, to the bit."""
     config = make_default(model_type)
-    positions = torch.randint(0, 90, (50, 2))
+    parameters = read_rope(config)[None]
+    assert read_rope(config.to_dict())[None] == parameters
+    rope = ScaledRotaryEmbedding(parameters)
+    positions = torch.randint(0, 90, (rope.num_axes, 1, 50))
+    theirs = positions[:, 0].T
+    if model_type == "gemma4_vision":
+        theirs = theirs[None]
     with quiet():
-        cos, sin = find_rotary_class(model_type, "")(config)(torch.zeros(1), positions)
+        tables = find_vision_class(model_type)(config)(torch.zeros(1), theirs)
+    half, seen = rope.dim // 2, set()
+    for got, full in zip(rope(positions), tables, strict=True):
+        full = full.reshape(50, -1)
+        assert full.shape[1] == rope.dim
+        if model_type in families.TWO_BLOCKS:  # h, h, w, w
+            full = full.reshape(50, 4, -1)[:, [0, 2, 1, 3]].reshape(50, -1)
+        layouts = {"interleaved": (full[:, ::2], full[:, 1::2]), "half": full.split(half, 1)}
+        fits = [n for n, (a, b) in layouts.items() if torch.equal(a, b)]
+        assert len(fits) == 1
+        seen.add(fits[0])
+        assert_same_bits(got[0], layouts[fits[0]][0].contiguous())
+    assert len(seen) == 1
+
+
+def test_coordinates_of_dinov3():
+    """Positions in [-1, 1], of an image of any size."""
+    models = import_models("dinov3_vit")
+    for width in (64, 48, 20):
+        values = {"model_type": "dinov3_vit", "hidden_size": 2 * width, "num_attention_heads": 2}
+        config = make_config(values)
+        rope = ScaledRotaryEmbedding(read_rope(config)[None])
+        module = models.DINOv3ViTRopePositionEmbedding(config).eval()
+        cos, sin = module(torch.zeros(1, 3, 5 * 16, 7 * 16))
+        made = models.get_patches_center_coordinates(5, 7, dtype=torch.float32, device="cpu")
+        for got, want in zip(rope(made.T[:, None]), (cos, sin), strict=True):
+            assert_same_bits(got[0], want[:, : width // 2].contiguous())
+
+
+def test_grid_of_llama4():
+    """Rows and columns count from 1; the class token, last, has 0 and 0."""
+    values = {"image_size": 70, "patch_size": 14, "hidden_size": 96, "num_attention_heads": 2}
+    config = make_config({"model_type": "llama4_vision_model", **values})
     rope = ScaledRotaryEmbedding(read_rope(config)[None])
-    assert read_rope(config.to_dict()) == read_rope(config)
-    half = rope.dim // 2
-    for got, want in zip(rope(positions.T[:, None]), (cos, sin), strict=True):
-        assert_same_bits(got[0], want[:, :half].contiguous())
-        assert_same_bits(want[:, :half], want[:, half:])
+    want = import_models("llama4_vision_model").Llama4VisionRotaryEmbedding(config)(torch.zeros(1))
+    rows, columns = torch.arange(25) // 5 + 1, torch.arange(25) % 5 + 1
+    ids = torch.stack((rows, columns))
+    ids = torch.cat((ids, torch.zeros(2, 1, dtype=torch.int64)), dim=1)
+    for got, part in zip(rope(ids[:, None]), (want.real, want.imag), strict=True):
+        assert_same_bits(got[0], part[:, 0].contiguous())
+
+
+@pytest.mark.parametrize("model_type", families.OTHERS)
+def test_other_angles_are_refused(model_type):
+    with pytest.raises(RotaryExportError, match=f"the angles of model_type {model_type!r} are not"):
+        read_rope({"model_type": model_type, "rope_theta": 1e4, "head_dim": 64})
 
 
 # What their default configs can't be read for: their sections.
 UNREAD = frozenset({"glm4v_moe_text", "glm4v_text", "qwen3_omni_moe_text"})
-
-
-def is_other_vision(config):
-    """Return whether the family deals the axes out in a way of its own."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return rope.get("rope_type") == "axial" and config.model_type not in families.AXIAL
 
 
 def test_every_family():
@@ -182,7 +235,7 @@ def test_every_family():
             continue
         if getattr(config, "text_config", None) is not None:  # its own module is not for text
             continue
-        if model_type in families.OTHERS | UNREAD or is_other_vision(config):
+        if model_type in UNREAD.union(families.OTHERS):
             with pytest.raises(RotaryExportError):
                 read_rope(config)
             continue

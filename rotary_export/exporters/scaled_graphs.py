@@ -40,8 +40,13 @@ def check_scaled(rope: ScaledRotaryEmbedding, static: bool) -> None:
     """Refuse what has no graph.
 
     Raises:
-        RotaryExportError: A static export of multimodal positions.
+        RotaryExportError: Positions that are no ids; a static export of multimodal positions.
     """
+    if rope.rope_parameters.coordinates:
+        raise RotaryExportError(
+            "the positions of this rope are coordinates in [-1, 1], a bundle takes position_ids: "
+            "rotary_export.scaling has its tables"
+        )
     if static and rope.axes is not None:
         raise RotaryExportError(
             f"a static export has one position for each row, this rope has {rope.num_axes} "

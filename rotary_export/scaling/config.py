@@ -78,7 +78,8 @@ def read_rope(config: HuggingFaceConfig) -> dict[str | None, RopeParameters | No
     model_type = str(fields.get("model_type") or "")
     if model_type in families.OTHERS:
         raise RotaryExportError(
-            f"the angles of model_type {model_type!r} are not those of its rope parameters"
+            f"the angles of model_type {model_type!r} are not those of its rope parameters, but "
+            f"{families.OTHERS[model_type]}"
         )
     if model_type in families.TWO_BASES:
         return _read_two_bases(config, given, families.TWO_BASES[model_type])
@@ -137,6 +138,11 @@ def read_attention(
     if parameters is None:
         raise RotaryExportError(f"layers of type {layer_type!r} have no rotary embedding (NoPE)")
     fields = Fields(families.find_layer_config(config, layer_type), "the config")
+    if fields.get("model_type") in families.TWO_BLOCKS:
+        raise RotaryExportError(
+            f"{fields.get('model_type')} rotates each half of a head for itself, two calls of the "
+            "op: rotary_export.scaling has its tables"
+        )
     num_heads = fields.count(*families.HEADS_KEYS)
     num_kv_heads = num_heads
     is_multi_query = fields.get("multi_query") and not fields.get("new_decoder_architecture")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -95,7 +97,10 @@ def build_cos_sin_cache(
         steps = position_ids[..., None]  # (B, S, 1)
     else:
         steps = position_ids.index_select(0, axes).permute(1, 2, 0).contiguous()  # (B, S, R/2)
-    angles = steps.float() * inv_freq  # (B, S, R/2)
+    steps = steps.float()
+    if parameters.coordinates:
+        steps = 2 * math.pi * steps
+    angles = steps * inv_freq  # (B, S, R/2)
     factor = compute_attention_factor(parameters, length)
     if isinstance(factor, float) and factor == 1.0:
         return angles.cos(), angles.sin()
@@ -151,7 +156,8 @@ class ScaledRotaryEmbedding(PreciseBuffers):
         """Compute the tables of some positions.
 
         Args:
-            position_ids: (B, S), int64; with several axes also (A, B, S).
+            position_ids: (B, S), int64; with several axes also (A, B, S). Where the positions are
+                coordinates, (2, B, S), float32, in [-1, 1].
 
         Returns:
             cos_cache: (B, S, R/2), float32, times the attention factor.

@@ -63,9 +63,10 @@ def read_entry(config: Any, layer_type: str | None, entry: Mapping[str, Any]) ->
         rope_type=rope_type,
         base=base,
         head_dim=head_dim,
-        dim=_find_dim(own, rope_type, head_dim, partial),
+        dim=_find_dim(own, rope_type, head_dim, partial, families.AXIAL.get(model_type, "")),
         max_position_embeddings=_read_length(top),
         rotated_pairs=int(partial * head_dim // 2) if rope_type == "proportional" else 0,
+        coordinates=model_type in families.COORDINATES,
     )
     parameters = _READERS.get(rope_type, _keep)(parameters, own, top)
     parameters = _read_mrope(parameters, own, model_type)
@@ -91,7 +92,11 @@ def _read_type(own: Fields, model_type: str) -> str:
 
 def read_head_dim(top: Fields) -> int:
     """Read H: with latent attention, of the part of a head that is rotated."""
-    if top.get(*families.HEAD_DIM_KEYS) is not None:
+    if top.get("memory_attention_hidden_size") is not None:  # SAM 2: of the memory attention
+        rate = top.count("memory_attention_downsample_rate")
+        heads = rate * top.count("memory_attention_num_attention_heads")
+        head_dim = top.count("memory_attention_hidden_size") // heads
+    elif top.get(*families.HEAD_DIM_KEYS) is not None:
         head_dim = top.count(*families.HEAD_DIM_KEYS)
     else:
         head_dim = top.count(*families.HIDDEN_KEYS) // top.count(*families.HEADS_KEYS)
@@ -114,12 +119,14 @@ def _read_partial(own: Fields, top: Fields, head_dim: int, known: Mapping[str, f
     return top.number(*names, default=default)
 
 
-def _find_dim(own: Fields, rope_type: str, head_dim: int, partial: float) -> int:
+def _find_dim(own: Fields, rope_type: str, head_dim: int, partial: float, layout: str) -> int:
     """Return what the exponents are divided by."""
     if rope_type == "axial":
+        if layout == "three-axes" and head_dim >= 6:  # the rest of a head stays as it is
+            return head_dim // 3 // 2 * 2
         if head_dim % 4:
             raise own.error("head_dim", "must be a multiple of 4 for rope type axial", head_dim)
-        return head_dim // 2
+        return head_dim if layout == "even-odd" else head_dim // 2
     dim = head_dim if rope_type == "proportional" else int(head_dim * partial)
     if partial > 1 or dim + dim % 2 > head_dim:
         raise own.error("partial_rotary_factor", f"must fit head_dim={head_dim}", partial)
@@ -257,9 +264,12 @@ def _read_mrope(p: RopeParameters, own: Fields, model_type: str) -> RopeParamete
         if not is_list or not all(_is_count(n) for n in given):
             raise own.error("mrope_section", "must be a list of ints >= 0", given)
         if layout == "doubled":
-            raise own.error("mrope_section", f"of {model_type} turns no pairs of channels", given)
+            what = f"of {model_type} gives the two channels of a pair different axes: no rotation"
+            raise own.error("mrope_section", what, given)
         section = tuple(int(n) for n in given)
         layout = layout or ("interleaved" if own.get("mrope_interleaved") else "chunked")
+    if p.rope_type == "axial":
+        return replace(p, mrope_layout=families.AXIAL.get(model_type, ""))
     p = replace(p, mrope_section=tuple(section), mrope_layout=layout if section else "")
     find_axes(p)
     return p

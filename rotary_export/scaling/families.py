@@ -126,25 +126,43 @@ MROPE: dict[str, tuple[str, tuple[int, ...]]] = {
     "qwen3_vl_moe_text": ("interleaved", (24, 20, 20)),
     "qwen3_vl_text": ("interleaved", (24, 20, 20)),
 }
-# 2-D vision: angles of the rows, then of the columns.
-AXIAL = frozenset(
-    "cohere_compass_vision dots3_note_vision_encoder ernie4_5_vl_moe_vision exaone4_5_vision "
-    "glm4v_moe_vision glm4v_vision glm5_next_vision glm_ocr_vision lfm3_vl_vision mlcd "
-    "mlcd_vision_model paddleocr_vl_vision qwen2_5_vl_vision qwen2_vl_vision "
-    "qwen3_5_moe_vision qwen3_5_vision qwen3_vl_moe_vision qwen3_vl_vision qwen4_exp_vision "
-    "video_llama_3_vision".split()
-)
-# Families whose angles are not positions times the frequencies of their rope parameters.
-OTHERS = frozenset(
-    "dinov3_vit efficientloftr eomt_dinov3 llama4_vision_model musicflamingo vjepa2".split()
-)
+# 2-D vision: how the columns of a table are dealt out to rows (axis 0) and columns (axis 1) of an
+# image (`frequencies.find_axes`). Llama 4's positions count from 1; 0 and 0 is its class token.
+AXIAL: dict[str, str] = {
+    **dict.fromkeys(
+        "cohere_compass_vision dinov3_vit dots3_note_vision_encoder edgetam_video eomt_dinov3 "
+        "ernie4_5_vl_moe_vision exaone4_5_vision gemma4_vision glm4v_moe_vision glm4v_vision "
+        "glm5_next_vision glm_ocr_vision lfm3_vl_vision mlcd mlcd_vision_model "
+        "muse_glimmer_vision muse_spark_vision paddleocr_vl_vision qwen2_5_omni_vision_encoder "
+        "qwen2_5_vl_vision qwen2_vl_vision qwen3_5_moe_vision qwen3_5_vision "
+        "qwen3_omni_moe_vision_encoder qwen3_vl_moe_vision qwen3_vl_vision qwen4_exp_vision "
+        "sam2_video sam3_tracker_video sam3_vit_model video_llama_3_vision".split(),
+        "",
+    ),
+    "inkling2_vision": "columns-first",
+    "kimi_k25_vision": "alternating",
+    "llama4_vision_model": "columns-first",
+    "minimax_m3_vl_vision": "three-axes",
+    "pixtral": "even-odd",
+    "step3p5_vision": "columns-first",
+}
+# Of these, those whose positions are coordinates in [-1, 1].
+COORDINATES = frozenset({"dinov3_vit", "eomt_dinov3"})
+# Those that rotate each half of a head for itself, halves of it against each other.
+TWO_BLOCKS = frozenset({"gemma4_vision"})
+# Families whose angles are not those of their rope parameters, and what they are.
+OTHERS = {
+    "efficientloftr": "of 2-D positions, one axis for each pair in turn",
+    "musicflamingo": "of times",
+    "vjepa2": "different for the two channels of a pair, so that it is no rotation",
+}
 # Families whose "yarn" is longrope.
 LONGROPE_ONLY = frozenset({"phi3", "phi4_multimodal"})
 
 
 def knows(model_type: str) -> bool:
     """Return whether a family is known to have a rotary embedding, whatever its config says."""
-    return model_type in INTERLEAVED | HALF | AXIAL or model_type in DEFAULTS
+    return model_type in INTERLEAVED | HALF or model_type in AXIAL or model_type in DEFAULTS
 
 
 def find_layout(model_type: str) -> bool | None:

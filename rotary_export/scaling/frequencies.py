@@ -22,6 +22,8 @@ ROPE_TYPES = (
 )  # fmt: skip
 # How the columns of a table are dealt out to the axes of multimodal positions.
 MROPE_LAYOUTS = ("chunked", "interleaved", "pairs-first")
+# The same for the rows and columns of an image: rope type axial.
+AXIAL_LAYOUTS = ("", "columns-first", "alternating", "even-odd", "three-axes")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class RopeParameters:
         long_factor: Of longrope past its switch, R/2 divisors.
         rotated_pairs: Pairs that proportional rotates; the others have angle 0.
         mrope_section: Columns of each axis of multimodal positions; empty: one axis.
-        mrope_layout: One of MROPE_LAYOUTS, or empty.
+        mrope_layout: One of MROPE_LAYOUTS, or empty; for axial one of AXIAL_LAYOUTS.
+        coordinates: Positions are no ids but float coordinates in [-1, 1], of which 1 is half a
+            turn of the fastest pair (DINOv3).
     """
 
     rope_type: str
@@ -73,12 +77,13 @@ class RopeParameters:
     rotated_pairs: int = 0
     mrope_section: tuple[int, ...] = ()
     mrope_layout: str = ""
+    coordinates: bool = False
 
     @property
     def rotary_dim(self) -> int:
         """R, even: columns of a table, twice."""
-        if self.rope_type == "axial":  # one half of the head for each axis
-            return 2 * self.dim
+        if self.rope_type == "axial":  # a part of the head for each axis
+            return {"even-odd": 1, "three-axes": 3}.get(self.mrope_layout, 2) * self.dim
         return self.dim + self.dim % 2
 
     @property
@@ -127,10 +132,22 @@ def compute_inv_freq(parameters: RopeParameters, seq_len: int | Tensor | None = 
         rotated = 1.0 / _compute_powers(p.base, p.dim)[: p.rotated_pairs]
         still = torch.zeros(p.dim // 2 - p.rotated_pairs)
         return torch.cat((rotated, still)) / p.factor
+    if p.coordinates:
+        shared = 1.0 / p.base ** torch.arange(0, 1, 2 / p.dim)
+        return torch.cat((shared, shared))
     inv_freq = 1.0 / _compute_powers(p.base, p.dim)
-    if p.rope_type == "axial":  # the axes share them
-        return torch.cat((inv_freq, inv_freq))
+    if p.rope_type == "axial":
+        return _deal_out_axial(inv_freq, p.mrope_layout)
     return inv_freq / p.factor if p.rope_type == "linear" else inv_freq
+
+
+def _deal_out_axial(inv_freq: Tensor, layout: str) -> Tensor:
+    """Return the frequency of each column; the axes share them, but for even-odd."""
+    if layout == "even-odd":
+        return torch.cat((inv_freq[0::2], inv_freq[1::2]))
+    if layout == "alternating":
+        return inv_freq.repeat_interleave(2)
+    return inv_freq.repeat(3 if layout == "three-axes" else 2)
 
 
 def compute_dynamic_inv_freq(parameters: RopeParameters, seq_len: Tensor) -> Tensor:
@@ -229,8 +246,10 @@ def find_axes(parameters: RopeParameters) -> tuple[int, ...]:
     "chunked": the sections one after the other, section j from axis j mod 3 (Qwen2-VL).
     "interleaved": axis 0, but for columns 1, 4, ... below 3 * section[1], which take axis 1, and
     2, 5, ... below 3 * section[2], which take axis 2 (Qwen3-VL). "pairs-first": axes 1, 2, 1, 2,
-    ..., then axis 0 (Ernie 4.5 VL). An axial embedding takes axis 0 for the first half of its
-    columns, axis 1 for the second.
+    ..., then axis 0 (Ernie 4.5 VL). An axial embedding takes axis 0, the rows of an image, for the
+    first half of its columns, axis 1 for the second; "columns-first" the other way round (Llama 4);
+    "alternating": axes 1, 0, 1, 0, ... (Kimi); "even-odd": as without a name, of the even
+    frequencies and of the odd ones (Pixtral); "three-axes": a third each (MiniMax M3 VL).
 
     Args:
         parameters: What the config says.
@@ -242,9 +261,9 @@ def find_axes(parameters: RopeParameters) -> tuple[int, ...]:
         RotaryExportError: The sections don't fill the columns.
     """
     half = parameters.rotary_dim // 2
-    if parameters.rope_type == "axial":
-        return (0,) * (half // 2) + (1,) * (half // 2)
     section, layout = parameters.mrope_section, parameters.mrope_layout
+    if parameters.rope_type == "axial":
+        return _find_axial_axes(layout, half)
     if not section:
         return ()
     if len(section) != 3:
@@ -267,3 +286,14 @@ def find_axes(parameters: RopeParameters) -> tuple[int, ...]:
             f"mrope_section must sum to rotary_dim / 2 = {half}, got {list(section)}"
         )
     return tuple(axes)
+
+
+def _find_axial_axes(layout: str, half: int) -> tuple[int, ...]:
+    if layout not in AXIAL_LAYOUTS:
+        raise RotaryExportError(
+            f"mrope_layout of rope type axial must be one of {AXIAL_LAYOUTS}, got {layout!r}"
+        )
+    if layout == "alternating":
+        return (1, 0) * (half // 2)
+    order = {"columns-first": (1, 0), "three-axes": (0, 1, 2)}.get(layout, (0, 1))
+    return tuple(axis for axis in order for _ in range(half // len(order)))
