@@ -167,7 +167,8 @@ def _write_graph(
         op = torch.ops.rotary_export.rotary_embedding.default
         nodes = sum(node.target == op for node in program.graph.nodes)
         graph = GraphInfo(prepared.inputs, outputs, files, nodes, at_most=at_most)
-        for kind, file in files.items():
+        # torch.onnx leaves symbols of sizes behind that depend on values; the program would miss them.
+        for kind, file in sorted(files.items(), key=lambda item: item[0] == "onnx"):
             if kind == "aoti":
                 continue  # compiled once the program is there
             say(f"export {file}")
@@ -176,13 +177,22 @@ def _write_graph(
                 if all(form.is_native for form in forms):
                     graph = replace(graph, portable="native")
             elif kind == "program":
-                save_program(program, folder / file)
+                _write_program(program, folder / file)
             elif kind == "torchscript":
                 _write_torchscript(prepared, folder / file)
     if "aoti" in files:
         say(f"compile {files['aoti']}")
         compile_program(folder / files["program"], tuple(tensors), folder / files["aoti"])
     return graph
+
+
+def _write_program(program: Any, path: Path) -> None:
+    try:
+        save_program(program, path)
+    except Exception as error:  # what torch.export raises
+        raise RotaryExportError(
+            f"torch.export can't write the model: {describe(error)}; leave 'program' out of formats"
+        ) from error
 
 
 def _write_torchscript(prepared: Prepared, path: Path) -> None:

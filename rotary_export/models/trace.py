@@ -14,6 +14,9 @@ from rotary_export.exporters.program import quiet_torch
 from rotary_export.manifest import TensorInfo
 
 
+_MAX_LINE = 300  # characters; some errors list every weight
+
+
 def trace_program(module: nn.Module, tensors: Sequence[Tensor], infos: Sequence[TensorInfo]) -> Any:
     """Trace a module whose forward takes `*tensors`.
 
@@ -61,7 +64,7 @@ def describe(error: BaseException) -> str:
     if own:
         file, line, function = own[-1]
         where = f" (at {file.rpartition('site-packages/')[2]}:{line}, {function})"
-    return f"{type(error).__name__}: {lines[0] if lines else ''}{where}"
+    return f"{type(error).__name__}: {lines[0][:_MAX_LINE] if lines else ''}{where}"
 
 
 # At none of these sizes may a condition come out otherwise than where the model was traced.
