@@ -176,6 +176,78 @@ def test_cache(tmp_path, llama):
             past = {name.replace("present", "past"): value for name, value in out.items()}
 
 
+def make_decode_inputs(cache, past):
+    return {
+        "input_ids": torch.tensor([[5], [6]]),
+        "attention_mask": torch.ones(2, past + 1, dtype=torch.int64),
+        "position_ids": torch.tensor([[past], [past]]),
+        "past_key_values": cache,
+    }
+
+
+def test_sliding_window_cache(tmp_path):
+    """Beyond the window, the logits of transformers' own sliding cache, which drops positions."""
+    from transformers import DynamicCache
+
+    model = make_model("gemma2", num_hidden_layers=1)
+    window = model.config.sliding_window
+    cache = make_cache([torch.randn(2, 2, 5, 16) for _ in range(2)], config=model.config)
+    inputs = make_decode_inputs(cache, 5)
+    bundle = export_model(model, inputs, tmp_path / "b", formats=["onnx"])
+    assert any("past_seq_len 11" in shape for shape in bundle.report.shapes["model"])
+    assert window == 8
+
+    ids, cache = torch.randint(0, 96, (3, window + 6)), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids[:, :-1], past_key_values=cache)
+        keys = [layer.keys.shape[2] for layer in cache.layers]
+        want = model(input_ids=ids[:, -1:], past_key_values=cache).logits.numpy()
+        whole = model(input_ids=ids[:, :-1], past_key_values=make_cache([])).past_key_values
+    assert keys == [window - 1]
+    past = {}
+    for index, layer in enumerate(whole.layers):
+        past |= {f"past.{index}.key": layer.keys, f"past.{index}.value": layer.values}
+    inputs = make_decode_inputs(None, window + 5) | {"input_ids": ids[:, -1:]}
+    del inputs["past_key_values"]
+    inputs |= {"attention_mask": torch.ones(3, window + 6, dtype=torch.int64)}
+    inputs |= {"position_ids": torch.full((3, 1), window + 5)}
+    got = load(bundle, "model")(**inputs, **past)["logits"].numpy()
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * abs(want).max())
+
+
+def make_full_window():
+    config = make_model("gemma2").config
+    return make_cache([torch.randn(2, 2, 12, 16) for _ in range(4)], config=config)
+
+
+def make_encoder_decoder():
+    from transformers import EncoderDecoderCache
+
+    filled = make_cache([torch.randn(2, 2, 5, 16) for _ in range(4)])
+    return EncoderDecoderCache(filled, make_cache([]))
+
+
+def make_static():
+    from transformers import StaticCache
+
+    return StaticCache(make_model("llama").config, max_cache_len=16)
+
+
+CACHES = {
+    "empty": (lambda: make_cache([]), "hold keys and values .* got an empty DynamicCache"),
+    "full window": (make_full_window, r"got 7 of 12 in layer 0 \(DynamicSlidingWindowLayer\)"),
+    "encoder and decoder": (make_encoder_decoder, "got an EncoderDecoderCache"),
+    "static": (make_static, "got layer 0 of StaticLayer"),
+}
+
+
+@pytest.mark.parametrize("case", CACHES.values(), ids=CACHES.keys())
+def test_other_caches_are_refused(tmp_path, llama, case):
+    make, message = case
+    with pytest.raises(RotaryExportError, match=f"past_key_values must .*{message}"):
+        export_model(llama, make_decode_inputs(make(), 5), tmp_path / "b")
+
+
 def test_weights_in_a_file_of_their_own(tmp_path, llama):
     bundle = export_model(
         llama, make_inputs(llama), tmp_path / "big", formats=["onnx"], max_inline_bytes=10_000

@@ -167,7 +167,7 @@ def _write_graph(
         op = torch.ops.rotary_export.rotary_embedding.default
         nodes = sum(node.target == op for node in program.graph.nodes)
         graph = GraphInfo(prepared.inputs, outputs, files, nodes, at_most=at_most)
-        # torch.onnx leaves symbols of sizes behind that depend on values; the program would miss them.
+        # torch.onnx last: a program can't be written any more where sizes depend on values.
         for kind, file in sorted(files.items(), key=lambda item: item[0] == "onnx"):
             if kind == "aoti":
                 continue  # compiled once the program is there

@@ -127,16 +127,26 @@ def _is_cache(value: Any) -> bool:
 
 
 def _read_cache(name: str, cache: Any) -> dict[str, Tensor]:
-    """Return the keys and values of a cache that holds all positions."""
-    from transformers.cache_utils import DynamicLayer
+    """Return the keys and values of a cache that holds all positions.
 
+    Layers with a sliding window are read as if they had none, until they drop a position: the model
+    masks what is outside the window.
+    """
+    from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
+
+    wanted = f"{name} must be a DynamicCache that holds every position, filled, got"
+    if isinstance(cache, EncoderDecoderCache):
+        raise RotaryExportError(f"{wanted} an EncoderDecoderCache")
     found: dict[str, Tensor] = {}
     for index, layer in enumerate(getattr(cache, "layers", [])):
         whole = isinstance(layer, DynamicLayer) and layer.keys is not None and layer.keys.dim() == 4
-        if not whole or layer.keys.shape[-2] != layer.get_seq_length():
+        if not whole:
+            raise RotaryExportError(f"{wanted} layer {index} of {type(layer).__name__}")
+        kept, length = layer.keys.shape[-2], layer.get_seq_length()
+        if kept != length:
             raise RotaryExportError(
-                f"{name} must be a DynamicCache that holds every position, filled, got layer "
-                f"{index} of {type(layer).__name__}"
+                f"{wanted} {kept} of {length} in layer {index} ({type(layer).__name__}); "
+                "DynamicCache() without a config keeps them all"
             )
         found |= {f"past.{index}.key": layer.keys, f"past.{index}.value": layer.values}
     if not found:

@@ -13,7 +13,6 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.program import quiet_torch
 from rotary_export.manifest import TensorInfo
 
-
 _MAX_LINE = 300  # characters; some errors list every weight
 
 
