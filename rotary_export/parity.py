@@ -28,7 +28,7 @@ from rotary_export.exporters.graphs import (
 from rotary_export.manifest import Manifest, check_files, read_manifest
 from rotary_export.oracle import Oracle
 from rotary_export.parity_cases import describe_case, make_cases
-from rotary_export.runners import Runner, open_runners, read_constants, to_numpy
+from rotary_export.runners import Runner, check_rotary_nodes, open_runners, read_constants, to_numpy
 from rotary_export.scaled_oracle import ScaledOracle
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -252,6 +252,8 @@ def compare_bundle(
     config = read_config(manifest.config)
     if missing := {"tables", "rotate"} - manifest.graphs.keys():
         raise RotaryExportError(f"the manifest has no graph {', '.join(sorted(missing))}")
+    for info in manifest.graphs.values():
+        check_rotary_nodes(path, info)
     stored = {name: read_constants(path, info) for name, info in manifest.graphs.items()}
     constants = {name: _pick_constants(by_format) for name, by_format in stored.items()}
     for kind, tables in stored["tables"].items():

@@ -14,12 +14,13 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.exporters.graphs import Graph
 from rotary_export.exporters.onnx import ZETA
 from rotary_export.exporters.program import quiet_torch
 from rotary_export.manifest import GraphInfo, Manifest
 from rotary_export.op.reference_op import RotaryEmbedding as ReferenceRotaryEmbedding
+from rotary_export.op.spec import DOMAIN, OP_TYPE
 from rotary_export.runtime.load import open_session
 from rotary_export.runtime.machine import find_refusal
 from rotary_export.runtime.providers import CPU, import_onnxruntime, library_refusal
@@ -65,6 +66,30 @@ def read_constants(path: Path, info: GraphInfo) -> dict[str, dict[str, Array]]:
             arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         constants[kind] = {name: arrays[name].copy() for name in STORED if name in arrays}
     return constants
+
+
+def check_rotary_nodes(path: Path, info: GraphInfo) -> None:
+    """Compare what a manifest says of the rotary nodes of a graph with its ONNX file.
+
+    Args:
+        path: The bundle's folder.
+        info: The graph.
+
+    Raises:
+        CheckFailedError: There are more or fewer of them, or their bodies are of the other kind.
+    """
+    if "onnx" not in info.files:
+        return
+    model = onnx.load(path / info.files["onnx"], load_external_data=False)
+    bodies = [f for f in model.functions if (f.domain, f.name) == (DOMAIN, OP_TYPE)]
+    nodes = sum((node.domain, node.op_type) == (DOMAIN, OP_TYPE) for node in model.graph.node)
+    is_native = bool(bodies) and all(OP_TYPE in [n.op_type for n in f.node] for f in bodies)
+    found = (nodes, "native" if is_native else "primitive")
+    if found != (info.rotary_nodes, info.portable):
+        raise CheckFailedError(
+            f"{info.files['onnx']} has {found[0]} rotary nodes of {found[1]} bodies, the manifest "
+            f"says {info.rotary_nodes} of {info.portable}"
+        )
 
 
 @dataclass(frozen=True)

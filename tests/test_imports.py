@@ -21,6 +21,8 @@ ORDER = [
     "fusion.build", "fusion.rules", "fusion.prepare", "fusion.join", "fusion.feeds", "fusion.check",
     "fusion.fuse", "timing", "machine", "benchmark", "deploy.example", "deploy.inline",
     "deploy.cpp_onnxruntime", "deploy.signature", "deploy.triton", "deploy.mlserver",
+    "fusion.build", "fusion.rules", "fusion.shapes", "fusion.prepare", "fusion.join",
+    "fusion.feeds", "fusion.check", "fusion.fuse", "timing", "machine", "benchmark",
     "deploy.targets", "deploy.deploy", "terminal", "arrays", "inspection", "cli", "__main__",
 ]  # fmt: skip
 

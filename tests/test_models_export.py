@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -88,6 +89,17 @@ def test_verify_needs_no_model(bundle):
     assert runtimes[0] == "torch.export"
     assert len(runtimes) == 4
     assert {row.eager_tolerance for row in report.rows} == {"model"}
+
+
+def test_verify_compares_the_manifest_with_the_file(bundle, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle.path, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["graphs"]["model"]["rotary_nodes"] = 3
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    message = "model.onnx has 2 rotary nodes of native bodies, the manifest says 3 of native"
+    with pytest.raises(CheckFailedError, match=message):
+        verify(copy)
 
 
 def test_limits_are_checked(bundle):

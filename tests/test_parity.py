@@ -252,6 +252,17 @@ def test_graphs_that_are_not_of_the_config_are_refused(tmp_path):
         verify(bundle)
 
 
+@pytest.mark.parametrize(("name", "value"), [("rotary_nodes", 2), ("portable", "primitive")])
+def test_rotary_nodes_are_those_of_the_file(tmp_path, name, value):
+    bundle = copy_bundle("plain", tmp_path)
+    graphs = json.loads((bundle / "manifest.json").read_text())["graphs"]
+    graphs["rotate"][name] = value
+    edit_manifest(bundle, graphs=graphs)
+    message = r"^rotate.onnx has 1 rotary nodes of native bodies, the manifest says "
+    with pytest.raises(CheckFailedError, match=message):
+        verify(bundle)
+
+
 # ---- what is not here
 
 

@@ -22,7 +22,7 @@ from rotary_export.models.cases import Case, Source, make_case, make_cases
 from rotary_export.models.inputs import BATCH, SEQ
 from rotary_export.oracle import compute_ulp
 from rotary_export.parity import Array, Error, Report, Row, compare
-from rotary_export.runners import open_reference, to_numpy
+from rotary_export.runners import check_rotary_nodes, open_reference, to_numpy
 from rotary_export.runtime.load import open_session
 from rotary_export.runtime.machine import find_refusal
 from rotary_export.runtime.providers import CPU, import_onnxruntime, library_refusal
@@ -120,6 +120,7 @@ def compare_model(
         progress: Called with what is being run.
     """
     info = manifest.graphs[GRAPH]
+    check_rotary_nodes(path, info)
     report = Report(shapes={GRAPH: [case.name for case in cases]})
     say = progress or (lambda _: None)
     for name, options in _list_runs(info, manifest.compiled_for, report.skipped):
