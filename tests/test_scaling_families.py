@@ -22,6 +22,7 @@ from rotary_export.scaling import (
     families,
     read_rope,
 )
+from rotary_export.scaling.config import read_attention
 
 KNOWN = sorted(families.HALF | families.INTERLEAVED)
 # Families without a module of their own: fixed tables, or angles inside the attention.
@@ -211,6 +212,12 @@ def test_grid_of_llama4():
     ids = torch.cat((ids, torch.zeros(2, 1, dtype=torch.int64)), dim=1)
     for got, part in zip(rope(ids[:, None]), (want.real, want.imag), strict=True):
         assert_same_bits(got[0], part[:, 0].contiguous())
+
+
+def test_two_rotations_have_no_bundle():
+    config = {"model_type": "gemma4_vision", "head_dim": 16, "num_attention_heads": 2}
+    with pytest.raises(RotaryExportError, match="gemma4_vision rotates each half of a head"):
+        read_attention(config)
 
 
 @pytest.mark.parametrize("model_type", families.OTHERS)

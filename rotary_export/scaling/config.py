@@ -138,9 +138,10 @@ def read_attention(
     if parameters is None:
         raise RotaryExportError(f"layers of type {layer_type!r} have no rotary embedding (NoPE)")
     fields = Fields(families.find_layer_config(config, layer_type), "the config")
-    if fields.get("model_type") in families.TWO_BLOCKS:
+    model_type = str(fields.get("model_type") or "")
+    if model_type in families.TWO_BLOCKS:
         raise RotaryExportError(
-            f"{fields.get('model_type')} rotates each half of a head for itself, two calls of the "
+            f"{model_type} rotates each half of a head for itself, two calls of the "
             "op: rotary_export.scaling has its tables"
         )
     num_heads = fields.count(*families.HEADS_KEYS)
@@ -154,5 +155,5 @@ def read_attention(
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": read_head_dim(fields),
-        "interleaved": families.find_layout(str(fields.get("model_type") or "")),
+        "interleaved": families.find_layout(model_type),
     }
