@@ -41,4 +41,6 @@ TARGETS: dict[str, Target] = {
     "triton": Target("a model repository for Triton Inference Server", "onnx", write_repository),
     "mlserver": Target("the settings of an MLServer, and a client", "onnx", prepare_mlserver),
     "ray": Target("an application and a config file of Ray Serve, and a client", "onnx"),
+    "browser": Target("a page, onnxruntime-web", "onnx"),
+    "node": Target("Node.js, onnxruntime-node", "onnx"),
 }

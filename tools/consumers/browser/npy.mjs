@@ -1,0 +1,1 @@
+../node/npy.mjs

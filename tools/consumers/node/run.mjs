@@ -1,0 +1,89 @@
+// Runs a bundle in ONNX Runtime for Node.js.
+
+import { mkdir, readFile, writeFile } from "node:fs/promises";
+import path from "node:path";
+import { parseArgs } from "node:util";
+
+import { formatNpy, parseNpy } from "./npy.mjs";
+import { RotaryExportError, compareOutputs, openBundle } from "./rotary.mjs";
+
+const USAGE = `usage: node run.mjs [--inputs DIR] [--out DIR] [--check]
+  --inputs DIR  folder with NAME.npy of each input (default: example)
+  --out DIR     write NAME.npy of each output there
+  --check       compare the outputs with those in DIR/expected of the inputs`;
+const KIT = import.meta.dirname;
+
+async function main() {
+  const options = readArguments();
+  const ort = await importRuntime();
+  const kit = JSON.parse(new TextDecoder().decode(await read(path.join(KIT, "kit.json"))));
+  const graph = await openBundle(ort, (name) => read(path.join(KIT, "bundle", name)), kit.graph);
+
+  const inputs = await readArrays(options.inputs, kit.inputs);
+  const expected = options.check && (await readArrays(path.join(options.inputs, "expected"), kit.outputs));
+  const outputs = await graph.run(inputs);
+
+  console.log(`${kit.graph}, portable, onnxruntime-node ${ort.env.versions.node}`);
+  if (options.out !== undefined) {
+    await mkdir(options.out, { recursive: true });
+    for (const [name, tensor] of Object.entries(outputs)) {
+      await writeFile(path.join(options.out, `${name}.npy`), formatNpy(tensor));
+    }
+  }
+  for (const [name, { type, dims }] of Object.entries(outputs)) {
+    if (!expected) console.log(`${name} ${type} (${dims.join(", ")})`);
+  }
+  if (!expected) return;
+  for (const { name, type, dims, maxError, allowed, exact, passed } of compareOutputs(graph, outputs, expected)) {
+    const error = exact ? "equal to the bit" : `max error ${maxError.toExponential(1)} of ${allowed.toExponential(1)} allowed`;
+    console.log(`${name} ${type} (${dims.join(", ")}): ${error}: ${passed ? "pass" : "FAIL"}`);
+    if (!passed) process.exitCode = 1;
+  }
+}
+
+function readArguments() {
+  try {
+    return parseArgs({
+      options: {
+        inputs: { type: "string", default: path.join(KIT, "example") },
+        out: { type: "string" },
+        check: { type: "boolean", default: false },
+      },
+    }).values;
+  } catch (error) {
+    console.error(`error: ${error.message.split("\n")[0]}\n${USAGE}`);
+    process.exit(2);
+  }
+}
+
+async function importRuntime() {
+  try {
+    return await import("onnxruntime-node");
+  } catch (error) {
+    if (error.code !== "ERR_MODULE_NOT_FOUND") throw error;
+    throw new RotaryExportError("onnxruntime-node is not installed: npm ci --ignore-scripts");
+  }
+}
+
+async function read(file) {
+  try {
+    return await readFile(file);
+  } catch (error) {
+    throw new RotaryExportError(`${file} can't be read: ${error.message}`);
+  }
+}
+
+async function readArrays(folder, names) {
+  const read_one = async (name) => {
+    const file = path.join(folder, `${name}.npy`);
+    return [name, parseNpy(await read(file), file)];
+  };
+  return Object.fromEntries(await Promise.all(names.map(read_one)));
+}
+
+try {
+  await main();
+} catch (error) {
+  console.error(`error: ${error.message}`); // ONNX Runtime's, too, are one line
+  process.exitCode = 1;
+}
