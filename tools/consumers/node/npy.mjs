@@ -21,7 +21,7 @@ const TYPES = [
   ["|V2", "bfloat16", Uint16Array],
 ];
 const MAGIC = "\x93NUMPY";
-const latin1 = new TextDecoder("latin1");
+const decode = (bytes) => String.fromCharCode(...bytes);
 
 function countItems(dims) {
   return dims.reduce((product, size) => product * size, 1);
@@ -35,13 +35,13 @@ function countItems(dims) {
  * @throws {RotaryExportError} It is no .npy file, is cut off, or holds what can't be read.
  */
 export function parseNpy(bytes, name) {
-  if (latin1.decode(bytes.subarray(0, 6)) !== MAGIC) {
+  if (decode(bytes.subarray(0, 6)) !== MAGIC) {
     throw new RotaryExportError(`${name} must be an .npy file, it does not begin as one`);
   }
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const start = bytes[6] === 1 ? 10 : 12; // of the header; its length is before it
   const end = bytes.length < start ? NaN : start + (start === 10 ? view.getUint16(8, true) : view.getUint32(8, true));
-  const header = latin1.decode(bytes.subarray(start, end));
+  const header = decode(bytes.subarray(start, end));
   const code = /'descr': *'([^']+)'/.exec(header)?.[1].replace("<V2", "|V2");
   const shape = /'shape': *\(([\d, ]*)\)/.exec(header)?.[1];
   if (!(end <= bytes.length) || code === undefined || shape === undefined) {
