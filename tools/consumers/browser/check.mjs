@@ -19,8 +19,10 @@ try {
   browser = await chromium.launch({ executablePath, args: ["--disable-gpu"] });
   const page = await browser.newPage({ viewport: { width: 1120, height: 1000 } });
   for (const inputs of positionals.length ? positionals : ["example"]) {
-    await page.goto(`http://127.0.0.1:${server.address().port}/?inputs=${encodeURIComponent(inputs)}`);
-    await page.waitForSelector("body:not([data-state=running])");
+    await page.goto(
+      `http://127.0.0.1:${server.address().port}/?inputs=${encodeURIComponent(inputs)}`,
+    );
+    await page.waitForSelector("body:not([data-state=running])", { timeout: 60_000 });
     const state = await page.getAttribute("body", "data-state");
     const said = await page.textContent("#verdict");
     const report = await page.evaluate(() => globalThis.report);

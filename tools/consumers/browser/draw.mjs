@@ -37,12 +37,16 @@ export function drawPairs(before, after, batch, head, pairs, tokens) {
   columns.forEach((pair, x) => {
     const at = MARGIN.left + (x + 0.5) * CELL;
     svg.append(make("text", { x: at, y: 16 }, `pair ${pair}`));
-    svg.append(make("text", { x: at, y: 32, class: "quiet" }, `channels ${pairs[pair].join(", ")}`));
+    svg.append(
+      make("text", { x: at, y: 32, class: "quiet" }, `channels ${pairs[pair].join(", ")}`),
+    );
   });
   rows.forEach((row, y) => {
     const top = MARGIN.top + y * (CELL + 14);
     svg.append(make("text", { x: MARGIN.left / 2, y: top + CELL / 2 - 4 }, `token ${row}`));
-    svg.append(make("text", { x: MARGIN.left / 2, y: top + CELL / 2 + 12, class: "quiet" }, tokens[row]));
+    svg.append(
+      make("text", { x: MARGIN.left / 2, y: top + CELL / 2 + 12, class: "quiet" }, tokens[row]),
+    );
     columns.forEach((pair, x) => {
       const read = (items) => pairs[pair].map((channel) => items[start + row * channels + channel]);
       const cell = make("g", {
@@ -63,8 +67,13 @@ function drawPair(cell, before, after) {
   const turn = ((angles[1] - angles[0] + 3 * Math.PI) % (2 * Math.PI)) - Math.PI;
   cell.append(make("circle", { r: RADIUS }));
   const [begin, end] = angles.map((a) => `${20 * Math.cos(a)} ${-20 * Math.sin(a)}`);
-  cell.append(make("path", { class: "turn", d: `M0 0 L${begin} A20 20 0 0 ${turn > 0 ? 0 : 1} ${end} Z` }));
-  for (const [name, [x, y], angle] of [["before", before, angles[0]], ["after", after, angles[1]]]) {
+  cell.append(
+    make("path", { class: "turn", d: `M0 0 L${begin} A20 20 0 0 ${turn > 0 ? 0 : 1} ${end} Z` }),
+  );
+  for (const [name, [x, y], angle] of [
+    ["before", before, angles[0]],
+    ["after", after, angles[1]],
+  ]) {
     const length = Math.hypot(x, y) * scale;
     const rotate = `rotate(${(-angle * 180) / Math.PI})`;
     const tip = Math.min(8, length);

@@ -21,8 +21,7 @@ async function main() {
   const results = compareOutputs(graph, outputs, expected);
 
   find("#facts").textContent = [
-    `graph ${kit.graph} of ${graph.manifest.name}`,
-    "portable body",
+    `bundle ${graph.manifest.name}, graph ${kit.graph}, portable body`,
     `onnxruntime-web ${ort.env.versions.web} (wasm)`,
     `inputs: ${folder}`,
     `expected values by ${kit.expected_by}`,
@@ -31,8 +30,8 @@ async function main() {
   showResults(results);
   showDrawing(graph, inputs, outputs);
   const passed = results.every((result) => result.passed);
-  finish(passed ? "passed" : "failed", passed ? "passed" : "failed: not what was expected");
   globalThis.report = { version: ort.env.versions.web, results }; // for check.mjs
+  finish(passed ? "passed" : "failed", passed ? "passed" : "failed: not what was expected");
 }
 
 async function importRuntime() {
@@ -115,7 +114,10 @@ function labelTokens(inputs, batch, length) {
   const [batches] = ids.dims.slice(-2);
   const axes = ids.data.length / (batches * length);
   return Array.from({ length }, (_, row) => {
-    const all = Array.from({ length: axes }, (_, axis) => ids.data[(axis * batches + batch) * length + row]);
+    const all = Array.from(
+      { length: axes },
+      (_, axis) => ids.data[(axis * batches + batch) * length + row],
+    );
     return `position ${all.join(", ")}`;
   });
 }
@@ -125,7 +127,8 @@ function showHeat(inputs, outputs) {
   const redraw = () => find("#drawing").replaceChildren(drawHeat(output, Number(batch.value)));
   const batch = addChoice("batch", redraw);
   setChoices(batch, output.dims[0]);
-  find("h2").textContent = `${name}: a row for each token, a column for each of ${output.dims.at(-1)}`;
+  find("h2").textContent =
+    `${name}: a row for each token, a column for each of ${output.dims.at(-1)} values`;
   find("#legend").textContent = "blue: negative, red: positive; the darker, the larger";
   redraw();
 }
@@ -147,5 +150,5 @@ function setChoices(select, count) {
 try {
   await main();
 } catch (error) {
-  finish("error", error.message);
+  finish("error", error.message || String(error));
 }

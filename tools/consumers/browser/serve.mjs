@@ -1,9 +1,9 @@
 // Serves this folder on 127.0.0.1: node serve.mjs [PORT]
 
+import { realpathSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { createServer } from "node:http";
 import path from "node:path";
-import { fileURLToPath } from "node:url";
 
 const TYPES = {
   ".css": "text/css",
@@ -38,7 +38,7 @@ export async function startServer(root, port) {
   return server;
 }
 
-if (process.argv[1] === fileURLToPath(import.meta.url)) {
+if (realpathSync(process.argv[1]) === import.meta.filename) {
   const port = Number(process.argv[2] ?? 8000);
   try {
     await startServer(import.meta.dirname, port);

@@ -21,7 +21,6 @@ const TYPES = [
   ["|V2", "bfloat16", Uint16Array],
 ];
 const MAGIC = "\x93NUMPY";
-const decode = (bytes) => String.fromCharCode(...bytes);
 
 function countItems(dims) {
   return dims.reduce((product, size) => product * size, 1);
@@ -35,13 +34,16 @@ function countItems(dims) {
  * @throws {RotaryExportError} It is no .npy file, is cut off, or holds what can't be read.
  */
 export function parseNpy(bytes, name) {
-  if (decode(bytes.subarray(0, 6)) !== MAGIC) {
+  if ([...MAGIC].some((char, i) => char.charCodeAt(0) !== bytes[i])) {
     throw new RotaryExportError(`${name} must be an .npy file, it does not begin as one`);
   }
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const start = bytes[6] === 1 ? 10 : 12; // of the header; its length is before it
-  const end = bytes.length < start ? NaN : start + (start === 10 ? view.getUint16(8, true) : view.getUint32(8, true));
-  const header = decode(bytes.subarray(start, end));
+  const end =
+    bytes.length < start
+      ? NaN
+      : start + (start === 10 ? view.getUint16(8, true) : view.getUint32(8, true));
+  const header = new TextDecoder().decode(bytes.subarray(start, end));
   const code = /'descr': *'([^']+)'/.exec(header)?.[1].replace("<V2", "|V2");
   const shape = /'shape': *\(([\d, ]*)\)/.exec(header)?.[1];
   if (!(end <= bytes.length) || code === undefined || shape === undefined) {
@@ -55,10 +57,15 @@ export function parseNpy(bytes, name) {
     throw new RotaryExportError(`${name} must be in C order, got Fortran order`);
   }
   const [, type, Items] = known;
-  const dims = shape.split(",").filter((size) => size.trim()).map(Number);
+  const dims = shape
+    .split(",")
+    .filter((size) => size.trim())
+    .map(Number);
   const wanted = countItems(dims) * Items.BYTES_PER_ELEMENT;
   if (bytes.length - end !== wanted) {
-    throw new RotaryExportError(`${name} must have ${wanted} bytes of data, got ${bytes.length - end}`);
+    throw new RotaryExportError(
+      `${name} must have ${wanted} bytes of data, got ${bytes.length - end}`,
+    );
   }
   // A copy, as typed arrays must begin at a multiple of their item's size; the slice of a Buffer of
   // Node.js would be none.

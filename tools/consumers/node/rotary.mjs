@@ -21,7 +21,9 @@ export async function openBundle(ort, read, name, options) {
   const file = info?.files.onnx;
   if (file === undefined) {
     const known = Object.keys(manifest.graphs).join(", ");
-    throw new RotaryExportError(`the graph must be one of ${known}, with an ONNX file, got ${name}`);
+    throw new RotaryExportError(
+      `the graph must be one of ${known}, with an ONNX file, got ${name}`,
+    );
   }
   if (`${file}.data` in manifest.files) {
     throw new RotaryExportError(`${file} must hold its weights itself, they are in ${file}.data`);
@@ -32,6 +34,12 @@ export async function openBundle(ort, read, name, options) {
         `${tensor} is bfloat16, of which ONNX Runtime's JavaScript has no tensors; export float32 or float16`,
       );
     }
+  }
+  const oldest = manifest.minimum_onnxruntime.portable;
+  if (compareVersions(ort.env.versions.common, oldest) < 0) {
+    throw new RotaryExportError(
+      `the bundle needs ONNX Runtime >= ${oldest}, got ${ort.env.versions.common}`,
+    );
   }
   const bytes = await read(file);
   if ((await hash(bytes)) !== manifest.files[file]) {
@@ -57,6 +65,13 @@ function readManifest(bytes) {
     );
   }
   return manifest;
+}
+
+function compareVersions(left, right) {
+  const [[major, minor], [otherMajor, otherMinor]] = [left, right].map((v) =>
+    v.split(".").map(Number),
+  );
+  return major - otherMajor || minor - otherMinor;
 }
 
 async function hash(bytes) {
@@ -96,7 +111,8 @@ function checkInputs(graph, info, inputs) {
   const wanted = info.inputs.map((input) => input.name);
   const takes = `it takes ${wanted.join(", ")}`;
   for (const name of Object.keys(inputs)) {
-    if (!wanted.includes(name)) throw new RotaryExportError(`${graph} has no input '${name}'; ${takes}`);
+    if (!wanted.includes(name))
+      throw new RotaryExportError(`${graph} has no input '${name}'; ${takes}`);
   }
   const sizes = {};
   const isSum = (dim) => String(dim).includes(" + ");
@@ -127,12 +143,19 @@ function checkShape({ name, shape }, dims, sizes) {
     if (terms.length === 1) return (sizes[axis] ??= size);
     return terms.reduce((sum, term) => sum + (/^\d+$/.test(term) ? Number(term) : sizes[term]), 0);
   };
-  if (dims.length === shape.length && shape.every((axis, i) => resolve(axis, dims[i]) === dims[i])) {
+  if (
+    dims.length === shape.length &&
+    shape.every((axis, i) => resolve(axis, dims[i]) === dims[i])
+  ) {
     return;
   }
-  const known = Object.entries(sizes).filter(([axis]) => shape.some((s) => `${s}`.split(" + ").includes(axis)));
+  const known = Object.entries(sizes).filter(([axis]) =>
+    shape.some((s) => `${s}`.split(" + ").includes(axis)),
+  );
   const where = known.map(([axis, size]) => `, ${axis}=${size}`).join("");
-  throw new RotaryExportError(`${name} must have shape (${shape.join(", ")})${where}, got (${dims.join(", ")})`);
+  throw new RotaryExportError(
+    `${name} must have shape (${shape.join(", ")})${where}, got (${dims.join(", ")})`,
+  );
 }
 
 function checkLimits({ name, limits }, { dims, data }) {
@@ -165,7 +188,9 @@ export function compareOutputs(graph, outputs, expected) {
     const [got, want] = [outputs[name], expected[name]];
     const describe = ({ type, dims }) => `${type} (${dims.join(", ")})`;
     if (describe(got) !== describe(want)) {
-      throw new RotaryExportError(`${name} must be ${describe(want)} as expected, got ${describe(got)}`);
+      throw new RotaryExportError(
+        `${name} must be ${describe(want)} as expected, got ${describe(got)}`,
+      );
     }
     const row = graph.manifest.parity.rows.find(
       (r) => r.graph === graph.name && r.output === name && r.runtime === "ONNX Runtime, portable",
@@ -173,7 +198,7 @@ export function compareOutputs(graph, outputs, expected) {
     const [left, right] = [toNumbers(got), toNumbers(want)];
     let [maxError, largest, exact] = [0, 0, true];
     for (let i = 0; i < right.length; i++) {
-      largest = Math.max(largest, Math.abs(right[i]));
+      if (Number.isFinite(right[i])) largest = Math.max(largest, Math.abs(right[i]));
       if (Object.is(left[i], right[i])) continue;
       exact = false;
       maxError = Math.max(maxError, Math.abs(left[i] - right[i])); // NaN, if either is, for good
@@ -187,7 +212,7 @@ export function compareOutputs(graph, outputs, expected) {
 /** Return a tensor's items as numbers. */
 export function toNumbers({ type, data }) {
   if (type === "float16" && data instanceof Uint16Array) return Float64Array.from(data, decodeHalf);
-  return data instanceof BigInt64Array ? Float64Array.from(data, Number) : data;
+  return type.endsWith("int64") ? Float64Array.from(data, Number) : data;
 }
 
 function decodeHalf(bits) {

@@ -20,7 +20,8 @@ async function main() {
   const graph = await openBundle(ort, (name) => read(path.join(KIT, "bundle", name)), kit.graph);
 
   const inputs = await readArrays(options.inputs, kit.inputs);
-  const expected = options.check && (await readArrays(path.join(options.inputs, "expected"), kit.outputs));
+  const expected =
+    options.check && (await readArrays(path.join(options.inputs, "expected"), kit.outputs));
   const outputs = await graph.run(inputs);
 
   console.log(`${kit.graph}, portable, onnxruntime-node ${ort.env.versions.node}`);
@@ -34,8 +35,14 @@ async function main() {
     if (!expected) console.log(`${name} ${type} (${dims.join(", ")})`);
   }
   if (!expected) return;
-  for (const { name, type, dims, maxError, allowed, exact, passed } of compareOutputs(graph, outputs, expected)) {
-    const error = exact ? "equal to the bit" : `max error ${maxError.toExponential(1)} of ${allowed.toExponential(1)} allowed`;
+  for (const { name, type, dims, maxError, allowed, exact, passed } of compareOutputs(
+    graph,
+    outputs,
+    expected,
+  )) {
+    const error = exact
+      ? "equal to the bit"
+      : `max error ${maxError.toExponential(1)} of ${allowed.toExponential(1)} allowed`;
     console.log(`${name} ${type} (${dims.join(", ")}): ${error}: ${passed ? "pass" : "FAIL"}`);
     if (!passed) process.exitCode = 1;
   }
@@ -58,7 +65,9 @@ function readArguments() {
 
 async function importRuntime() {
   try {
-    return await import("onnxruntime-node");
+    const ort = await import("onnxruntime-node");
+    ort.env.logLevel = "fatal"; // what it logs, it throws as well
+    return ort;
   } catch (error) {
     if (error.code !== "ERR_MODULE_NOT_FOUND") throw error;
     throw new RotaryExportError("onnxruntime-node is not installed: npm ci --ignore-scripts");
@@ -69,21 +78,21 @@ async function read(file) {
   try {
     return await readFile(file);
   } catch (error) {
-    throw new RotaryExportError(`${file} can't be read: ${error.message}`);
+    throw new RotaryExportError(`${file} can't be read: ${error.message.split(",")[0]}`);
   }
 }
 
 async function readArrays(folder, names) {
-  const read_one = async (name) => {
+  const readOne = async (name) => {
     const file = path.join(folder, `${name}.npy`);
     return [name, parseNpy(await read(file), file)];
   };
-  return Object.fromEntries(await Promise.all(names.map(read_one)));
+  return Object.fromEntries(await Promise.all(names.map(readOne)));
 }
 
 try {
   await main();
 } catch (error) {
-  console.error(`error: ${error.message}`); // ONNX Runtime's, too, are one line
+  console.error(`error: ${error.message.trim()}`);
   process.exitCode = 1;
 }
