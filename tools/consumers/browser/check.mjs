@@ -1,39 +1,45 @@
-// Opens the page in headless Chromium, once for each folder of inputs, and prints what it says.
-// node check.mjs [--screenshot FILE] [DIR ...]
+// Opens the page in headless Chromium, once for each folder of inputs, and prints what it shows.
+// node check.mjs [--screenshot FILE] [FOLDER ...]
 
 import { parseArgs } from "node:util";
-
-import { chromium } from "playwright-core";
 
 import { startServer } from "./serve.mjs";
 
 const executablePath = process.env.CHROMIUM ?? "/usr/bin/chromium";
 
-const { values, positionals } = parseArgs({
-  options: { screenshot: { type: "string" } },
-  allowPositionals: true,
-});
-const server = await startServer(import.meta.dirname, 0);
-let browser;
-try {
-  browser = await chromium.launch({ executablePath, args: ["--disable-gpu"] });
-  const page = await browser.newPage({ viewport: { width: 1120, height: 1000 } });
-  for (const inputs of positionals.length ? positionals : ["example"]) {
-    await page.goto(
-      `http://127.0.0.1:${server.address().port}/?inputs=${encodeURIComponent(inputs)}`,
-    );
-    await page.waitForSelector("body:not([data-state=running])", { timeout: 60_000 });
-    const state = await page.getAttribute("body", "data-state");
-    const said = await page.textContent("#verdict");
-    const report = await page.evaluate(() => globalThis.report);
-    console.log(JSON.stringify({ inputs, state, said, chromium: browser.version(), ...report }));
-    if (state !== "passed") process.exitCode = 1;
-    if (values.screenshot) await page.screenshot({ path: values.screenshot, fullPage: true });
+async function main() {
+  const { values, positionals } = parseArgs({
+    options: { screenshot: { type: "string" } },
+    allowPositionals: true,
+  });
+  const { chromium } = await import("playwright-core").catch(() => {
+    throw new Error("playwright-core is not installed: npm ci --ignore-scripts");
+  });
+  const server = await startServer(import.meta.dirname, 0);
+  let browser;
+  try {
+    browser = await chromium.launch({ executablePath, args: ["--disable-gpu"] });
+    const page = await browser.newPage({ viewport: { width: 1120, height: 640 } });
+    for (const inputs of positionals.length ? positionals : ["example"]) {
+      const address = `http://127.0.0.1:${server.address().port}`;
+      await page.goto(`${address}/?inputs=${encodeURIComponent(inputs)}`);
+      await page.waitForSelector("body:not([data-state=running])", { timeout: 60_000 });
+      const state = await page.getAttribute("body", "data-state");
+      const said = await page.textContent("#verdict");
+      const report = await page.evaluate(() => globalThis.report);
+      console.log(JSON.stringify({ inputs, state, said, chromium: browser.version(), ...report }));
+      if (state !== "passed") process.exitCode = 1;
+      if (values.screenshot) await page.screenshot({ path: values.screenshot, fullPage: true });
+    }
+  } finally {
+    await browser?.close();
+    server.close();
   }
+}
+
+try {
+  await main();
 } catch (error) {
   console.error(`error: ${error.message.split("\n")[0]}`);
   process.exitCode = 1;
-} finally {
-  await browser?.close();
-  server.close();
 }

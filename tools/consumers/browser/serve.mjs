@@ -38,7 +38,7 @@ export async function startServer(root, port) {
   return server;
 }
 
-if (realpathSync(process.argv[1]) === import.meta.filename) {
+if (process.argv[1] && realpathSync(process.argv[1]) === import.meta.filename) {
   const port = Number(process.argv[2] ?? 8000);
   try {
     await startServer(import.meta.dirname, port);

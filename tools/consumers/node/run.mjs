@@ -20,32 +20,29 @@ async function main() {
   const graph = await openBundle(ort, (name) => read(path.join(KIT, "bundle", name)), kit.graph);
 
   const inputs = await readArrays(options.inputs, kit.inputs);
-  const expected =
-    options.check && (await readArrays(path.join(options.inputs, "expected"), kit.outputs));
+  const expected = options.check
+    ? await readArrays(path.join(options.inputs, "expected"), kit.outputs)
+    : undefined;
   const outputs = await graph.run(inputs);
+  const results = expected && compareOutputs(graph, outputs, expected);
 
   console.log(`${kit.graph}, portable, onnxruntime-node ${ort.env.versions.node}`);
-  if (options.out !== undefined) {
-    await mkdir(options.out, { recursive: true });
-    for (const [name, tensor] of Object.entries(outputs)) {
-      await writeFile(path.join(options.out, `${name}.npy`), formatNpy(tensor));
-    }
-  }
   for (const [name, { type, dims }] of Object.entries(outputs)) {
-    if (!expected) console.log(`${name} ${type} (${dims.join(", ")})`);
+    const result = results?.find((r) => r.name === name);
+    console.log(`${name} ${type} (${dims.join(", ")})${result ? describe(result) : ""}`);
+    if (result && !result.passed) process.exitCode = 1;
   }
-  if (!expected) return;
-  for (const { name, type, dims, maxError, allowed, exact, passed } of compareOutputs(
-    graph,
-    outputs,
-    expected,
-  )) {
-    const error = exact
-      ? "equal to the bit"
-      : `max error ${maxError.toExponential(1)} of ${allowed.toExponential(1)} allowed`;
-    console.log(`${name} ${type} (${dims.join(", ")}): ${error}: ${passed ? "pass" : "FAIL"}`);
-    if (!passed) process.exitCode = 1;
+  if (options.out === undefined) return;
+  await mkdir(options.out, { recursive: true });
+  for (const [name, tensor] of Object.entries(outputs)) {
+    await writeFile(path.join(options.out, `${name}.npy`), formatNpy(tensor));
   }
+}
+
+function describe({ maxError, allowed, exact, passed }) {
+  const [error, most] = [maxError, allowed].map((number) => number.toExponential(1));
+  const found = exact ? "equal to the bit" : `max error ${error} of ${most} allowed`;
+  return `: ${found}: ${passed ? "pass" : "FAIL"}`;
 }
 
 function readArguments() {
