@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,10 +62,8 @@ def save_case(folder: Path, inputs: Arrays, expected: Arrays) -> None:
 
 def run_node(target: str, kit: Path, *words: Any) -> subprocess.CompletedProcess[str]:
     """Run Node.js in a kit."""
-    paths = f"{require(target) / 'venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    node = shutil.which("node", path=paths)
-    assert node is not None
-    command = [node, *map(str, words)]
+    require(target)
+    command = [str(require("node") / "node"), *map(str, words)]
     return subprocess.run(
         command, cwd=kit, capture_output=True, text=True, check=False, timeout=240
     )

@@ -32,11 +32,12 @@ def run_kit(kit: Path, *words):
     return run_node(NAME, kit, "run.mjs", *words)
 
 
-def run_case(kit: Path, inputs, expected, folder: Path):
+def run_case(kit: Path, inputs, expected, folder: Path, *flags: str):
     """Return what the kit gives for inputs; its own comparison has passed."""
     save_case(folder, inputs, expected)
     out = folder / "out"
-    done = run_kit(kit, "--check", "--inputs", folder, "--out", out)
+    words = ("--check", "--inputs", folder, "--out", out)
+    done = run_node(NAME, kit, *flags, "run.mjs", *words)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     assert done.stdout.count(": pass") == len(expected)
     return {file.stem: np.load(file) for file in out.iterdir()}
@@ -77,6 +78,14 @@ def test_rotate_is_eager(dtype, tmp_path):
             "registers no op library",
         )
     )
+
+
+def test_float16_where_javascript_has_no_float16array(tmp_path):
+    """As in Node.js 20 and 22."""
+    inputs, expected = make_case("float16", (2, 5))
+    kit = make_kit(NAME, "float16", tmp_path)
+    got = run_case(kit, inputs, expected, tmp_path / "case", "--no-js-float16array")
+    compare(got, expected, find_allowed("native-half", "float16"))
 
 
 def test_model_is_eager(tmp_path):
