@@ -49,11 +49,12 @@ async function read(file) {
 }
 
 async function readArrays(folder, names) {
-  const readOne = async (name) => {
+  const arrays = {};
+  for (const name of names) {
     const file = `${folder}/${name}.npy`;
-    return [name, parseNpy(await read(file), file)];
-  };
-  return Object.fromEntries(await Promise.all(names.map(readOne)));
+    arrays[name] = parseNpy(await read(file), file);
+  }
+  return arrays;
 }
 
 function finish(state, text) {
