@@ -3,15 +3,16 @@
 import { toNumbers } from "./rotary.mjs";
 
 const SVG = "http://www.w3.org/2000/svg";
-const CELL = 92; // pixels, a pair at a token
+const CELL = 96; // pixels, a pair at a token
 const RADIUS = 36;
 const MARGIN = { left: 96, top: 46 };
 const MOST = 10; // pairs and tokens that are drawn
 
-/** Return the positions of the two channels of every pair. */
-export function listPairs(rotaryDim, interleaved) {
-  const half = rotaryDim / 2;
-  return Array.from({ length: half }, (_, i) => (interleaved ? [2 * i, 2 * i + 1] : [i, i + half]));
+/** Return the two channels of each of `count` pairs. */
+export function listPairs(count, interleaved) {
+  return Array.from({ length: count }, (_, i) =>
+    interleaved ? [2 * i, 2 * i + 1] : [i, i + count],
+  );
 }
 
 /**

@@ -84,8 +84,9 @@ function showDrawing(graph, inputs, outputs) {
 }
 
 function showPairs({ manifest }, inputs, outputs) {
-  const { interleaved } = manifest.config;
-  const pairs = listPairs(manifest.graphs.tables.outputs[0].shape.at(-1), interleaved);
+  const [table] = manifest.graphs.tables.outputs; // freqs has each angle twice, cos_cache once
+  const count = table.shape.at(-1) / (table.name === "freqs" ? 2 : 1);
+  const pairs = listPairs(count, manifest.config.interleaved);
   const redraw = () => {
     const name = tensor.value;
     const [before, after] = [inputs[name], outputs[`${name}_out`]];
