@@ -22,6 +22,8 @@ from rotary_export.runtime.load import RUNTIMES, open_session
 from rotary_export.runtime.session import is_torch, make_bfloat16
 from rotary_export.staging import make_staging, move_into_place
 
+# What a kit may have been built into, in a checkout.
+LEFT_BEHIND = ("build", "node_modules", "__pycache__")
 FILE_NAME = "kit.json"  # marks a folder as one that deploy wrote
 
 
@@ -69,7 +71,8 @@ def deploy(
         )
     with make_staging(path, lambda: check_out(path, force)) as staging:
         say(f"copy the kit {target}")
-        shutil.copytree(find_kits() / target, staging, dirs_exist_ok=True)
+        left = shutil.ignore_patterns(*LEFT_BEHIND)
+        shutil.copytree(find_kits() / target, staging, ignore=left, dirs_exist_ok=True)
         (staging / "bundle").mkdir()
         for name in (MANIFEST, *manifest.files):
             shutil.copy2(source / name, staging / "bundle" / name)

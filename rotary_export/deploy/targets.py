@@ -36,11 +36,11 @@ TARGETS: dict[str, Target] = {
     "cpp-onnxruntime": Target("a C++ program, ONNX Runtime", "onnx", copy_op_library),
     "cpp-libtorch": Target("a C++ program, libtorch: TorchScript", "torchscript", write_signature),
     "cpp-aoti": Target("a C++ program, libtorch: compiled by AOTInductor", "aoti", write_signature),
+    "node": Target("a program for Node.js, onnxruntime-node", "onnx"),
+    "browser": Target("a page, onnxruntime-web", "onnx"),
     "openvino": Target("OpenVINO, from Python", "onnx", prepare_openvino),
     "tract": Target("tract, from Python", "onnx", prepare_tract),
     "triton": Target("a model repository for Triton Inference Server", "onnx", write_repository),
     "mlserver": Target("the settings of an MLServer, and a client", "onnx", prepare_mlserver),
     "ray": Target("an application and a config file of Ray Serve, and a client", "onnx"),
-    "browser": Target("a page, onnxruntime-web", "onnx"),
-    "node": Target("Node.js, onnxruntime-node", "onnx"),
 }
