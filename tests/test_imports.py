@@ -18,12 +18,13 @@ ORDER = [
     "models.replace", "models.preserve", "models.inputs", "models.cases", "models.stateless",
     "models.trace", "models.write", "models.prepare", "models.prove", "models.export_model",
     "models.source", "fusion.sums", "fusion.operators", "fusion.channels", "fusion.rotation",
-    "fusion.build", "fusion.rules", "fusion.prepare", "fusion.join", "fusion.feeds", "fusion.check",
-    "fusion.fuse", "timing", "machine", "benchmark", "deploy.example", "deploy.inline",
-    "deploy.cpp_onnxruntime", "deploy.signature", "deploy.triton", "deploy.mlserver",
     "fusion.build", "fusion.rules", "fusion.shapes", "fusion.prepare", "fusion.join",
     "fusion.feeds", "fusion.check", "fusion.fuse", "timing", "machine", "benchmark",
-    "deploy.targets", "deploy.deploy", "terminal", "arrays", "inspection", "cli", "__main__",
+    "deploy.example", "deploy.inline", "deploy.cpp_onnxruntime", "deploy.signature",
+    "deploy.triton", "deploy.mlserver", "fusion.build", "fusion.rules", "fusion.shapes",
+    "fusion.shapes", "fusion.prepare", "fusion.join", "fusion.feeds", "fusion.check", "fusion.fuse",
+    "timing", "machine", "benchmark", "deploy.targets", "deploy.deploy", "terminal", "arrays",
+    "inspection", "cli", "__main__",
 ]  # fmt: skip
 
 
