@@ -166,6 +166,10 @@ def run(arguments: argparse.Namespace) -> int:
     allowed = arguments.allowed if arguments.allowed is not None else allowed
     found = {"protocols": "+".join(name for name, _ in protocols)}
     found |= load(clients, pairs, allowed, arguments.seconds)
+    if arguments.save:
+        name, file = arguments.save
+        saved = json.loads(Path(file).read_text(encoding="utf-8")) | {name: found}
+        Path(file).write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
     if arguments.json:
         print(json.dumps(found))
     else:
@@ -197,6 +201,12 @@ def main() -> int:
     command.add_argument("--binary", action="store_true", help="binary tensors over HTTP")
     command.add_argument("--allowed", type=float, help="relative error; 0: equal to the bit")
     command.add_argument("--json", action="store_true")
+    command.add_argument(
+        "--save",
+        nargs=2,
+        metavar=("NAME", "FILE"),
+        help="under a name, in a JSON file that is there",
+    )
     arguments = parser.parse_args()
     if arguments.command == "prepare":
         prepare(arguments)

@@ -98,6 +98,18 @@ def write_targets() -> str:
     return format_table(*targets.tabulate(json.loads(targets.RESULTS.read_text(encoding="utf-8"))))
 
 
+def write_load() -> str:
+    """What tools/load_server.py saw of the servers, from tools/load_results.json."""
+    found = json.loads((ROOT / "tools" / "load_results.json").read_text(encoding="utf-8"))
+    names = ("protocols", "clients", "seconds", "requests", "errors", "wrong")
+    headers = ("server", *names, "p50, ms", "p99, ms", "requests per second")
+    rows = (
+        (server, *(row[n] for n in (*names, "p50_ms", "p99_ms", "per_second")))
+        for server, row in found.items()
+    )
+    return format_table(headers, rows)
+
+
 SECTIONS = {
     "minimum_onnxruntime": write_minimum_onnxruntime,
     "xpos_lengths": write_xpos_lengths,
@@ -106,6 +118,7 @@ SECTIONS = {
     "performance": write_performance,
     "coverage": write_coverage,
     "targets": write_targets,
+    "load": write_load,
 }
 
 
