@@ -288,11 +288,5 @@ def test_the_page_for_a_clone_names_what_is_there():
         assert (ROOT / word).exists(), word
 
 
-def test_the_page_has_the_table_of_the_readme():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme.split("<!-- begin: minimum_onnxruntime -->")[1].split("<!--")[0].strip()
-    assert table in (ROOT / "tools" / "consumers" / NAME / "README.md").read_text(encoding="utf-8")
-
-
 def test_the_program_is_small():
     assert len((ROOT / "tools" / "consumers" / NAME / "main.cc").read_text().splitlines()) <= 120

@@ -1,4 +1,4 @@
-"""Fill the README's tables from the code and the bundles, or check that they are up to date."""
+"""Fill the tables of documents from the code and from what tools measured, or check them."""
 
 from __future__ import annotations
 
@@ -110,6 +110,33 @@ def write_load() -> str:
     return format_table(headers, rows)
 
 
+def write_cpp_latency() -> str:
+    """A decode step of the C++ program, from tools/cpp_latency_results.json."""
+    found = json.loads((ROOT / "tools" / "cpp_latency_results.json").read_text(encoding="utf-8"))
+    machine = found["machine"]
+    headers = (
+        "batch_size",
+        "graph",
+        "against `rotary_export.load(...)`",
+        "against onnxruntime's `run_with_iobinding`, bound once",
+    )
+    rows = (
+        (
+            row["batch_size"],
+            row["path"],
+            *(
+                "{} ({} to {})".format(row[f"C++ / {peer}"], *row[f"C++ / {peer}, 95 %"])
+                for peer in ("session", "raw")
+            ),
+        )
+        for row in found["rows"]
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"On {machine['processor']}, {machine['cores']} cores, {versions}.\n\n" + format_table(
+        headers, rows
+    )
+
+
 SECTIONS = {
     "minimum_onnxruntime": write_minimum_onnxruntime,
     "xpos_lengths": write_xpos_lengths,
@@ -120,15 +147,22 @@ SECTIONS = {
     "targets": write_targets,
     "load": write_load,
 }
+DOCUMENTS = {
+    "README.md": SECTIONS,
+    "tools/consumers/cpp-onnxruntime/README.md": {
+        "minimum_onnxruntime": write_minimum_onnxruntime,
+        "cpp_latency": write_cpp_latency,
+    },
+}
 
 
-def fill(text: str) -> str:
-    """Return the README with its sections filled."""
-    for name, write in SECTIONS.items():
+def fill(document: str, text: str) -> str:
+    """Return a document with its sections filled."""
+    for name, write in DOCUMENTS[document].items():
         begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         if not pattern.search(text):
-            sys.exit(f"README.md has no section {name}")
+            sys.exit(f"{document} has no section {name}")
         body = f"{begin}\n{write()}\n{end}"
         text = pattern.sub(lambda _, body=body: body, text)
     return text
@@ -139,13 +173,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if outdated")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = fill(before)
-    if check and before != after:
-        sys.exit("README.md is outdated: run tools/update_readme.py")
-    if not check:
-        readme.write_text(after, encoding="utf-8")
+    for document in DOCUMENTS:
+        path = ROOT / document
+        before = path.read_text(encoding="utf-8")
+        after = fill(document, before)
+        if check and before != after:
+            sys.exit(f"{document} is outdated: run tools/update_readme.py")
+        if not check:
+            path.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":
