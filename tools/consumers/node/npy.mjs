@@ -22,10 +22,6 @@ const TYPES = [
 ];
 const MAGIC = "\x93NUMPY";
 
-function countItems(dims) {
-  return dims.reduce((product, size) => product * size, 1);
-}
-
 /**
  * Read an array.
  * @param {Uint8Array} bytes The file.
@@ -61,7 +57,7 @@ export function parseNpy(bytes, name) {
     .split(",")
     .filter((size) => size.trim())
     .map(Number);
-  const wanted = countItems(dims) * Items.BYTES_PER_ELEMENT;
+  const wanted = dims.reduce((a, b) => a * b, Items.BYTES_PER_ELEMENT);
   if (bytes.length - end !== wanted) {
     throw new RotaryExportError(
       `${name} must have ${wanted} bytes of data, got ${bytes.length - end}`,
