@@ -240,12 +240,8 @@ void RotateRun(const RotaryParams& params, const Block& block, const T* x, T* y,
   const int64_t half = params.rotary_dim / 2;
   const int64_t entries = block.pairs * Layout::kEntriesPerPair;
   const int64_t tail = block.first_pair == 0 ? params.rotary_dim : params.head_dim;
-  const VectorWork work = {block.first_pair * Layout::kEntriesPerPair,
-                           entries,
-                           half,
-                           tail,
-                           params.head_dim,
-                           params.large};
+  const int64_t first = block.first_pair * Layout::kEntriesPerPair;
+  const VectorWork work = {first, entries, half, tail, params.head_dim, params.large};
   const bool whole = entries % kWidest<T> == 0;
   const bool stream = kCanStream && params.large && x != y && block.pairs == half &&
                       axis.out_step == params.head_dim;
