@@ -24,7 +24,7 @@ ORDER = [
     "deploy.triton", "deploy.mlserver", "fusion.build", "fusion.rules", "fusion.shapes",
     "fusion.shapes", "fusion.prepare", "fusion.join", "fusion.feeds", "fusion.check", "fusion.fuse",
     "timing", "machine", "benchmark", "deploy.targets", "deploy.deploy", "terminal", "arrays",
-    "inspection", "cli", "__main__",
+    "inspection", "cli_export", "cli", "__main__",
 ]  # fmt: skip
 
 
