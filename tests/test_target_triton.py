@@ -52,6 +52,16 @@ def python(folder):
 
 
 @pytest.fixture(scope="module")
+def packages(folder, tmp_path_factory):
+    """Return where the backend's Python looks first; its rotary_export must not be taken."""
+    packages = tmp_path_factory.mktemp("packages")
+    for package in (folder / "python").iterdir():
+        (packages / package.name).symlink_to(package)
+    (packages / "rotary_export.py").write_text("raise ImportError('an installed one')\n")
+    return packages
+
+
+@pytest.fixture(scope="module")
 def repositories(tmp_path_factory):
     """Return what deploy wrote for some bundles, by name."""
     out = tmp_path_factory.mktemp("triton")
@@ -66,7 +76,7 @@ def repositories(tmp_path_factory):
 class Server:
     """A tritonserver on loopback, ready; a context, at whose end it is gone."""
 
-    def __init__(self, folder, repository, model) -> None:
+    def __init__(self, folder, packages, repository, model, *options) -> None:
         (server,) = folder.glob("venv/lib/python3*/site-packages/pytriton/tritonserver")
         ports = dict(
             zip(("http", "grpc", "metrics"), find_ports("127.0.0.1", 0, 0, 0), strict=True)
@@ -81,12 +91,13 @@ class Server:
             "--model-control-mode=explicit",
             f"--load-model={model}",
             "--allow-gpu-metrics=false",
+            *options,
             *(f"--{name}-address=127.0.0.1" for name in ports),
             *(f"--{name}-port={port}" for name, port in ports.items()),
         ]
         # The backend's Python ignores PYTHONPATH, and looks in the working folder first.
         self._where = {
-            "cwd": folder / "python",
+            "cwd": packages,
             "env": os.environ | {"LD_LIBRARY_PATH": sysconfig.get_config_var("LIBDIR")},
         }
         self.start()
@@ -101,11 +112,11 @@ class Server:
                 raise AssertionError(self.log.read_text())
             time.sleep(0.2)
 
-    def send(self, request):
+    def send(self, request, patience=5):
         """Send bytes over HTTP; return the beginning of the answer, empty if there is none."""
         host, port = self.http.split(":")
         try:
-            with closing(socket.create_connection((host, int(port)), 5)) as connection:
+            with closing(socket.create_connection((host, int(port)), patience)) as connection:
                 connection.sendall(request)
                 return connection.recv(4096)
         except OSError:
@@ -132,8 +143,16 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(folder, repositories):
-    with Server(folder, repositories["plain"], "rotate_python") as running:
+def serve(folder, packages, repositories):
+    """Return a function that serves a bundle's graph with the Python backend."""
+    return lambda name, graph="rotate", *options: Server(
+        folder, packages, repositories[name], f"{graph}_python", *options
+    )
+
+
+@pytest.fixture(scope="module")
+def server(serve):
+    with serve("plain") as running:
         yield running
 
 
@@ -214,6 +233,16 @@ def test_configurations_are_what_triton_reads(name, repositories, python, tmp_pa
             record(Row(TARGET, "", graph, "parsed", path, ("float32",), note=where))
 
 
+@pytest.mark.parametrize("options", [(), ("--model-config-name=gpu",)])
+def test_the_server_reads_the_configurations_of_backends_that_it_lacks(options, serve):
+    with serve("plain", "rotate", *options) as server:
+        for backend in ("onnxruntime", "pytorch"):
+            path = f"/v2/repository/models/rotate_{backend}/load".encode()
+            answer = server.send(b"POST " + path + b" HTTP/1.1\r\nHost: x\r\n\r\n").decode()
+            # Were a configuration wrong, it would fail "to poll from model repository".
+            assert f"unable to find backend library for backend '{backend}'" in answer
+
+
 def test_the_torchscript_model_takes_its_inputs_in_order(repositories):
     import torch
 
@@ -234,14 +263,14 @@ def test_the_torchscript_model_takes_its_inputs_in_order(repositories):
 
 
 @pytest.mark.parametrize("name", ["plain", "float16", "bfloat16"])
-def test_rotate(name, folder, python, repositories, version, tmp_path):
+def test_rotate(name, serve, python, version, tmp_path):
     requests = [make_arrays(name, batch=b, seq_len=s, seed=s) for b, s in SHAPES]
     half = name == "bfloat16"
     to_wire = lambda x: x.astype(np.float32) if x.dtype.name == "bfloat16" else x  # noqa: E731
     wire = [{key: to_wire(value) for key, value in request.items()} for request in requests]
     dtype = requests[0]["query"].dtype.name
     worst, exact = 0.0, True
-    with Server(folder, repositories[name], "rotate_python") as server:
+    with serve(name) as server:
         for asked, reply in ask_all(python, tmp_path, server, wire):
             request = next(r for r, w in zip(requests, wire, strict=True) if w is asked)
             want = {
@@ -257,19 +286,19 @@ def test_rotate(name, folder, python, repositories, version, tmp_path):
     record(Row(TARGET, version, "rotate", "ran", "fused", (dtype,), shapes, worst, exact, note))
 
 
-def test_static_shapes_and_a_scalar(folder, python, repositories, tmp_path):
+def test_static_shapes_and_a_scalar(serve, python, tmp_path):
     request = make_arrays("static")
     wire = request | {"seq_len": request["seq_len"].reshape(1)}
-    with Server(folder, repositories["static"], "rotate_python") as server:
+    with serve("static") as server:
         for _, reply in ask_all(python, tmp_path, server, [wire]):
             compare(reply, run_eager("static", request), 0)
 
 
-def test_model(folder, python, repositories, version, tmp_path):
+def test_model(serve, python, version, tmp_path):
     allowed = TOLERANCES["model"].max_ulp * float(np.finfo(np.float32).eps)
     requests = [make_model_arrays(*shape) for shape in SHAPES]
     worst, exact = 0.0, True
-    with Server(folder, repositories["model"], "model_python") as server:
+    with serve("model", "model") as server:
         for request, reply in ask_all(python, tmp_path, server, requests):
             error, same = compare(reply, run_model_eager(request), allowed)
             worst, exact = max(worst, error), exact and same
@@ -302,36 +331,40 @@ def test_one_bad_id_fails_alone(protocol, server, python, tmp_path):
 
 def test_malformed_requests_get_an_error_and_the_server_goes_on(server, python, tmp_path):
     good = make_arrays("plain", batch=1)
-    cases = [
-        ("expected 3 inputs but got 4", good | {"x": good["key"]}),
-        ("expected 3 inputs but got 1", {"query": good["query"]}),
-        ("data-type is 'FP64', but model", good | {"query": good["query"].astype(np.float64)}),
-        ("unexpected shape", good | {"query": np.zeros((1, 2), np.float32)}),
-        ("key must have shape", good | {"key": good["key"][:, :, :3]}),
-    ]
+    cases = {
+        "expected 3 inputs but got 4": good | {"x": good["key"]},
+        "expected 3 inputs but got 1": {"query": good["query"]},
+        "'query' data-type is 'FP64', but": good | {"query": good["query"].astype(np.float64)},
+        "unexpected shape": good | {"query": np.zeros((1, 2), np.float32)},
+        "key must have shape": good | {"key": good["key"][:, :, :3]},
+    }
     for protocol in PROTOCOLS:
         address = getattr(server, protocol.removesuffix("-binary"))
-        for message, request in cases:
-            (got,) = ask(python, tmp_path, protocol, address, server.model, [request])
-            assert message in got
+        replies = ask(python, tmp_path, protocol, address, server.model, list(cases.values()))
+        for message, reply in zip(cases, replies, strict=True):
+            assert message in reply
     post = f"POST /v2/models/{server.model}/infer HTTP/1.1\r\nHost: x\r\n".encode()
     header = b"Inference-Header-Content-Length: %d\r\nContent-Length: %d\r\n\r\n"
+    tensor = {"name": "query", "shape": good["query"].shape, "datatype": "FP32"}
+    claim = {"inputs": [tensor | {"parameters": {"binary_data_size": 2**30}}]}
+    claim = json.dumps(claim).encode()
     for sent in (
         post + b"Content-Length: 20\r\n\r\n" + b'{"inputs": [{"name":',
         post + header % (2**30, 2) + b"{}",
+        post + header % (len(claim), len(claim) + 4) + claim + b"abcd",
         post + b"Content-Length: 2\r\n\r\n{}",
     ):
         answer = server.send(sent)
-        assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 500"))  # 500: JSON that is none
-        assert b'{"error":' in answer
-    server.send(post + b"Content-Length: %d\r\n\r\n{" % 2**30)  # and its client has gone
+        assert b" 200 OK" not in answer
+        assert b'{"error":"' in answer
+    server.send(post + b"Content-Length: %d\r\n\r\n{" % 2**30, 0.1)  # and its client has gone
     ((_, reply), *_) = ask_all(python, tmp_path, server, [good])
     compare(reply, run_eager("plain", good), 0)
 
 
-def test_killed_and_restarted_it_serves_again(folder, python, repositories, tmp_path):
+def test_killed_and_restarted_it_serves_again(serve, python, tmp_path):
     good = make_arrays("plain")
-    with Server(folder, repositories["plain"], "rotate_python") as server:
+    with serve("plain") as server:
         server.kill()
         assert not server.send(b"GET /v2/health/ready HTTP/1.1\r\nHost: x\r\n\r\n")
         server.start()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as triton
+
+sys.path.insert(0, str(Path(__file__).parent))  # the package beside this file, not an installed one
 
 from rotary_export.errors import RotaryExportError
 from rotary_export.serving.core import ServedModel
