@@ -128,6 +128,7 @@ def load(
                 got = infer(inputs, list(want))
             except Exception as error:
                 problems.append(f"error: {error}")
+                time.sleep(0.1)  # a server that is gone refuses at once
                 continue
             latencies.append(time.perf_counter() - start)
             if mistake := find_mistake(got, want, allowed):
