@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
-from rotary_export.deploy.cpp_onnxruntime import copy_op_library
-from rotary_export.deploy.inline import prepare_openvino, prepare_tract
-from rotary_export.deploy.mlserver import prepare_mlserver
-from rotary_export.deploy.signature import write_signature
-from rotary_export.deploy.triton import write_repository
 from rotary_export.manifest import Manifest
 
 Prepare = Callable[[Path, Manifest, str], None]  # staging folder, manifest, graph
@@ -32,15 +28,39 @@ class Target:
     prepare: Prepare | None = None
 
 
+def _find(module: str, name: str) -> Prepare:
+    """Return a function of this package that is imported when it is called: some need torch."""
+
+    def prepare(staging: Path, manifest: Manifest, graph: str) -> None:
+        function: Prepare = getattr(import_module(f"rotary_export.deploy.{module}"), name)
+        function(staging, manifest, graph)
+
+    return prepare
+
+
 TARGETS: dict[str, Target] = {
-    "cpp-onnxruntime": Target("a C++ program, ONNX Runtime", "onnx", copy_op_library),
-    "cpp-libtorch": Target("a C++ program, libtorch: TorchScript", "torchscript", write_signature),
-    "cpp-aoti": Target("a C++ program, libtorch: compiled by AOTInductor", "aoti", write_signature),
+    "cpp-onnxruntime": Target(
+        "a C++ program, ONNX Runtime", "onnx", _find("cpp_onnxruntime", "copy_op_library")
+    ),
+    "cpp-libtorch": Target(
+        "a C++ program, libtorch: TorchScript", "torchscript", _find("signature", "write_signature")
+    ),
+    "cpp-aoti": Target(
+        "a C++ program, libtorch: compiled by AOTInductor",
+        "aoti",
+        _find("signature", "write_signature"),
+    ),
     "node": Target("a program for Node.js, onnxruntime-node", "onnx"),
     "browser": Target("a page, onnxruntime-web", "onnx"),
-    "openvino": Target("OpenVINO, from Python", "onnx", prepare_openvino),
-    "tract": Target("tract, from Python", "onnx", prepare_tract),
-    "triton": Target("a model repository for Triton Inference Server", "onnx", write_repository),
-    "mlserver": Target("the settings of an MLServer, and a client", "onnx", prepare_mlserver),
+    "openvino": Target("OpenVINO, from Python", "onnx", _find("inline", "prepare_openvino")),
+    "tract": Target("tract, from Python", "onnx", _find("inline", "prepare_tract")),
+    "triton": Target(
+        "a model repository for Triton Inference Server",
+        "onnx",
+        _find("triton", "write_repository"),
+    ),
+    "mlserver": Target(
+        "the settings of an MLServer, and a client", "onnx", _find("mlserver", "prepare_mlserver")
+    ),
     "ray": Target("an application and a config file of Ray Serve, and a client", "onnx"),
 }
