@@ -165,7 +165,8 @@ def run(arguments: argparse.Namespace) -> int:
         for protocol in itertools.islice(itertools.cycle(protocols), arguments.clients)
     ]
     allowed = arguments.allowed if arguments.allowed is not None else allowed
-    found = {"protocols": "+".join(name for name, _ in protocols)}
+    names = {"http": f"HTTP ({'binary' if arguments.binary else 'JSON'})", "grpc": "gRPC"}
+    found: dict[str, Any] = {"protocols": ", ".join(names[name] for name, _ in protocols)}
     found |= load(clients, pairs, allowed, arguments.seconds)
     if arguments.save:
         name, file = arguments.save
