@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundles import copy_bundle, get_bundle, make_arrays, run_eager
+from http_calls import make_body, send
 from serving_runs import Server, ask, make_environment
 from target_runs import (
     ROOT,
@@ -63,35 +64,6 @@ def compute_eager(name, inputs):
         k: np.asarray(v.float() if name == "bfloat16" else v)
         for k, v in run_eager(name, inputs).items()
     }
-
-
-def send(address, body, headers=None, path="/v2/models/plain/infer"):
-    """Send a body as it is; return the status and the answer."""
-    connection = http.client.HTTPConnection(address, timeout=20)
-    try:
-        connection.putrequest("POST", path)
-        for header in ({"Content-Length": len(body)} | (headers or {})).items():
-            connection.putheader(*header)
-        connection.endheaders(body)
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
-    finally:
-        connection.close()
-
-
-def make_body(inputs, **changes):
-    """Write a request as JSON; changes are of the first input."""
-    tensors = [
-        {
-            "name": name,
-            "datatype": "INT64" if value.dtype == np.int64 else "FP32",
-            "shape": list(value.shape),
-            "data": value.ravel().tolist(),
-        }
-        for name, value in inputs.items()
-    ]
-    tensors[0] |= changes
-    return json.dumps({"inputs": tensors}).encode()
 
 
 # ---- right answers
