@@ -71,6 +71,12 @@ def divide(numerator: Spread, denominator: Spread) -> Spread:
     return Spread(tuple(a / b for a, b in pairs))
 
 
+def add(one: Spread, other: Spread) -> Spread:
+    """Return the sums of what was measured side by side."""
+    pairs = zip(one.values, other.values, strict=True)
+    return Spread(tuple(a + b for a, b in pairs))
+
+
 def subtract(longer: Spread, shorter: Spread, parts: int = 1) -> Spread:
     """Return (longer - shorter) / parts, of what was measured side by side."""
     pairs = zip(longer.values, shorter.values, strict=True)

@@ -21,6 +21,7 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.runtime import native
 from rotary_export.timing import Goal, Spread
 
+SMALL = Problem(2, 4, 2, 6, 8)
 RUNS = [run for run in benchmark.RUNS if run != "AOTInductor"]  # of the default formats
 
 
@@ -157,6 +158,20 @@ def test_the_tool_writes_what_it_prints(monkeypatch, tmp_path, capsys):
     assert str(tmp_path) not in file.read_text()
 
 
+def test_what_a_copy_would_reach_is_said(monkeypatch):
+    seconds = {OURS: 4.0, PEERS[0]: 9.0, PEERS[1]: 12.0, "reader": 2.0, "copy": 1.0}
+    seconds |= {"plain stores": 4.0}
+    pretended = {name: Spread((value,)) for name, value in seconds.items()}
+    monkeypatch.setattr(bench_cases, "time_interleaved", lambda *arguments, **more: pretended)
+    reader, plain = bench_cases.measure_reader("r", 0.0, problem=SMALL)
+    assert (reader.ratio.values, reader.of_copy.values) == ((9 / 4,), (9 / 3,))
+    assert plain.to_dict()["of a copy"] is None
+    options = {"problem": SMALL, "threads": 1, "peer": None, "copy": None}
+    peer, copy = bench_cases.measure_op("o", 0.0, **options)
+    assert (peer.ratio.values, peer.to_dict()["of a copy"]) == ((9 / 4,), 9.0)
+    assert copy.of_copy is None
+
+
 @pytest.mark.parametrize(("noise", "warns"), [(0.01, False), (0.3, True)])
 def test_the_tool_warns_of_noise_by_either_clock(monkeypatch, capsys, noise, warns):
     def pretend(call, seconds, clock):
@@ -207,9 +222,6 @@ def test_the_plot_is_a_png(monkeypatch, tmp_path):
     file = tmp_path / "costs.png"
     assert run_tool(monkeypatch, "--only", "cost per", "--plot", str(file)) == 0
     assert file.read_bytes().startswith(b"\x89PNG")
-
-
-SMALL = Problem(2, 4, 2, 6, 8)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ Everything runs in one process, in turns (ours, peer, ours, peer, ...), with pre
 through IO binding and the same number of threads. What is compared are medians of the ratios of
 neighbouring runs. What one thread does is timed by its processor time, so that other processes
 disturb less; more threads, by the wall clock. Numbers from a busy machine still say little: the
-tool warns, and says "unsure" where the uncertainty reaches what was asked.
+tool warns, and says "unsure" where the uncertainty reaches what was asked. "Of a copy" is the same ratio
+if our op took the time of a plain copy of query and key: about what the machine's memory allows.
 
 Exit codes: 0 fine, 1 something asked was missed, 2 wrong usage.
 """
@@ -40,7 +41,7 @@ from rotary_export.timing import SECONDS, describe_noise, measure_noise
 QUICK_SECONDS = 0.2
 UNCERTAIN = 0.2  # of a ratio's median
 CLOCKS = {"1 thread": (1, time.thread_time), "2 threads": (2, time.perf_counter)}
-HEADERS = ("case", "ratio", "asked", "min", "median", "max", "")
+HEADERS = ("case", "ratio", "asked", "min", "median", "max", "of a copy", "")
 SHARE_HEADERS = ("rope's share of a decoder layer", "with", "share", "rope us", "layer us")
 
 
@@ -100,8 +101,8 @@ def run(names: list[str], quick: bool, terminal: Terminal) -> dict[str, Any]:
             if name in SHARE_CASES:
                 shares += measure_shares(*SHARE_CASES[name], seconds)
             elif name == LENGTHS_CASE:
-                lengths = choose_lengths(quick)
-                costs = list_costs(measure_lengths(lengths, seconds))
+                lengths = measure_lengths(choose_lengths(quick), seconds)
+                costs = list_costs(lengths)
                 results += measure_flatness(lengths, 4 * seconds)
             else:
                 results += CASES[name](name, seconds)
@@ -136,8 +137,8 @@ def print_tables(found: dict[str, Any], terminal: Terminal) -> None:
         terminal.table(SHARE_HEADERS, rows)
         terminal.line("")
     if found["results"]:
-        keys = ("case", "ratio of", "asked", "min", "median", "max", "verdict")
-        cells = [[r[key] for key in keys] for r in found["results"]]
+        keys = ("case", "ratio of", "asked", "min", "median", "max", "of a copy", "verdict")
+        cells = [["" if r[key] is None else r[key] for key in keys] for r in found["results"]]
         rows = [[f"{c:.3g}" if isinstance(c, float) else c for c in row] for row in cells]
         terminal.table(HEADERS, rows)
         verdicts = [r["verdict"] for r in found["results"]]

@@ -44,9 +44,14 @@ def measure_lengths(lengths: list[int], seconds: float) -> Lengths:
     return found
 
 
-def measure_flatness(lengths: list[int], seconds: float) -> Iterator[Result]:
-    """Compare our cost per element of the dearest length with that of the cheapest."""
-    problems = {str(n): Problem(seq_len=n) for n in lengths if n >= FLAT_FROM}
+def measure_flatness(found: Lengths, seconds: float) -> Iterator[Result]:
+    """Compare our cost per element of the dearest length with that of the cheapest.
+
+    Args:
+        found: As `measure_lengths`.
+        seconds: About how long it may take.
+    """
+    problems = {str(n): Problem(seq_len=n) for n in found if n >= FLAT_FROM}
     if len(problems) < 2:
         return
     times = time_on(1, {n: make_runner(p, OURS) for n, p in problems.items()}, seconds)
@@ -57,7 +62,9 @@ def measure_flatness(lengths: list[int], seconds: float) -> Iterator[Result]:
     dearest = max(costs, key=lambda n: costs[n].median)
     cheapest = min(costs, key=lambda n: costs[n].median)
     what = f"S = {dearest} / S = {cheapest}, of {', '.join(costs)}"
-    yield Result(LENGTHS_CASE, what, FLAT, divide(costs[dearest], costs[cheapest]), times)
+    ratio = divide(costs[dearest], costs[cheapest])
+    copies = [found[int(n)]["copy"].median / problems[n].elements for n in (dearest, cheapest)]
+    yield Result(LENGTHS_CASE, what, FLAT, ratio, times, Spread((copies[0] / copies[1],)))
 
 
 def list_costs(found: Lengths) -> list[dict[str, float]]:

@@ -51,7 +51,10 @@ def tabulate_shares(found: dict[str, Any]) -> Table:
 
 
 def tabulate_ratios(found: dict[str, Any]) -> Table:
-    """Return the ratios of which something is asked, the layouts beside each other."""
+    """Return the ratios of which something is asked, the layouts beside each other.
+
+    "A copy": the same ratio if a plain copy took the op's place.
+    """
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for result in found["results"]:
         if not result["asked"]:
@@ -63,6 +66,8 @@ def tabulate_ratios(found: dict[str, Any]) -> Table:
         for op in ("com.microsoft", "ai.onnx"):
             ratio = ratio.replace(op, "ORT's faster op")
         cell = f"{result['median']:.3g} ({result['min']:.3g} to {result['max']:.3g})"
+        if result["of a copy"]:
+            cell += f", a copy {result['of a copy']:.3g}"
         lines.setdefault((case, ratio), {})[layout] = cell
     rows = ([*key, *(line.get(name, "") for name in LAYOUTS)] for key, line in lines.items())
     headers = [f"{layout}: median (min to max)" for layout in LAYOUTS]
