@@ -19,6 +19,9 @@ Clock = Callable[[], float]
 
 # Calls shorter than this are repeated within one sample: the timer and the loop then cost nothing.
 SAMPLE_SECONDS = 2e-3
+# What another call has left in the caches is not this one's to write back. (One call is not enough
+# where it stores past the cache: what lies there is then replaced by what it reads alone.)
+WARMING_CALLS = 2
 MIN_ROUNDS = 9
 MAX_ROUNDS = 201
 SECONDS = 1.5  # per measurement, if one is not told
@@ -89,7 +92,7 @@ def time_interleaved(
     pause: float = 0.0,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Spread]:
-    """Time calls in turns, each after one call of itself that does not count.
+    """Time calls in turns, each after `WARMING_CALLS` of itself that do not count.
 
     Args:
         calls: By name.
@@ -113,7 +116,8 @@ def time_interleaved(
                 break
             for name, call in calls.items():
                 time.sleep(pause)
-                call()  # what another has left in the caches is not this one's to write back
+                for _ in range(WARMING_CALLS):
+                    call()
                 times[name].append(_time(call, repeats[name], clock))
     finally:
         if was_enabled:

@@ -4,8 +4,8 @@ Everything runs in one process, in turns (ours, peer, ours, peer, ...), with pre
 through IO binding and the same number of threads. What is compared are medians of the ratios of
 neighbouring runs. What one thread does is timed by its processor time, so that other processes
 disturb less; more threads, by the wall clock. Numbers from a busy machine still say little: the
-tool warns, and says "unsure" where the uncertainty reaches what was asked. "Of a copy" is the same ratio
-if our op took the time of a plain copy of query and key: about what the machine's memory allows.
+tool warns, and says "unsure" where the uncertainty reaches what was asked. "Of a copy" is the same
+ratio if our op took the time of a plain copy of query and key: about what the memory allows.
 
 Exit codes: 0 fine, 1 something asked was missed, 2 wrong usage.
 """

@@ -23,6 +23,10 @@
 #pragma GCC diagnostic pop
 #endif
 
+// Of what the loops are made of: whether the compiler inlines something of itself changes with all
+// that is around it, and one call in a loop costs up to a fifth of its speed.
+#define ROTARY_EXPORT_INLINE inline __attribute__((always_inline))
+
 namespace rotary_export {
 namespace {
 
@@ -47,7 +51,7 @@ template <int kLanes>
 using HalfBits = Vector<uint16_t, kLanes>;
 
 template <typename To, typename From>
-inline To CastBits(const From& from) {
+ROTARY_EXPORT_INLINE To CastBits(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof to);
@@ -56,7 +60,7 @@ inline To CastBits(const From& from) {
 
 // __builtin_convertvector, but for the vectors that GCC 12 takes several instructions for.
 template <int kLanes>
-inline Ints<kLanes> ExtendBits(const HalfBits<kLanes>& bits) {
+ROTARY_EXPORT_INLINE Ints<kLanes> ExtendBits(const HalfBits<kLanes>& bits) {
 #if defined(__AVX512F__)
   if constexpr (kLanes == 16) {
     return CastBits<Ints<16>>(_mm512_cvtepu16_epi32(CastBits<__m256i>(bits)));
@@ -67,7 +71,7 @@ inline Ints<kLanes> ExtendBits(const HalfBits<kLanes>& bits) {
 
 // For lanes that are at most 0xffff.
 template <int kLanes>
-inline HalfBits<kLanes> TruncateBits(const Ints<kLanes>& bits) {
+ROTARY_EXPORT_INLINE HalfBits<kLanes> TruncateBits(const Ints<kLanes>& bits) {
 #if defined(__AVX512F__)
   if constexpr (kLanes == 16) {
     return CastBits<HalfBits<16>>(_mm512_cvtepi32_epi16(CastBits<__m512i>(bits)));
@@ -84,13 +88,13 @@ inline HalfBits<kLanes> TruncateBits(const Ints<kLanes>& bits) {
 }
 
 template <int kLanes>
-inline Floats<kLanes> Widen(const HalfBits<kLanes>& bits, BFloat16) {
+ROTARY_EXPORT_INLINE Floats<kLanes> Widen(const HalfBits<kLanes>& bits, BFloat16) {
   return CastBits<Floats<kLanes>>(ExtendBits<kLanes>(bits) << 16);
 }
 
 // Rounds floats to bfloat16, which is the upper half of each result.
 template <int kLanes>
-inline Vector<uint32_t, kLanes> RoundToUpper(const Floats<kLanes>& value) {
+ROTARY_EXPORT_INLINE Vector<uint32_t, kLanes> RoundToUpper(const Floats<kLanes>& value) {
   const auto bits = CastBits<Vector<uint32_t, kLanes>>(value);  // Unsigned: the sum may carry.
   const auto rounded = bits + 0x7fff + ((bits >> 16) & 1);
   const auto quiet_nan = bits | 0x400000;  // Rounding could carry a NaN into infinity.
@@ -98,7 +102,7 @@ inline Vector<uint32_t, kLanes> RoundToUpper(const Floats<kLanes>& value) {
 }
 
 template <int kLanes>
-inline HalfBits<kLanes> Narrow(const Floats<kLanes>& value, BFloat16) {
+ROTARY_EXPORT_INLINE HalfBits<kLanes> Narrow(const Floats<kLanes>& value, BFloat16) {
   return TruncateBits<kLanes>(CastBits<Ints<kLanes>>(RoundToUpper<kLanes>(value) >> 16));
 }
 
@@ -111,20 +115,20 @@ struct EvenOdd {
 };
 
 template <int kLanes>
-inline EvenOdd<kLanes> operator*(const EvenOdd<kLanes>& a, const EvenOdd<kLanes>& b) {
+ROTARY_EXPORT_INLINE EvenOdd<kLanes> operator*(const EvenOdd<kLanes>& a, const EvenOdd<kLanes>& b) {
   return {a.even * b.even, a.odd * b.odd};
 }
 template <int kLanes>
-inline EvenOdd<kLanes> operator+(const EvenOdd<kLanes>& a, const EvenOdd<kLanes>& b) {
+ROTARY_EXPORT_INLINE EvenOdd<kLanes> operator+(const EvenOdd<kLanes>& a, const EvenOdd<kLanes>& b) {
   return {a.even + b.even, a.odd + b.odd};
 }
 template <int kLanes>
-inline EvenOdd<kLanes> operator-(const EvenOdd<kLanes>& a, const EvenOdd<kLanes>& b) {
+ROTARY_EXPORT_INLINE EvenOdd<kLanes> operator-(const EvenOdd<kLanes>& a, const EvenOdd<kLanes>& b) {
   return {a.even - b.even, a.odd - b.odd};
 }
 
 template <int kLanes>
-inline EvenOdd<kLanes> WidenEvenOdd(const HalfBits<kLanes>& bits) {
+ROTARY_EXPORT_INLINE EvenOdd<kLanes> WidenEvenOdd(const HalfBits<kLanes>& bits) {
   const auto both = CastBits<Vector<uint32_t, kLanes / 2>>(bits);
   return {CastBits<Floats<kLanes / 2>>(both << 16),
           CastBits<Floats<kLanes / 2>>(both & 0xffff0000)};
@@ -132,8 +136,8 @@ inline EvenOdd<kLanes> WidenEvenOdd(const HalfBits<kLanes>& bits) {
 
 // Whether to look for NaNs in two vectors.
 template <int kLanes>
-inline bool MayHoldNan([[maybe_unused]] const Floats<kLanes>& a,
-                       [[maybe_unused]] const Floats<kLanes>& b) {
+ROTARY_EXPORT_INLINE bool MayHoldNan([[maybe_unused]] const Floats<kLanes>& a,
+                                     [[maybe_unused]] const Floats<kLanes>& b) {
 #if defined(__AVX512F__)
   if constexpr (kLanes == 16) {
     return _mm512_cmp_ps_mask(CastBits<__m512>(a), CastBits<__m512>(b), _CMP_UNORD_Q) != 0;
@@ -154,7 +158,7 @@ inline bool MayHoldNan([[maybe_unused]] const Floats<kLanes>& a,
 }
 
 template <int kLanes>
-inline HalfBits<kLanes> NarrowEvenOdd(const EvenOdd<kLanes>& value) {
+ROTARY_EXPORT_INLINE HalfBits<kLanes> NarrowEvenOdd(const EvenOdd<kLanes>& value) {
   using U = Vector<uint32_t, kLanes / 2>;
   if (__builtin_expect(MayHoldNan<kLanes / 2>(value.even, value.odd), false)) {
     const U even = RoundToUpper<kLanes / 2>(value.even);
@@ -171,7 +175,7 @@ inline HalfBits<kLanes> NarrowEvenOdd(const EvenOdd<kLanes>& value) {
 }
 
 template <int kLanes>
-inline Floats<kLanes> Widen(const HalfBits<kLanes>& bits, Float16) {
+ROTARY_EXPORT_INLINE Floats<kLanes> Widen(const HalfBits<kLanes>& bits, Float16) {
 #if defined(__AVX512F__)
   if constexpr (kLanes == 16) {
     return CastBits<Floats<16>>(_mm512_cvtph_ps(CastBits<__m256i>(bits)));
@@ -196,7 +200,7 @@ inline Floats<kLanes> Widen(const HalfBits<kLanes>& bits, Float16) {
 }
 
 template <int kLanes>
-inline HalfBits<kLanes> Narrow(const Floats<kLanes>& value, Float16) {
+ROTARY_EXPORT_INLINE HalfBits<kLanes> Narrow(const Floats<kLanes>& value, Float16) {
 #if defined(__AVX512F__)
   if constexpr (kLanes == 16) {
     const __m512 wide = CastBits<__m512>(value);

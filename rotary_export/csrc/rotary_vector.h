@@ -45,7 +45,7 @@ constexpr bool kIsEvenOdd = kLanes * sizeof(C) > kVectorBytes;
 constexpr bool kCanStream = true;
 
 template <typename V>
-inline void StreamBits(const V& v, void* y) {
+ROTARY_EXPORT_INLINE void StreamBits(const V& v, void* y) {
 #if defined(__AVX512F__)
   if constexpr (sizeof v == 64) {
     return _mm512_stream_si512(static_cast<__m512i*>(y), CastBits<__m512i>(v));
@@ -74,7 +74,7 @@ inline void FinishStreaming() {}
 // ---- Loads and stores, of any alignment
 
 template <int kLanes, typename T>
-inline auto LoadVector(const T* x) {
+ROTARY_EXPORT_INLINE auto LoadVector(const T* x) {
   if constexpr (kIsEvenOdd<Wide<T>, kLanes>) {
     if constexpr (std::is_same_v<T, float>) {  // A table, laid out for this.
       return EvenOdd<kLanes>{LoadVector<kLanes / 2>(x), LoadVector<kLanes / 2>(x + kLanes / 2)};
@@ -98,7 +98,7 @@ inline auto LoadVector(const T* x) {
 enum class Stores { kPlain, kStreaming };
 
 template <Stores kStores, typename V>
-inline void StoreBits(const V& v, void* y) {
+ROTARY_EXPORT_INLINE void StoreBits(const V& v, void* y) {
 #if defined(__SSE2__)
   if constexpr (kStores == Stores::kStreaming) return StreamBits(v, y);
 #endif
@@ -106,7 +106,7 @@ inline void StoreBits(const V& v, void* y) {
 }
 
 template <int kLanes, Stores kStores = Stores::kPlain, typename V, typename T>
-inline void StoreVector(const V& v, T* y) {
+ROTARY_EXPORT_INLINE void StoreVector(const V& v, T* y) {
   if constexpr (std::is_floating_point_v<T>) {
     StoreBits<kStores>(v, y);
   } else if constexpr (kIsEvenOdd<Wide<T>, kLanes>) {
@@ -120,7 +120,8 @@ inline void StoreVector(const V& v, T* y) {
 
 // Elements of a, then of b, by index.
 template <typename To, typename From, int... kIndex>
-inline To Shuffle(const From& a, const From& b, std::integer_sequence<int, kIndex...>) {
+ROTARY_EXPORT_INLINE To Shuffle(const From& a, const From& b,
+                                std::integer_sequence<int, kIndex...>) {
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
   return __builtin_shufflevector(a, b, kIndex...);
@@ -140,18 +141,18 @@ std::integer_sequence<int, (2 * kIndex + kFirst)...> EverySecond(
 
 // (a, b, c, d, ...) to (b, a, d, c, ...).
 template <int kLanes, typename V>
-inline V SwapPairs(const V& v) {
+ROTARY_EXPORT_INLINE V SwapPairs(const V& v) {
   return Shuffle<V>(v, v, decltype(SwappedIndices(std::make_integer_sequence<int, kLanes>()))());
 }
 
 template <int kLanes>
-inline EvenOdd<kLanes> SwapPairs(const EvenOdd<kLanes>& v) {
+ROTARY_EXPORT_INLINE EvenOdd<kLanes> SwapPairs(const EvenOdd<kLanes>& v) {
   return {v.odd, v.even};
 }
 
 // (a, b, ...) to the kLanes numbers (a, a, b, b, ...).
 template <int kLanes, typename V>
-inline auto Double(const V& v) {
+ROTARY_EXPORT_INLINE auto Double(const V& v) {
   using Indices = decltype(DoubledIndices(std::make_integer_sequence<int, kLanes>()));
   return Shuffle<Vector<std::decay_t<decltype(v[0])>, kLanes>>(v, v, Indices());
 }
