@@ -48,7 +48,8 @@ def test_every_instruction_set_gives_the_same_bits(load_copy):
     assert names[0] in {"baseline", "neon"}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and "avx512vl" in cpuinfo.read_text():
-        assert names == ["baseline", "avx2", "avx512"]
+        bfloat16 = ["avx512bf16"] if "avx512_bf16" in cpuinfo.read_text() else []
+        assert names == ["baseline", "avx2", "avx512", *bfloat16]
     for name in names:
         library = load_copy(name)
         assert native.instruction_set() == name
@@ -81,7 +82,7 @@ def test_an_instruction_set_that_is_not_there_is_refused(load_copy, isa):
 
 def test_an_empty_variable_is_unset(load_copy):
     load_copy("")
-    assert native.instruction_set() in {"baseline", "avx2", "avx512", "neon"}
+    assert native.instruction_set() in {"baseline", "avx2", "avx512", "avx512bf16", "neon"}
 
 
 def test_the_library_has_cpu_kernels():

@@ -5,8 +5,7 @@
 // anonymous namespace (see rotary_kernel.cc).
 //
 // The half types are converted by the processor where it can, else with integers and selects; both
-// give the same bits. A NaN stays a NaN, subnormals are kept, and rounding is to nearest even. (Not
-// vcvtneps2bf16, which takes subnormals for 0.)
+// give the same bits. A NaN stays a NaN, subnormals are kept, and rounding is to nearest even.
 #ifndef ROTARY_EXPORT_ROTARY_CONVERT_H_
 #define ROTARY_EXPORT_ROTARY_CONVERT_H_
 
@@ -134,11 +133,18 @@ ROTARY_EXPORT_INLINE EvenOdd<kLanes> WidenEvenOdd(const HalfBits<kLanes>& bits) 
           CastBits<Floats<kLanes / 2>>(both & 0xffff0000)};
 }
 
-// Whether to look for NaNs in two vectors.
+// Whether two vectors may hold numbers that the fast ways of NarrowEvenOdd get wrong: NaNs, and
+// subnormals, which the processor's conversion takes for 0.
 template <int kLanes>
-ROTARY_EXPORT_INLINE bool MayHoldNan([[maybe_unused]] const Floats<kLanes>& a,
-                                     [[maybe_unused]] const Floats<kLanes>& b) {
-#if defined(__AVX512F__)
+ROTARY_EXPORT_INLINE bool MayHoldRare([[maybe_unused]] const Floats<kLanes>& a,
+                                      [[maybe_unused]] const Floats<kLanes>& b) {
+#if defined(__AVX512BF16__)
+  if constexpr (kLanes == 16) {
+    constexpr int kNanOrSubnormal = 0x01 | 0x20 | 0x80;  // Quiet, subnormal, signalling.
+    return (_mm512_fpclass_ps_mask(CastBits<__m512>(a), kNanOrSubnormal) |
+            _mm512_fpclass_ps_mask(CastBits<__m512>(b), kNanOrSubnormal)) != 0;
+  }
+#elif defined(__AVX512F__)
   if constexpr (kLanes == 16) {
     return _mm512_cmp_ps_mask(CastBits<__m512>(a), CastBits<__m512>(b), _CMP_UNORD_Q) != 0;
   }
@@ -160,11 +166,22 @@ ROTARY_EXPORT_INLINE bool MayHoldNan([[maybe_unused]] const Floats<kLanes>& a,
 template <int kLanes>
 ROTARY_EXPORT_INLINE HalfBits<kLanes> NarrowEvenOdd(const EvenOdd<kLanes>& value) {
   using U = Vector<uint32_t, kLanes / 2>;
-  if (__builtin_expect(MayHoldNan<kLanes / 2>(value.even, value.odd), false)) {
+  if (__builtin_expect(MayHoldRare<kLanes / 2>(value.even, value.odd), false)) {
     const U even = RoundToUpper<kLanes / 2>(value.even);
     const U odd = RoundToUpper<kLanes / 2>(value.odd);
     return CastBits<HalfBits<kLanes>>((even >> 16) | (odd & 0xffff0000));
   }
+#if defined(__AVX512BF16__)
+  if constexpr (kLanes == 32) {
+    constexpr HalfBits<32> kInTurns = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const auto bits =
+        _mm512_cvtne2ps_pbh(CastBits<__m512>(value.odd), CastBits<__m512>(value.even));
+    return CastBits<HalfBits<kLanes>>(
+        _mm512_permutexvar_epi16(CastBits<__m512i>(kInTurns), CastBits<__m512i>(bits)));
+  }
+#endif
   // The same, but rounded once put together, in half the instructions.
   const U even = CastBits<U>(value.even);
   const U odd = CastBits<U>(value.odd);

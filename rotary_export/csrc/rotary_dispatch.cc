@@ -34,10 +34,13 @@ bool HasAvx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+bool HasAvx512Bf16() { return HasAvx512() && __builtin_cpu_supports("avx512bf16"); }
+
 constexpr InstructionSet kInstructionSets[] = {
     {"baseline", baseline::RotateRows, baseline::RotateRows, Always},
     {"avx2", avx2::RotateRows, avx2::RotateRows, HasAvx2},
     {"avx512", avx512::RotateRows, avx2::RotateRows, HasAvx512},
+    {"avx512bf16", avx512bf16::RotateRows, avx2::RotateRows, HasAvx512Bf16},
 };
 #elif defined(__aarch64__)
 constexpr InstructionSet kInstructionSets[] = {

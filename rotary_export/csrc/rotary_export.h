@@ -26,10 +26,10 @@ struct OrtStatus;
 ROTARY_EXPORT_PUBLIC struct OrtStatus* RegisterCustomOps(struct OrtSessionOptions* options,
                                                          const void* api_base);
 
-/* The instruction set in use ("baseline", "avx2", "avx512", "neon"), chosen when the library was
- * loaded; null if environment variable ROTARY_EXPORT_ISA asks for one that can't be had.
- * (ROTARY_EXPORT_LARGE_BYTES, read at the same time, is for benchmarks and tests: the outputs' size
- * from which on they are written past the cache.) */
+/* The instruction set in use ("baseline", "avx2", "avx512", "avx512bf16", "neon"), chosen when the
+ * library was loaded; null if environment variable ROTARY_EXPORT_ISA asks for one that can't be
+ * had. (ROTARY_EXPORT_LARGE_BYTES, read at the same time, is for benchmarks and tests: the outputs'
+ * size from which on they are written past the cache.) */
 ROTARY_EXPORT_PUBLIC const char* RotaryExportInstructionSet(void);
 
 /* The execution providers that the library has kernels for, comma separated; CUDA is there if the

@@ -72,6 +72,9 @@ void RotateRows(const RotaryParams& params, int64_t begin, int64_t end);
 namespace avx512 {
 void RotateRows(const RotaryParams& params, int64_t begin, int64_t end);
 }
+namespace avx512bf16 {
+void RotateRows(const RotaryParams& params, int64_t begin, int64_t end);
+}
 namespace neon {
 void RotateRows(const RotaryParams& params, int64_t begin, int64_t end);
 }

@@ -38,7 +38,9 @@ def op_library_path() -> Path:
 
 
 def instruction_set() -> str:
-    """Return the instruction set that the kernels use here: baseline, avx2, avx512 or neon.
+    """Return the instruction set that the kernels use here.
+
+    One of baseline, avx2, avx512, avx512bf16 and neon.
 
     Raises:
         RotaryExportError: There is no usable library, or environment variable ROTARY_EXPORT_ISA
