@@ -100,6 +100,8 @@ def make_signature(leaves: list[Any]) -> tuple[Any, ...]:
     def describe(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             width = leaf.shape[-1] if leaf.dim() else 0
+            if isinstance(width, torch.Tensor):  # as sizes are while torch.jit traces
+                width = int(width)
             return "tensor", leaf.dim(), width if type(width) is int else None
         if leaf is None or isinstance(leaf, (bool, str)):
             return leaf
