@@ -28,6 +28,9 @@ def plain():
 def broken():
     raise KeyError("weights")
 
+def quits():
+    raise SystemExit(0)
+
 def wrong():
     return 3
 
@@ -109,6 +112,7 @@ BAD = {
     "module that fails": ("half_written:f", "half_written can't be imported: ModuleNotFound", 2),
     "no such function": ("my_factories:nothing", "my_factories has no function 'nothing'", 2),
     "factory that raises": ("my_factories:broken", "broken() raises KeyError: 'weights'", 2),
+    "factory that exits": ("my_factories:quits", "quits() raises SystemExit: 0", 2),
     "factory of no model": ("my_factories:wrong", "must return a torch.nn.Module", 2),
     "no example inputs": ("my_factories:without_inputs", "must return example inputs too", 2),
     "no rotary": ("my_factories:plain", "Linear applies no rotary embedding", 1),

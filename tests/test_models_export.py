@@ -289,6 +289,13 @@ class Baked(nn.Module):
         return rope_of(x) * 2
 
 
+class Counted(nn.Module):
+    """Takes its length for a number."""
+
+    def forward(self, x):
+        return rope_of(x).reshape(x.shape[0], int(x.shape[1]), 16)
+
+
 def rope_of(x):
     angle = torch.arange(x.shape[1])[:, None] * 0.5 ** torch.arange(8)
     angle = torch.cat((angle, angle), -1)
@@ -310,6 +317,7 @@ REFUSED = {
     "no tensor": (Plain(), {"x": 3}, "example_inputs must hold at least one tensor, got x"),
     "no rotary": (Plain(), {"x": X}, "Plain applies no rotary embedding"),
     "baked": (Baked(), {"x": X}, "seq_len=|seq_len"),
+    "taken for a number": (Counted(), {"x": X}, r"takes seq_len=6 .*test_models_export\.py, line"),
     "depends on values": (
         Hidden(),
         {"x": X, "flags": torch.ones(3)},

@@ -43,6 +43,10 @@ BAD = {
     "base is a list": (ROPE | {"rope_theta": [1e4]}, "rope_theta must be a number > 0 and < 1e30"),
     "partial 2": (ROPE | {"partial_rotary_factor": 2.0}, "partial_rotary_factor must fit head_dim"),
     "partial 0": (ROPE | {"partial_rotary_factor": 0.01}, "partial_rotary_factor times head_dim"),
+    "yarn, no factor": (
+        ROPE | {"rope_type": "yarn"},
+        "rope type 'yarn' needs factor or original_max_position_embeddings, the config has neither",
+    ),
     "yarn, length": (
         YARN | {"original_max_position_embeddings": 0.5},
         "original_max_position_embeddings must be an int >= 1 and < 2**31, got 0.5",

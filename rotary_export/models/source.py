@@ -69,7 +69,7 @@ def _call_factory(source: str, module: str, name: str) -> Source:
         sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # whatever the user's module raises
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise RotaryExportError(
             f"{source}: {module} can't be imported: {describe(error)}"
         ) from error
@@ -77,7 +77,7 @@ def _call_factory(source: str, module: str, name: str) -> Source:
         raise RotaryExportError(f"{source}: {module} has no function {name!r}")
     try:
         made = factory()
-    except Exception as error:  # whatever the user's function raises
+    except (Exception, SystemExit) as error:  # whatever the user's function raises
         raise RotaryExportError(f"{source}: {name}() raises {describe(error)}") from error
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module) or not (inputs is None or isinstance(inputs, Mapping)):

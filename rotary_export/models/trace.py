@@ -44,7 +44,9 @@ def trace_program(module: nn.Module, tensors: Sequence[Tensor], infos: Sequence[
         raise RotaryExportError(f"torch.export can't trace the model: {describe(error)}") from error
     for info, value in zip(infos, get_inputs(program), strict=True):
         for axis, (dim, size) in enumerate(zip(info.shape, value.shape, strict=True)):
-            if isinstance(dim, str) and isinstance(size, int):
+            if isinstance(size, torch.SymInt):  # which holds a number once it was taken for one
+                size = size.node.maybe_as_int()
+            if isinstance(dim, str) and size is not None:
                 raise RotaryExportError(
                     f"the model takes {dim}={size} for a constant (dimension {axis} of "
                     f"{info.name}){_find_place(program, size)}; give it a fixed size with "
@@ -122,6 +124,7 @@ def _list_guards(program: Any) -> list[Any]:
 def _say_place(guard: Any) -> str:
     """Say where in the model a condition stands."""
     place = str(guard.sloc.maybe_user_loc or guard.sloc.framework_loc or "")
+    place = place.removeprefix("<FrameSummary file ").removesuffix(">")
     return f", at {place.rpartition('site-packages/')[2]}" if place else ""
 
 

@@ -182,6 +182,9 @@ def _read_dynamic(p: RopeParameters, own: Fields, top: Fields) -> RopeParameters
 
 
 def _read_yarn(p: RopeParameters, own: Fields, top: Fields) -> RopeParameters:
+    name = "original_max_position_embeddings"
+    if own.get("factor") is None and own.get(name) is None and top.get(name) is None:
+        raise RotaryExportError(f"rope type 'yarn' needs factor or {name}, the config has neither")
     original = _read_original_length(own, top)
     factor = _read_ratio(own, top, original)
     mscale, all_dim = (
