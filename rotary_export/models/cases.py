@@ -148,6 +148,7 @@ def make_cases(
     traced: Mapping[str, int],
     thresholds: Sequence[int],
     longest: int | None,
+    detours: Mapping[str, Sequence[int]],
 ) -> list[Case]:
     """Make the cases that a model is proven with: none has the sizes that it was traced at.
 
@@ -157,6 +158,7 @@ def make_cases(
         traced: The sizes it was traced at.
         thresholds: Lengths at which its angles change (longrope, dynamic).
         longest: Positions that the model takes; None: any.
+        detours: By name of a size, at which the model itself takes another path than the graph.
     """
     roles = {source.role for source in sources.values()}
     limit = longest or 1 << 30
@@ -195,6 +197,11 @@ def make_cases(
                 cases.append(
                     make_case(infos, sources, sizes(2, seq + 1, past), seed=6, offset=offset)
                 )
+    for name, tried in detours.items():
+        for size in tried:
+            at = sizes(3, seq + 1, past) | {name: size}
+            if at.get(SEQ, 1) + at.get(PAST, 0) <= limit:
+                cases.append(make_case(infos, sources, at, seed=size))
     return cases
 
 

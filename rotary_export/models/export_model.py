@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import rotary_export
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.exporters.aoti import compile_program
 from rotary_export.exporters.bundle import (
     Bundle,
@@ -35,6 +35,7 @@ from rotary_export.manifest import (
     hash_file,
 )
 from rotary_export.models.cases import Case
+from rotary_export.models.guards import Detour, find_paths, list_guards, list_sizes
 from rotary_export.models.prepare import (
     Prepared,
     check_found,
@@ -48,7 +49,7 @@ from rotary_export.models.replace import replace_calls
 from rotary_export.models.stateless import make_traceable
 from rotary_export.models.trace import (
     describe,
-    find_limits,
+    get_inputs,
     get_outputs,
     name_shape,
     name_symbols,
@@ -116,13 +117,22 @@ def export_model(
         with preserve(model) as snapshot:
             prepared = prepare(model, example_inputs, dynamic_shapes, snapshot, say)
             check_found(model, prepared.found)
-            graph = _write_graph(prepared, staging, formats, opset, max_inline_bytes, say)
+            graph, detours = _write_graph(prepared, staging, formats, opset, max_inline_bytes, say)
             say("run the model itself")
-            cases = prepared.make_cases(graph.at_most)
+            cases = prepared.make_cases(graph.at_most, list_sizes(detours))
             eager = _run_eager(prepared, cases, snapshot)
-        manifest = _make_manifest(path.name, model, prepared, graph, opset, staging)
-        report = compare_model(staging, manifest, cases, eager, lambda what: say(f"verify {what}"))
-        return finish(staging, path, manifest, report, force)
+        manifest = _make_manifest(path.name, model, prepared, graph, detours, opset, staging)
+        try:
+            report = compare_model(staging, manifest, cases, eager, lambda w: say(f"verify {w}"))
+            return finish(staging, path, manifest, report, force)
+        except CheckFailedError as error:
+            if not detours:
+                raise
+            paths = "; ".join(detour.text for detour in detours)
+            raise CheckFailedError(
+                f"{error}; the model takes another path where not {paths}: give that size a fixed "
+                "one with dynamic_shapes, or change the model there"
+            ) from error
 
 
 def _run_eager(prepared: Prepared, cases: Sequence[Case], snapshot: Snapshot) -> Results:
@@ -145,7 +155,7 @@ def _write_graph(
     opset: int,
     max_inline_bytes: int,
     say: Progress,
-) -> GraphInfo:
+) -> tuple[GraphInfo, list[Detour]]:
     """Trace the model and write it in every format."""
     files = {kind: f"{GRAPH}{SUFFIXES[kind]}" for kind in formats}
     tensors, model = prepared.traced.tensors, prepared.flat.model
@@ -154,8 +164,8 @@ def _write_graph(
         say("trace")
         with replace_calls(prepared.found):
             program = trace_program(prepared.flat, tensors, prepared.inputs)
-        at_most = find_limits(program, prepared.inputs)
         symbols = name_symbols(program, prepared.inputs)
+        at_most, detours = find_paths(list_guards(get_inputs(program)), symbols)
         outputs = tuple(
             TensorInfo(
                 name,
@@ -183,7 +193,7 @@ def _write_graph(
     if "aoti" in files:
         say(f"compile {files['aoti']}")
         compile_program(folder / files["program"], tuple(tensors), folder / files["aoti"])
-    return graph
+    return graph, detours
 
 
 def _write_program(program: Any, path: Path) -> None:
@@ -207,7 +217,13 @@ def _write_torchscript(prepared: Prepared, path: Path) -> None:
 
 
 def _make_manifest(
-    name: str, model: nn.Module, prepared: Prepared, graph: GraphInfo, opset: int, folder: Path
+    name: str,
+    model: nn.Module,
+    prepared: Prepared,
+    graph: GraphInfo,
+    detours: Sequence[Detour],
+    opset: int,
+    folder: Path,
 ) -> Manifest:
     producers = {"rotary_export": rotary_export.__version__}
     for package in ("torch", "onnx", "onnxscript", type(model).__module__.partition(".")[0]):
@@ -223,6 +239,7 @@ def _make_manifest(
             "traced": prepared.sizes,
             "thresholds": prepared.thresholds,
             "longest": prepared.longest,
+            "detours": list_sizes(detours),
             "sources": write_sources(prepared.sources),
             "rotary": [asdict(finding) for finding in prepared.found.findings],
         },

@@ -48,12 +48,13 @@ class Prepared:
     thresholds: list[int]
     longest: int | None
 
-    def make_cases(self, at_most: Mapping[str, int]) -> list[Case]:
+    def make_cases(
+        self, at_most: Mapping[str, int], detours: Mapping[str, Sequence[int]]
+    ) -> list[Case]:
         """Make what it will be proven with, of sizes within limits."""
         bounds = [size for size in (self.longest, at_most.get(SEQ)) if size is not None]
-        cases = make_cases(
-            self.inputs, self.sources, self.sizes, self.thresholds, min(bounds, default=None)
-        )
+        longest = min(bounds, default=None)
+        cases = make_cases(self.inputs, self.sources, self.sizes, self.thresholds, longest, detours)
         return [self.example, *cases]
 
 

@@ -70,7 +70,8 @@ def read_cases(manifest: Manifest) -> list[Case]:
             _read_sources(manifest),
             config["traced"],
             config["thresholds"],
-            config["longest"],
+            _find_longest(manifest),
+            config.get("detours", {}),
         )
     except (LookupError, TypeError) as error:
         raise RotaryExportError(f"the manifest's config is damaged: {error!r}") from None
@@ -83,10 +84,15 @@ def _read_sources(manifest: Manifest) -> dict[str, Source]:
     }
 
 
+def _find_longest(manifest: Manifest) -> int | None:
+    """Return the largest seq_len of a model; None: any."""
+    bounds = (manifest.config["longest"], manifest.graphs[GRAPH].at_most.get(SEQ))
+    return min((size for size in bounds if size is not None), default=None)
+
+
 def fit_sizes(manifest: Manifest, shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Lower (batch_size, seq_len) to what a model takes, each once."""
-    bounds = (manifest.config["longest"], manifest.graphs[GRAPH].at_most.get(SEQ))
-    longest = min((size for size in bounds if size is not None), default=1 << 30)
+    longest = _find_longest(manifest) or 1 << 30
     return list(dict.fromkeys((batch, min(seq, longest)) for batch, seq in shapes))
 
 

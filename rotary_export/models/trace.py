@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.program import quiet_torch
 from rotary_export.manifest import TensorInfo
+from rotary_export.models.guards import list_guards, say_place
 
 _MAX_LINE = 300  # characters; some errors list every weight
 
@@ -68,71 +69,11 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:_MAX_LINE] if lines else ''}{where}"
 
 
-# At none of these sizes may a condition come out otherwise than where the model was traced.
-_SIZES = sorted(
-    {2**power + step for power in range(2, 21) for step in (-1, 0, 1)} | {2, 12, 14, 100, 210, 840}
-)
-
-
-def find_limits(program: Any, infos: Sequence[TensorInfo]) -> dict[str, int]:
-    """Find the largest sizes at which a model takes the path that was traced.
-
-    Args:
-        program: As `trace_program` made it.
-        infos: The inputs.
-
-    Returns:
-        By name of a size, the largest that it may have; nothing for those without a limit.
-
-    Raises:
-        RotaryExportError: The path depends on a size in another way; the message names the place.
-    """
-    names = name_symbols(program, infos)
-    limits: dict[str, int] = {}
-    for guard in _list_guards(program):
-        symbols = [s for s in guard.expr.free_symbols if str(s) in names]
-        if len(symbols) != 1 or len(guard.expr.free_symbols) != 1:
-            continue  # sizes that are equal, or sums of others
-        symbol = symbols[0]
-        holds = [size for size in _SIZES if bool(guard.expr.subs(symbol, size))]
-        if len(holds) == len(_SIZES):
-            continue
-        name = names[str(symbol)]
-        if not holds or holds != _SIZES[: len(holds)]:
-            condition = re.sub(rf"\b{symbol}\b", name, str(guard.expr))
-            raise RotaryExportError(
-                f"the model takes another path where not {condition}{_say_place(guard)}; give "
-                f"{name} a fixed size with dynamic_shapes, or change the model there"
-            )
-        low, high = holds[-1], _SIZES[len(holds)]
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if bool(guard.expr.subs(symbol, middle)) else (low, middle)
-        limits[name] = min(low, limits.get(name, low))
-    return limits
-
-
-def _list_guards(program: Any) -> list[Any]:
-    """Return the conditions on sizes that the trace took for granted."""
-    for value in get_inputs(program):
-        mode = getattr(value, "fake_mode", None)
-        if mode is not None and mode.shape_env is not None:
-            return list(mode.shape_env.guards)
-    return []
-
-
-def _say_place(guard: Any) -> str:
-    """Say where in the model a condition stands."""
-    place = str(guard.sloc.maybe_user_loc or guard.sloc.framework_loc or "")
-    place = place.removeprefix("<FrameSummary file ").removesuffix(">")
-    return f", at {place.rpartition('site-packages/')[2]}" if place else ""
-
-
 def _find_place(program: Any, size: int) -> str:
     """Find the line at which a symbolic size became a number."""
-    for guard in _list_guards(program):
+    for guard in list_guards(get_inputs(program)):
         if re.search(rf"\b{size}\b", str(guard.expr)):
-            return _say_place(guard)
+            return say_place(guard)
     return ""
 
 
