@@ -98,12 +98,16 @@ def _make_rope(options: dict[str, Any]) -> Any:
     from rotary_export.scaling import ScaledRotaryEmbedding
     from rotary_export.scaling.config import read_attention
 
-    parameters, found = read_attention(path, layer_type)
+    try:
+        parameters, found = read_attention(path, layer_type)
+    except RotaryExportError as error:
+        named = str(path) in str(error)
+        raise RotaryExportError(str(error) if named else f"{path}: {error}") from None
     for name, value in found.items():
         options[name] = value if options[name] is None else options[name]
     if options["interleaved"] is None:
         raise RotaryExportError(
-            "the layout of the config's model_type is not known: say --interleaved or --half"
+            f"{path}: the layout of its model_type is not known: say --interleaved or --half"
         )
     return ScaledRotaryEmbedding(parameters)
 

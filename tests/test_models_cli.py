@@ -54,6 +54,9 @@ def folder(tmp_path_factory):
     write("config.json", architectures=["LlamaForCausalLM"])
     write("unknown_type.json", rope_parameters={"rope_type": "spiral", "rope_theta": 1e4})
     write("missing_key.json", rope_parameters={"rope_type": "linear", "rope_theta": 1e4})
+    write("zero_base.json", rope_theta=0)
+    write("word_for_a_base.json", rope_theta="abc")
+    write("word_for_a_size.json", hidden_size="abc")
     write("unknown_model.json", model_type="lama", auto_map={"AutoModel": "its.own.Code"})
     (root / "empty.json").write_text("{}")
     (root / "text.json").write_text("not json")
@@ -122,6 +125,9 @@ BAD = {
     "no config": ("empty.json", "is no config of a Hugging Face model: it has no model_type", 2),
     "unknown rope type": ("unknown_type.json", "unknown_type.json: ", 2),
     "missing rope key": ("missing_key.json", "missing_key.json: ", 2),
+    "base of 0": ("zero_base.json", "zero_base.json: rope_theta must be a number > 0 and", 2),
+    "base of no number": ("word_for_a_base.json", "< 1e30, got 'abc' in the config", 2),
+    "size of no number": ("word_for_a_size.json", "field 'hidden_size': TypeError: Field", 2),
     "unknown model": ("unknown_model.json", "has no model_type 'lama' (it brings its own", 2),
     "no safetensors": ("no_weights", "no_weights has no .safetensors file", 2),
     "folder without config": ("no_config", "no_config/config.json does not exist", 2),

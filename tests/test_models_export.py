@@ -321,16 +321,17 @@ REFUSED = {
     "depends on values": (
         Hidden(),
         {"x": X, "flags": torch.ones(3)},
-        "torch.export can't trace the model",
+        r"torch.export can't trace the model: .*test_models_export\.py:\d+, forward\)",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED.keys())
-def test_refuses(tmp_path, case):
+def test_refuses(tmp_path, capfd, case):
     model, inputs, message = case
     with pytest.raises(RotaryExportError, match=message):
         export_model(model, inputs, tmp_path / "b", formats=["onnx"])
+    assert not any(capfd.readouterr())
     assert not list(tmp_path.iterdir())
 
 
@@ -381,3 +382,28 @@ def test_manifest_is_json(bundle):
     assert data["config"]["model"] == "LlamaForCausalLM"
     assert data["producers"]["transformers"]
     assert rotary_export.__version__ == data["producers"]["rotary_export"]
+
+
+class Remembers(nn.Module):
+    """Sets attributes in its forward, public and private."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = None
+        self._calls = 0
+
+    def forward(self, x):
+        self.last, self._calls, self.seen = x, self._calls + 1, True
+        return rope_of(x)
+
+
+def test_attributes_are_as_they_were(tmp_path):
+    model = nn.Sequential(Remembers())
+    model.add_module("hidden", Plain())
+    export_model(model, {"input": X}, tmp_path / "b", formats=["onnx", "torchscript"])
+    assert vars(model[0]).keys() == vars(Remembers()).keys()
+    assert (model[0].last, model[0]._calls) == (None, 0)
+    model.append(Baked())
+    with pytest.raises(RotaryExportError):
+        export_model(model, {"input": X}, tmp_path / "c", formats=["onnx"])
+    assert (model[0].last, model[0]._calls) == (None, 0)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import make_inputs, make_model
+from torch import nn
 
 from rotary_export import export_model, load
 
@@ -61,3 +62,27 @@ def test_both_sides_of_the_switch(tmp_path, case):
             )["logits"].numpy()
             want = run_fresh(length)
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * abs(want).max())
+
+
+class Wrapped(nn.Module):
+    """A model inside another, which has no config of its own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids):
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("threshold", [16, 2048])
+def test_the_switch_of_a_model_inside_another(tmp_path, threshold):
+    family, changed = TYPES["dynamic"]
+    model = Wrapped(make_model(family, **changed | {"max_position_embeddings": threshold}))
+    inputs = {"input_ids": torch.arange(14).reshape(2, 7)}
+    bundle = export_model(model, inputs, tmp_path / "bundle", formats=["onnx"])
+    assert bundle.manifest.config["thresholds"] == [threshold]
+    is_tried = "batch_size 2, seq_len 17" in bundle.report.shapes["model"]
+    skipped = bundle.report.skipped.get("seq_len > 2048, where its angles change", "")
+    assert is_tried == (threshold == 16)
+    assert ("longer than 1024" in skipped) == (threshold == 2048)

@@ -77,7 +77,7 @@ LAYERS = {"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_att
         (
             make_values("yarn") | {"model_type": "mine"},
             (),
-            "layout of the config's model_type is not known: say --interleaved or --half",
+            "layout of its model_type is not known: say --interleaved or --half",
         ),
         (make_values("yarn") | {"rope_parameters": {"rope_type": "x"}}, (), "got 'x' in the rope"),
     ],
@@ -87,7 +87,9 @@ def test_command_line_refuses(tmp_path, values, arguments, message):
     path = write_config(tmp_path, values)
     result = run_cli("--hf-config", path, "--out", tmp_path / "b", *arguments)
     assert result.exit_code == 2
-    assert message in json.loads(result.stdout)["error"]
+    error = json.loads(result.stdout)["error"]
+    assert message in error
+    assert error.startswith(f"{path}: ") or "--dim" in message
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 

@@ -15,6 +15,7 @@ from rotary_export.runtime.session import resolve_shape
 
 # Two of a size would hide that one was taken for the other; 0 and 1 are constants to torch.export.
 TRACED = {BATCH: 2, SEQ: 7, PAST: 5}
+LONGEST_CASE = 1024  # longer ones take too long to be run
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def make_cases(
     if "mask" in roles:
         cases.append(make_case(infos, sources, sizes(3, seq + 2, past), seed=5, padded=True))
     for threshold in thresholds:
-        if threshold <= MAX_THRESHOLD and SEQ in traced:
+        if threshold <= LONGEST_CASE and SEQ in traced:
             before = past if PAST in traced else 0
             for length in (threshold, threshold + 1, threshold + 5):
                 case = make_case(
@@ -205,4 +206,10 @@ def make_cases(
     return cases
 
 
-MAX_THRESHOLD = 1024  # longer ones are tried by their position ids alone
+def list_untried(
+    sources: Mapping[str, Source], traced: Mapping[str, int], thresholds: Sequence[int]
+) -> list[int]:
+    """Return the thresholds that none of `make_cases` reaches."""
+    if SEQ not in traced or any(source.role == "position_ids" for source in sources.values()):
+        return []
+    return [threshold for threshold in thresholds if threshold > LONGEST_CASE]

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._sympy.printers import PythonPrinter
 
 from rotary_export.errors import RotaryExportError
+from rotary_export.models.cases import LONGEST_CASE
 
-LONGEST_PROOF = 1024  # larger sizes take too long to be run
 _DENSE = 2048  # every size up to that is looked at
-_SIZES = (
+_SIZES: tuple[int, ...] = (
     *range(2, _DENSE + 1),
     *((1 << power) + step for power in range(12, 21) for step in (-1, 0, 1)),
 )
@@ -91,7 +91,7 @@ def find_paths(
     detours = []
     for (name, text), sizes in failing.items():
         starts = [size for size in sizes if size - 1 not in sizes][:2]
-        tried = tuple(s for s in starts if s <= min(LONGEST_PROOF, limits.get(name, s)))
+        tried = tuple(s for s in starts if s <= min(LONGEST_CASE, limits.get(name, s)))
         if tried:
             detours.append(Detour(name, tried, text))
     return limits, detours
@@ -109,7 +109,7 @@ def _find_limit(holds: Callable[[int], bool], fails: Sequence[int]) -> int:
     end = len(_SIZES)
     while end and _SIZES[end - 1] in failing:
         end -= 1
-    if fails[0] > LONGEST_PROOF:
+    if fails[0] > LONGEST_CASE:
         end = _SIZES.index(fails[0])
     if end in (0, len(_SIZES)):
         return 0 if end == 0 else _SIZES[-1]

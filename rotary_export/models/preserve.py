@@ -1,4 +1,4 @@
-"""A model as it was: modes, buffers and the state that rotary modules keep."""
+"""A model as it was: modes, buffers and the attributes that its modules keep."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rotary_export.models.calls import is_rotary_name
 
+_OF_TORCH = vars(nn.Module()).keys()  # modes, parameters, buffers, modules and hooks
 _MAX_COPIED = 2**22  # elements of a buffer that is kept as a copy; larger ones only by reference
 
 
@@ -31,23 +32,20 @@ class Snapshot:
                 if buffer is not None and buffer.numel() <= _MAX_COPIED:
                     copy = buffer.detach().clone()
                 self._buffers.append((module._buffers, name, buffer, copy))
-            if is_rotary_name(type(module).__name__):  # dynamic ones remember the longest input
-                plain = {k: v for k, v in vars(module).items() if not k.startswith("_")}
-                self._attributes.append((module, plain))
+            plain = {name: v for name, v in vars(module).items() if name not in _OF_TORCH}
+            self._attributes.append((module, plain))
 
     def restore_state(self) -> None:
-        """Put buffers and the state of rotary modules back."""
+        """Put buffers and attributes back: some rotary modules remember the longest input."""
         for buffers, name, buffer, copy in self._buffers:
             buffers[name] = buffer
             if copy is not None and not torch.equal(buffer, copy):
                 with torch.no_grad():
                     buffer.copy_(copy)
         for module, plain in self._attributes:
-            for name in [k for k in vars(module) if not k.startswith("_") and k not in plain]:
-                delattr(module, name)
-            for name, value in plain.items():
-                if vars(module).get(name) is not value:
-                    vars(module)[name] = value
+            for name in vars(module).keys() - _OF_TORCH - plain.keys():
+                del vars(module)[name]
+            vars(module).update(plain)
 
     def restore(self) -> None:
         """Put everything back."""
@@ -64,7 +62,7 @@ def preserve(model: nn.Module) -> Iterator[Snapshot]:
         model: Any module.
 
     Yields:
-        The snapshot; `restore_state` makes rotary modules forget earlier lengths.
+        The snapshot; `restore_state` makes modules forget earlier inputs.
     """
     snapshot = Snapshot(model)
     try:

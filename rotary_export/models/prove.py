@@ -18,7 +18,14 @@ import torch
 from rotary_export import parity
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.manifest import GraphInfo, Manifest, check_files, read_manifest
-from rotary_export.models.cases import Case, Source, make_case, make_cases
+from rotary_export.models.cases import (
+    LONGEST_CASE,
+    Case,
+    Source,
+    list_untried,
+    make_case,
+    make_cases,
+)
 from rotary_export.models.inputs import BATCH, SEQ
 from rotary_export.oracle import compute_ulp
 from rotary_export.parity import Array, Error, Report, Row, compare
@@ -128,6 +135,12 @@ def compare_model(
     info = manifest.graphs[GRAPH]
     check_rotary_nodes(path, info)
     report = Report(shapes={GRAPH: [case.name for case in cases]})
+    for size in list_untried(
+        _read_sources(manifest), manifest.config["traced"], manifest.config["thresholds"]
+    ):
+        report.skipped[f"seq_len > {size}, where its angles change"] = (
+            f"longer than {LONGEST_CASE}, and there is no position_ids to reach it with"
+        )
     say = progress or (lambda _: None)
     for name, options in _list_runs(info, manifest.compiled_for, report.skipped):
         say(f"{GRAPH}: {name}")

@@ -134,6 +134,7 @@ def _find_class(path: Path, config: Mapping[str, Any]) -> Any:
 def _load_folder(path: Path) -> Source:
     config = _read_config(path / "config.json")
     cls = _find_class(path, config) or _import_transformers().AutoModel
+    _check_rope(path / "config.json", config)
     if not any(path.glob("*.safetensors")):
         raise RotaryExportError(
             f"{path} has no .safetensors file; weights of other formats are not read"
@@ -167,16 +168,19 @@ def _load_config(path: Path) -> Source:
 
 
 def _check_rope(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse an unknown rope type or one with keys missing, in clearer words than a KeyError."""
+    """Refuse a rope type that is unknown or lacks keys, or a base, in clearer words than theirs."""
     from rotary_export.scaling import read_rope
+    from rotary_export.scaling.families import BASE_KEYS
+    from rotary_export.scaling.fields import Fields
 
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config
-    if text.get("rope_scaling") or text.get("rope_parameters"):
-        try:
+    try:
+        Fields(text, "the config").number(*BASE_KEYS, default=1e4)
+        if text.get("rope_scaling") or text.get("rope_parameters"):
             read_rope(dict(text))
-        except RotaryExportError as error:
-            raise RotaryExportError(f"{path}: {error}") from None
+    except RotaryExportError as error:
+        raise RotaryExportError(f"{path}: {error}") from None
 
 
 def make_example(model: nn.Module) -> dict[str, Any]:

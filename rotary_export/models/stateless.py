@@ -56,7 +56,7 @@ def _measure(value: Any) -> Any:
 
 
 def find_thresholds(model: nn.Module) -> list[int]:
-    """Return the lengths at which a model's angles change, from its transformers config."""
+    """Return the lengths at which a model's angles change, from its transformers configs."""
     found = set()
     for config in _list_configs(model):
         longest = getattr(config, "max_position_embeddings", None)
@@ -81,11 +81,9 @@ def find_longest(model: nn.Module, thresholds: list[int]) -> int | None:
 
 
 def _list_configs(model: nn.Module) -> list[Any]:
-    config = getattr(model, "config", None)
-    if config is None:
-        return []
-    nested = [v for v in vars(config).values() if hasattr(v, "max_position_embeddings")]
-    return [config, *nested]
+    """Return the configs of a model's modules, each once: it may be wrapped in one without."""
+    configs = {id(c): c for module in model.modules() if (c := vars(module).get("config"))}
+    return list(configs.values())
 
 
 def _list_ropes(config: Any) -> list[Mapping[str, Any]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from typing import Any
 
 import torch
@@ -37,7 +39,8 @@ def trace_program(module: nn.Module, tensors: Sequence[Tensor], infos: Sequence[
         for info in infos
     )
     try:
-        with quiet_torch(), torch.no_grad():
+        # torch.export prints the whole graph where it fails; what it has to say is in the error.
+        with quiet_torch(), torch.no_grad(), redirect_stderr(io.StringIO()):
             program = torch.export.export(
                 module, tuple(tensors), dynamic_shapes=(shapes,), strict=False
             )
@@ -62,11 +65,15 @@ def describe(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     places = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text)
     own = [place for place in places if "/torch/" not in place[0]]
+    caused = re.findall(r"Caused by: \((\S+):(\d+) in (\S+)\)", text)
     where = ""
-    if own:
-        file, line, function = own[-1]
+    if own or caused:
+        file, line, function = (own or caused)[-1]
         where = f" (at {file.rpartition('site-packages/')[2]}:{line}, {function})"
-    return f"{type(error).__name__}: {lines[0][:_MAX_LINE] if lines else ''}{where}"
+    what = lines[0] if lines else ""
+    if what.endswith(":") and len(lines) > 1:  # a title alone says nothing
+        what = f"{what} {lines[1]}"
+    return f"{type(error).__name__}: {what[:_MAX_LINE]}{where}"
 
 
 def _find_place(program: Any, size: int) -> str:
