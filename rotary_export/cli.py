@@ -97,7 +97,7 @@ def fuse(
     from rotary_export.fusion.fuse import check_out
 
     terminal = Terminal(as_json)
-    check_out(out, force)
+    check_out(out, force, [source])
     with terminal.progress() as progress:
         progress("import onnx")
         result = rotary_export.fuse(source, shapes=shapes or None, progress=progress)

@@ -76,9 +76,19 @@ def test_a_file_is_replaced_only_if_asked_for(file, tmp_path):
     assert len(find_rotary(onnx.load(out))) == 1
 
 
-def test_the_input_may_be_replaced_by_its_fused_self(file):
-    rotary_export.fuse(file).save(file, force=True)
-    assert len(find_rotary(onnx.load(file))) == 1
+def test_the_input_is_never_replaced(tmp_path):
+    source, data = tmp_path / "in.onnx", tmp_path / "out.onnx.data"
+    save_external(source, data.name)
+    (tmp_path / "link.onnx").symlink_to(source)
+    before = source.read_bytes(), data.read_bytes()
+    result = rotary_export.fuse(source)
+    for out, file in (("in.onnx", "in.onnx"), ("link.onnx", "link.onnx"), ("out.onnx", data.name)):
+        with pytest.raises(RotaryExportError, match=f"{file} is read from: the input is never"):
+            result.save(tmp_path / out, force=True)
+        command = ["fuse", str(source), str(tmp_path / out), "--force"]
+        assert CliRunner().invoke(cli, command).exit_code == 2
+    assert (source.read_bytes(), data.read_bytes()) == before
+    assert list_names(tmp_path) == {"in.onnx", "link.onnx", "out.onnx.data"}
 
 
 def test_what_can_t_be_written_leaves_nothing(file, tmp_path):
@@ -95,9 +105,9 @@ def test_what_can_t_be_written_leaves_nothing(file, tmp_path):
 # ---- external data
 
 
-def save_external(path) -> None:
+def save_external(path, location="weights.bin") -> None:
     onnx.save(
-        make_model(4096), path, save_as_external_data=True, location="weights.bin",
+        make_model(4096), path, save_as_external_data=True, location=location,
         size_threshold=1024,
     )  # fmt: skip
 
@@ -180,10 +190,41 @@ def damage_nodes(model):
     del model.graph.node[:]
 
 
+def damage_version(model):
+    model.opset_import.append(onnx.helper.make_opsetid("rotary_export", 7))
+
+
+def damage_twice(model):
+    model.graph.node.append(model.graph.node[0])
+
+
+def damage_input(model):
+    model.graph.node[0].input[0] = "nobody"
+
+
+def damage_type(model):
+    model.graph.initializer[0].data_type = 99
+
+
+def damage_cycle(model):
+    model.graph.node[0].input[0] = model.graph.node[-1].output[0]
+
+
+def damage_attribute(model):
+    node = model.graph.node[0]
+    node.CopyFrom(onnx.helper.make_node("Transpose", node.input[:1], node.output, perm="long"))
+
+
 BAD = {
     "newer-opset": (damage_opset, r"has opset 99 and IR version 10; the installed onnx .* knows"),
     "newer-ir": (damage_ir, r"has opset 18 and IR version 99; the installed onnx"),
     "older-opset": (damage_old, r"has opset 17, it must be >= 18: onnx.version_converter raises"),
+    "newer-op": (damage_version, r"has version 7 of rotary_export, this release knows up to 1"),
+    "twice": (damage_twice, r"the model is damaged: ValueError: Output .* is redeclared"),
+    "dangling": (damage_input, r"damaged: no node before Unsqueeze computes its input nobody"),
+    "no-type": (damage_type, r"the model is damaged: ValueError: 99 is not a valid DataType"),
+    "cycle": (damage_cycle, r"damaged: no node before Unsqueeze computes its input v9_0_out"),
+    "attribute": (damage_attribute, r"the model can't be fused: TypeError: .*perm"),
     "no-nodes": (damage_nodes, r"is not an ONNX model: it has no ai.onnx opset or no nodes"),
 }
 

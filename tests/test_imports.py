@@ -19,10 +19,10 @@ ORDER = [
     "models.guards", "models.trace", "models.write", "models.prepare", "models.prove",
     "models.export_model", "models.source", "fusion.sums", "fusion.operators", "fusion.channels",
     "fusion.rotation", "fusion.build", "fusion.rules", "fusion.shapes", "fusion.prepare",
-    "fusion.join", "fusion.feeds", "fusion.check", "fusion.fuse", "timing", "machine", "benchmark",
-    "deploy.example", "deploy.inline", "deploy.cpp_onnxruntime", "deploy.signature",
-    "deploy.triton", "deploy.mlserver", "deploy.targets", "deploy.deploy", "terminal", "arrays",
-    "inspection", "cli_export", "cli", "__main__",
+    "fusion.join", "fusion.read", "fusion.feeds", "fusion.check", "fusion.fuse", "timing",
+    "machine", "benchmark", "deploy.example", "deploy.inline", "deploy.cpp_onnxruntime",
+    "deploy.signature", "deploy.triton", "deploy.mlserver", "deploy.targets", "deploy.deploy",
+    "terminal", "arrays", "inspection", "cli_export", "cli", "__main__",
 ]  # fmt: skip
 
 

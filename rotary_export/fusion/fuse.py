@@ -12,19 +12,18 @@ from typing import Any
 
 import onnx
 import onnx_ir.passes.common as passes
-from google.protobuf.message import DecodeError
 from onnxscript import ir
 
 from rotary_export.errors import CheckFailedError, RotaryExportError
-from rotary_export.exporters.program import quiet_torch
 from rotary_export.fusion.check import Check, compare_models
 from rotary_export.fusion.feeds import SHAPES, Array, Shape
 from rotary_export.fusion.join import is_rotary, join_query_key
 from rotary_export.fusion.prepare import prepare
+from rotary_export.fusion.read import Model, explain, has_external, list_files, read_model
 from rotary_export.fusion.rotation import looks_rotary
 from rotary_export.fusion.rules import Findings, is_sum_of_products, make_rule_sets
 from rotary_export.op import spec
-from rotary_export.op.onnx_function import OLDEST_OPSET, add_functions
+from rotary_export.op.onnx_function import add_functions
 from rotary_export.op.onnx_schema import register_schema
 
 LARGE = 2**26  # bytes of weights above which the check maps them from a file
@@ -52,6 +51,7 @@ class FuseResult:
         model: With `rotary_export::RotaryEmbedding` nodes and their bodies; where the source had
             external data, it refers to the same files.
         folder: Of the external data; None: there is none.
+        sources: Files that the model was read from, which `save` never writes.
         nodes: Rotary nodes in the model; a node with a key does two calls.
         fused: How each call was written before, by the name of its output.
         left: Calls that were left, and why.
@@ -60,6 +60,7 @@ class FuseResult:
 
     model: onnx.ModelProto
     folder: Path | None
+    sources: tuple[Path, ...]
     nodes: int
     fused: Mapping[str, str]
     left: tuple[Left, ...]
@@ -99,10 +100,11 @@ class FuseResult:
             Its absolute path.
 
         Raises:
-            RotaryExportError: It is there already, or can't be written.
+            RotaryExportError: It is there already, is what the model was read from, or can't be
+                written.
         """
         path = Path(out).absolute()
-        check_out(path, force)
+        check_out(path, force, self.sources)
         data = path.with_name(f"{path.name}.data")
         try:
             staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -124,21 +126,23 @@ class FuseResult:
         return path
 
 
-def check_out(path: Path, force: bool) -> None:
-    """Refuse to replace a file that nobody asked to replace.
+def check_out(path: Path, force: bool, sources: Sequence[Path]) -> None:
+    """Refuse to replace a file that nobody asked to replace, and ever what is read.
 
     Raises:
-        RotaryExportError: It is there.
+        RotaryExportError: It, or its external data, is there.
     """
     for file in (path, path.with_name(f"{path.name}.data")):
         if file.is_dir():
             raise RotaryExportError(f"{file} is a folder")
+        if file.exists() and any(s.exists() and file.samefile(s) for s in sources):
+            raise RotaryExportError(f"{file} is read from: the input is never replaced")
         if file.exists() and not force:
             raise RotaryExportError(f"{file} exists; force=True (--force) replaces it")
 
 
 def fuse(
-    model: onnx.ModelProto | str | os.PathLike[str],
+    model: Model,
     *,
     shapes: Sequence[tuple[int, int, int]] | None = None,
     inputs: Sequence[Mapping[str, Array]] = (),
@@ -172,15 +176,19 @@ def fuse(
     tried = SHAPES if shapes is None else tuple(Shape(*shape) for shape in shapes)
     with tempfile.TemporaryDirectory(prefix="rotary_export.") as temporary:
         folder = _find_folder(model, source)
+        sources = list_files(model, source)
         was_inline = folder is None
-        if was_inline and _count_bytes(source) > LARGE:
-            folder = Path(temporary)
-            ir.external_data.unload_from_model(source, folder, "weights", size_threshold_bytes=1024)
-        after = source.clone()
+        with explain(model, "is damaged"):
+            if was_inline and _count_bytes(source) > LARGE:
+                folder = Path(temporary)
+                ir.external_data.unload_from_model(
+                    source, folder, "weights", size_threshold_bytes=1024
+                )
+            after = source.clone()
         say("find the rotary embedding")
-        with quiet_torch():  # onnxscript's loggers too
+        with explain(model, "can't be fused"):
             findings = apply_rules(after)
-        left = find_left(after, findings)
+            left = find_left(after, findings)
         nodes = sum(is_rotary(node) for node in after.graph.all_nodes())
         _check_found(findings, left, nodes)
         proto = ir.serde.serialize_model(after)
@@ -191,84 +199,12 @@ def fuse(
         if was_inline and folder is not None:
             proto = _load_weights(proto, folder)
     return FuseResult(
-        proto, None if was_inline else folder, nodes, findings.fused, tuple(left), check
+        proto, None if was_inline else folder, sources, nodes, findings.fused, tuple(left), check
     )
 
 
-def read_model(model: onnx.ModelProto | str | os.PathLike[str]) -> ir.Model:
-    """Read a model or a file; external data stays where it is.
-
-    Raises:
-        RotaryExportError: It is not a model that can be fused here, or external data is missing.
-    """
-    name = "the model" if isinstance(model, onnx.ModelProto) else str(model)
-    if isinstance(model, onnx.ModelProto):
-        proto = model
-    else:
-        try:
-            proto = onnx.load(model, load_external_data=False)
-        except DecodeError:
-            raise RotaryExportError(f"{name} is not an ONNX file") from None
-        except OSError as error:
-            raise RotaryExportError(f"{name} can't be read: {error.strerror or error}") from None
-    versions = {o.domain: o.version for o in proto.opset_import}
-    opset = versions.get("", versions.get("ai.onnx"))
-    newest = onnx.defs.onnx_opset_version()
-    if opset is None or not proto.graph.node:
-        raise RotaryExportError(f"{name} is not an ONNX model: it has no ai.onnx opset or no nodes")
-    if opset > newest or proto.ir_version > onnx.IR_VERSION:
-        raise RotaryExportError(
-            f"{name} has opset {opset} and IR version {proto.ir_version}; the installed onnx "
-            f"{onnx.__version__} knows up to {newest} and {onnx.IR_VERSION}"
-        )
-    if opset < OLDEST_OPSET:
-        raise RotaryExportError(
-            f"{name} has opset {opset}, it must be >= {OLDEST_OPSET}: "
-            "onnx.version_converter raises it"
-        )
-    made = {output for node in proto.graph.node for output in node.output}
-    made |= {value.name for value in (*proto.graph.input, *proto.graph.initializer)}
-    for output in proto.graph.output:
-        if output.name not in made:
-            raise RotaryExportError(f"{name} is damaged: no node computes its output {output.name}")
-    source = ir.serde.deserialize_model(proto)
-    if not isinstance(model, onnx.ModelProto):
-        folder = Path(model).absolute().parent
-        ir.external_data.set_base_dir(source.graph, folder)
-        _check_external(source, name)
-    elif _has_external(source):
-        raise RotaryExportError(
-            "the model has external data, which a ModelProto does not locate: give its path"
-        )
-    return source
-
-
-def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
-    values = (v for graph in model.graphs() for v in graph.initializers.values())
-    return [v.const_value for v in values if isinstance(v.const_value, ir.ExternalTensor)]
-
-
-def _has_external(model: ir.Model) -> bool:
-    return bool(_external_tensors(model))
-
-
-def _check_external(model: ir.Model, name: str) -> None:
-    ends: dict[str, int] = {}
-    for tensor in _external_tensors(model):
-        end = (tensor.offset or 0) + (tensor.length or 0)
-        ends[str(tensor.path)] = max(end, ends.get(str(tensor.path), 0))
-    for path, end in ends.items():
-        if not os.path.isfile(path):
-            raise RotaryExportError(f"the external data of {name} is missing: {path}")
-        if os.path.getsize(path) < end:
-            raise RotaryExportError(
-                f"the external data of {name} is cut off: {path} has {os.path.getsize(path)} "
-                f"bytes, {end} are needed"
-            )
-
-
-def _find_folder(model: onnx.ModelProto | str | os.PathLike[str], source: ir.Model) -> Path | None:
-    if isinstance(model, onnx.ModelProto) or not _has_external(source):
+def _find_folder(model: Model, source: ir.Model) -> Path | None:
+    if isinstance(model, onnx.ModelProto) or not has_external(source):
         return None
     return Path(model).absolute().parent
 

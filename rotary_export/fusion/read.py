@@ -1,0 +1,140 @@
+"""Read the model that `fuse` is given, and refuse what is none, is damaged, or is too new."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnxscript import ir
+
+from rotary_export.errors import RotaryExportError
+from rotary_export.exporters.program import quiet_torch
+from rotary_export.op import spec
+from rotary_export.op.onnx_function import OLDEST_OPSET
+
+Model = onnx.ModelProto | str | os.PathLike[str]
+
+
+@contextmanager
+def explain(model: Model, what: str) -> Iterator[None]:
+    """Turn what onnx-ir and the rules raise on a damaged model into one clear error.
+
+    Args:
+        model: As `read_model`.
+        what: What such an error means.
+
+    Raises:
+        RotaryExportError: Naming the model and what was found.
+    """
+    try:
+        with quiet_torch():  # onnx-ir's logger too, and onnxscript's
+            yield
+    except RotaryExportError:
+        raise
+    except Exception as error:  # SerdeError, RuntimeError, TypeError, ... by the damage
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # onnx-ir says last where it was, first what it found
+            cause = cause.__cause__
+        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        raise RotaryExportError(f"{_name(model)} {what}: {reason}") from error
+
+
+def _name(model: Model) -> str:
+    return "the model" if isinstance(model, onnx.ModelProto) else str(model)
+
+
+def read_model(model: Model) -> ir.Model:
+    """Read a model or a file; external data stays where it is.
+
+    Raises:
+        RotaryExportError: It is not a model that can be fused here, or external data is missing.
+    """
+    name = _name(model)
+    if isinstance(model, onnx.ModelProto):
+        proto = model
+    else:
+        try:
+            proto = onnx.load(model, load_external_data=False)
+        except DecodeError:
+            raise RotaryExportError(f"{name} is not an ONNX file") from None
+        except OSError as error:
+            raise RotaryExportError(f"{name} can't be read: {error.strerror or error}") from None
+    versions = {o.domain: o.version for o in proto.opset_import}
+    opset = versions.get("", versions.get("ai.onnx"))
+    newest = onnx.defs.onnx_opset_version()
+    if opset is None or not proto.graph.node:
+        raise RotaryExportError(f"{name} is not an ONNX model: it has no ai.onnx opset or no nodes")
+    if opset > newest or proto.ir_version > onnx.IR_VERSION:
+        raise RotaryExportError(
+            f"{name} has opset {opset} and IR version {proto.ir_version}; the installed onnx "
+            f"{onnx.__version__} knows up to {newest} and {onnx.IR_VERSION}"
+        )
+    if versions.get(spec.DOMAIN, 0) > spec.OP_VERSION:
+        raise RotaryExportError(
+            f"{name} has version {versions[spec.DOMAIN]} of {spec.DOMAIN}, this release knows up "
+            f"to {spec.OP_VERSION}"
+        )
+    if opset < OLDEST_OPSET:
+        raise RotaryExportError(
+            f"{name} has opset {opset}, it must be >= {OLDEST_OPSET}: "
+            "onnx.version_converter raises it"
+        )
+    made = {"", *(value.name for value in (*proto.graph.input, *proto.graph.initializer))}
+    made |= {tensor.values.name for tensor in proto.graph.sparse_initializer}
+    for node in proto.graph.node:
+        for missing in set(node.input) - made:
+            raise RotaryExportError(
+                f"{name} is damaged: no node before {node.op_type} computes its input {missing}"
+            )
+        made |= set(node.output)
+    for output in proto.graph.output:
+        if output.name not in made:
+            raise RotaryExportError(f"{name} is damaged: no node computes its output {output.name}")
+    with explain(model, "is damaged"):
+        source = ir.serde.deserialize_model(proto)
+    if not isinstance(model, onnx.ModelProto):
+        folder = Path(model).absolute().parent
+        ir.external_data.set_base_dir(source.graph, folder)
+        _check_external(source, name)
+    elif has_external(source):
+        raise RotaryExportError(
+            "the model has external data, which a ModelProto does not locate: give its path"
+        )
+    return source
+
+
+def list_files(model: Model, source: ir.Model) -> tuple[Path, ...]:
+    """List the files that a model was read from, or still is."""
+    if isinstance(model, onnx.ModelProto):
+        return ()
+    data = {Path(tensor.path).absolute() for tensor in _external_tensors(source)}
+    return (Path(model).absolute(), *sorted(data))
+
+
+def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
+    values = (v for graph in model.graphs() for v in graph.initializers.values())
+    return [v.const_value for v in values if isinstance(v.const_value, ir.ExternalTensor)]
+
+
+def has_external(model: ir.Model) -> bool:
+    """Whether some weights are in files of their own."""
+    return bool(_external_tensors(model))
+
+
+def _check_external(model: ir.Model, name: str) -> None:
+    ends: dict[str, int] = {}
+    for tensor in _external_tensors(model):
+        end = (tensor.offset or 0) + (tensor.length or 0)
+        ends[str(tensor.path)] = max(end, ends.get(str(tensor.path), 0))
+    for path, end in ends.items():
+        if not os.path.isfile(path):
+            raise RotaryExportError(f"the external data of {name} is missing: {path}")
+        if os.path.getsize(path) < end:
+            raise RotaryExportError(
+                f"the external data of {name} is cut off: {path} has {os.path.getsize(path)} "
+                f"bytes, {end} are needed"
+            )
