@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
+import sys
 
 import pytest
 import torch
@@ -49,6 +51,34 @@ def test_the_kernel_is_called_once_for_small_tensors(spy, threads):
     threads(4)
     run(LARGE, LARGE.make_inputs())
     assert spy.parts == [(0, 1)]
+
+
+class Advice:
+    """The process's libc, noting what is asked of it."""
+
+    def __init__(self) -> None:
+        self.libc, self.asked = ctypes.CDLL(None), []
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.asked.append(name)
+            return getattr(self.libc, name)(*arguments)
+
+        return call
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked of Linux")
+def test_large_pages_are_asked_for_memory_that_is_not_there_yet(monkeypatch):
+    like = torch.empty(2 * cpu_kernel._FRESH_BYTES, dtype=torch.uint8)
+    memory = torch.empty_like(like)  # as an allocator would keep it
+    monkeypatch.setattr(cpu_kernel, "_load_process", lambda: advice)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: memory)
+    for is_there, asked in ((False, ["mincore", "madvise"]), (True, ["mincore"])):
+        advice = Advice()
+        if is_there:
+            memory.fill_(1)
+        cpu_kernel._allocate_like(like)
+        assert advice.asked == asked
 
 
 @pytest.mark.parametrize("openmp", [True, False], ids=["openmp", "own"])

@@ -261,10 +261,11 @@ def every_float32_of_interest(dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_rounding_is_to_nearest_even_in_every_instruction_set(kernels, dtype, interleaved):
     cos = every_float32_of_interest(dtype)
-    x = torch.zeros(1, 1, cos.shape[1], 128, dtype=dtype)
-    x[..., :: 2 if interleaved else 1][..., :64] = 1  # x = (1, 0), sin = 0: y is cos, rounded.
-    inputs = {"X": x, "cos_cache": cos, "sin_cache": torch.zeros_like(cos)}
-    check_kernels(kernels, inputs, interleaved=interleaved)
+    for second in (0, 1):  # x = (1, second), sin = 0: y is cos, rounded, and second * cos.
+        x = torch.full((1, 1, cos.shape[1], 128), second, dtype=dtype)
+        x[..., :: 2 if interleaved else 1][..., :64] = 1
+        inputs = {"X": x, "cos_cache": cos, "sin_cache": torch.zeros_like(cos)}
+        check_kernels(kernels, inputs, interleaved=interleaved)
 
 
 @LAYOUTS

@@ -22,6 +22,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "rotary_tables.h"
 #include "rotary_vector.h"
 
 namespace rotary_export {
@@ -29,7 +30,6 @@ namespace ROTARY_EXPORT_ISA_NAMESPACE {
 namespace {
 
 constexpr int64_t kPageBytes = 4 * 1024;
-constexpr int64_t kTableBytes = 8 * 1024;     // At most, of each of three tables, in the L1 cache.
 constexpr int64_t kPrefetchBytes = 4 * 1024;  // How far ahead; the processor stops at each page.
 constexpr int64_t kBurstBytes = 512;          // Longer bursts of streaming stores delay the loads.
 constexpr int64_t kStageBytes = 2 * 1024;     // The longest head vector that is streamed.
@@ -40,25 +40,13 @@ constexpr int64_t kStageBytes = 2 * 1024;     // The longest head vector that is
 // point to the first pair of those in the tables. A channel is read before it is written, so y may
 // be x.
 
-template <typename C>
-struct TableRow {
-  const C* cos;
-  const C* sin;
-  const C* scale;  // Not read without xPos.
-};
-
-template <typename C>
-ROTARY_EXPORT_INLINE TableRow<C> Advance(const TableRow<C>& table, int64_t entries) {
-  return {table.cos + entries, table.sin + entries, table.scale + entries};
-}
-
 // Pairs are (i, i + half). The tables have an entry per pair.
 struct Halves {
   static constexpr int kEntriesPerPair = 1;
 
-  template <int kLanes, bool kScaled, Stores kStores = Stores::kPlain, typename T, typename C>
+  template <int kLanes, bool kScaled, Stores kStores, typename T, typename C, typename Check>
   static ROTARY_EXPORT_INLINE void Rotate(const T* x, T* y, const TableRow<C>& table, int64_t i,
-                                          int64_t half) {
+                                          int64_t half, Check* check) {
     const auto cos = LoadVector<kLanes>(table.cos + i);
     const auto sin = LoadVector<kLanes>(table.sin + i);
     const auto x1 = LoadVector<kLanes>(x + i);
@@ -74,8 +62,8 @@ struct Halves {
       x2_cos = x2_cos * scale;
       x1_sin = x1_sin * scale;
     }
-    StoreVector<kLanes, kStores>(x1_cos - x2_sin, y + i);
-    StoreVector<kLanes, kStores>(x2_cos + x1_sin, y + half + i);
+    StoreVector<kLanes, kStores>(x1_cos - x2_sin, y + i, check);
+    StoreVector<kLanes, kStores>(x2_cos + x1_sin, y + half + i, check);
   }
 };
 
@@ -83,9 +71,9 @@ struct Halves {
 struct Pairs {
   static constexpr int kEntriesPerPair = 2;
 
-  template <int kLanes, bool kScaled, Stores kStores = Stores::kPlain, typename T, typename C>
+  template <int kLanes, bool kScaled, Stores kStores, typename T, typename C, typename Check>
   static ROTARY_EXPORT_INLINE void Rotate(const T* x, T* y, const TableRow<C>& table, int64_t i,
-                                          int64_t) {
+                                          int64_t, Check* check) {
     const auto x12 = LoadVector<kLanes>(x + i);
     auto by_cos = x12 * LoadVector<kLanes>(table.cos + i);
     auto by_sin = SwapPairs<kLanes>(x12) * LoadVector<kLanes>(table.sin + i);
@@ -94,7 +82,7 @@ struct Pairs {
       by_cos = by_cos * scale;
       by_sin = by_sin * scale;
     }
-    StoreVector<kLanes, kStores>(by_cos + by_sin, y + i);
+    StoreVector<kLanes, kStores>(by_cos + by_sin, y + i, check);
   }
 };
 
@@ -103,7 +91,8 @@ template <typename Layout, bool kScaled, int kLanes, typename T, typename C>
 inline void RotateRest(const T* x, T* y, const TableRow<C>& table, int64_t i, int64_t count,
                        int64_t half) {
   if (i + kLanes <= count) {
-    Layout::template Rotate<kLanes, kScaled>(x, y, table, i, half);
+    CheckEach check;
+    Layout::template Rotate<kLanes, kScaled, Stores::kPlain>(x, y, table, i, half, &check);
     i += kLanes;
   }
   if constexpr (kLanes > Layout::kEntriesPerPair) {
@@ -112,30 +101,6 @@ inline void RotateRest(const T* x, T* y, const TableRow<C>& table, int64_t i, in
 }
 
 // ---- From a block of rows to a head vector
-
-// The tables of a block of rows: `width` entries per row, in the order of the layout and, of
-// bfloat16, of EvenOdd. They lie in the arrays below; cos and sin where the caller has them, if
-// they are so already.
-template <typename C>
-struct TableBlock {
-  static constexpr int64_t kEntries = kTableBytes / sizeof(C);
-  int64_t width;
-  bool scaled;
-  TableRow<C> first;
-  alignas(64) C cos[kEntries];
-  alignas(64) C sin[kEntries];
-  alignas(64) C scale[kEntries];
-};
-
-// Rows [row, row + rows) of one batch entry, and pairs [first_pair, first_pair + pairs) of them:
-// all there are, unless one row alone is too much for a TableBlock.
-struct Block {
-  int64_t batch;
-  int64_t row;
-  int64_t rows;
-  int64_t first_pair;
-  int64_t pairs;
-};
 
 // Elements from one head vector to the next, in one direction.
 struct Axis {
@@ -178,9 +143,19 @@ ROTARY_EXPORT_INLINE void RotateVector(const VectorWork& work, const T* x, T* y,
   const T* from = x + work.first;
   T* to = y + work.first;
   int64_t i = 0;
+  const auto rotate = [&](auto check) __attribute__((always_inline)) {
+    i = 0;
 #pragma GCC unroll 2  // Where one token is decoded, the loop's own instructions count.
-  for (; i + kLanes <= work.entries; i += kLanes) {
-    Layout::template Rotate<kLanes, kScaled, kStores>(from, to, table, i, work.half);
+    for (; i + kLanes <= work.entries; i += kLanes) {
+      Layout::template Rotate<kLanes, kScaled, kStores>(from, to, table, i, work.half, &check);
+    }
+    return check;
+  };
+  if constexpr (kRun == Run::kStreamed && kCanCheckLater<T>) {  // x is still there to do it again.
+    const CheckLater check = rotate(CheckLater());
+    if (__builtin_expect(~check.are_normal != 0, false)) rotate(CheckEach());
+  } else {
+    rotate(CheckEach());
   }
   if constexpr (kRun == Run::kAny && kLanes > Layout::kEntriesPerPair) {
     RotateRest<Layout, kScaled, kLanes / 2>(from, to, table, i, work.entries, work.half);
@@ -289,74 +264,6 @@ void RotateHeads(const RotaryParams& params, const Block& block, const TableBloc
   for (int64_t i = 0; i < outer.count; ++i) {
     const TableRow<C> table = Advance(tables.first, i * outer.table_step);
     rotate(params, block, x + i * outer.in_step, y + i * outer.out_step, table, inner);
-  }
-}
-
-// ---- Tables
-
-int64_t FindTableRow(const RotaryParams& params, int64_t batch, int64_t row) {
-  const int64_t first = batch * params.table_batch_step + row * params.table_row_step;
-  if (params.position_ids == nullptr) return first;
-  return first + params.position_ids[batch * params.id_batch_stride + row * params.id_row_stride];
-}
-
-// Lays out `count` entries from entry `i` on, in the order of one row of a TableBlock. The first of
-// the two entries of a pair is multiplied by `sign`.
-template <typename Layout, int kLanes, typename Table, typename C>
-inline void LayOutEntries(const Table* row, int64_t i, int64_t count, C sign, C* out) {
-  using V = Vector<C, kLanes>;
-  for (; i + kLanes <= count; i += kLanes) {
-    if constexpr (Layout::kEntriesPerPair == 1) {
-      StoreVector<kLanes>(__builtin_convertvector(LoadVector<kLanes>(row + i), V), out + i);
-    } else {
-      const auto doubled = Double<kLanes>(LoadVector<kLanes / 2>(row + i / 2));
-      V signs;
-      for (int lane = 0; lane < kLanes; ++lane) signs[lane] = lane % 2 == 0 ? sign : 1;
-      StoreVector<kLanes>(__builtin_convertvector(doubled, V) * signs, out + i);
-    }
-  }
-  if constexpr (kLanes > Layout::kEntriesPerPair) {
-    if (i < count) LayOutEntries<Layout, kLanes / 2>(row, i, count, sign, out);
-  }
-}
-
-// Whether the rows of a block are whole and follow one another in the caller's tables.
-bool AreConsecutive(const RotaryParams& params, const Block& block) {
-  const int64_t first = FindTableRow(params, block.batch, block.row);
-  for (int64_t i = 1; i < block.rows; ++i) {
-    if (FindTableRow(params, block.batch, block.row + i) != first + i) return false;
-  }
-  return block.pairs == params.rotary_dim / 2;
-}
-
-template <typename Layout, typename T, typename Table, typename C>
-void FillTables(const RotaryParams& params, const Block& block, TableBlock<C>* tables) {
-  tables->width = block.pairs * Layout::kEntriesPerPair;
-  tables->scaled = params.scale_cache != nullptr;
-  tables->first = {tables->cos, tables->sin, tables->scale};
-  const auto lay_out = [width = tables->width](const Table* row, C sign, C* out) {
-    LayOutEntries<Layout, kVectorBytes / sizeof(C)>(row, 0, width, sign, out);
-    if constexpr (kIsEvenOdd<C, kWidest<T>>) SplitEvenOdd<kWidest<T>>(out, width);
-  };
-  const auto* cos = static_cast<const Table*>(params.cos_cache);
-  const auto* sin = static_cast<const Table*>(params.sin_cache);
-  const auto* scale = static_cast<const Table*>(params.scale_cache);
-  bool are_ready = false;
-  if constexpr (std::is_same_v<Table, C> && Layout::kEntriesPerPair == 1 &&
-                !kIsEvenOdd<C, kWidest<T>>) {
-    const int64_t first = FindTableRow(params, block.batch, block.row) * tables->width;
-    are_ready = AreConsecutive(params, block);
-    if (are_ready) tables->first = {cos + first, sin + first, tables->scale};
-  }
-  for (int64_t i = 0; i < block.rows; ++i) {
-    const int64_t row = FindTableRow(params, block.batch, block.row + i);
-    const int64_t first = row * (params.rotary_dim / 2) + block.first_pair;
-    const int64_t at = i * tables->width;
-    if (!are_ready) {
-      lay_out(cos + first, 1, tables->cos + at);
-      lay_out(sin + first, -1, tables->sin + at);
-    }
-    if (tables->scaled) lay_out(scale + first, 1, tables->scale + at);
   }
 }
 

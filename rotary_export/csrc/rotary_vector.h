@@ -105,12 +105,13 @@ ROTARY_EXPORT_INLINE void StoreBits(const V& v, void* y) {
   std::memcpy(y, &v, sizeof v);
 }
 
-template <int kLanes, Stores kStores = Stores::kPlain, typename V, typename T>
-ROTARY_EXPORT_INLINE void StoreVector(const V& v, T* y) {
+template <int kLanes, Stores kStores = Stores::kPlain, typename Check = CheckEach, typename V,
+          typename T>
+ROTARY_EXPORT_INLINE void StoreVector(const V& v, T* y, Check* check = nullptr) {
   if constexpr (std::is_floating_point_v<T>) {
     StoreBits<kStores>(v, y);
   } else if constexpr (kIsEvenOdd<Wide<T>, kLanes>) {
-    StoreBits<kStores>(NarrowEvenOdd<kLanes>(v), y);
+    StoreBits<kStores>(NarrowEvenOdd<kLanes>(v, check), y);
   } else {
     StoreBits<kStores>(Narrow<kLanes>(v, T()), y);
   }
