@@ -237,6 +237,36 @@ def test_a_model_that_can_t_be_fused_says_why(damage, message):
         rotary_export.fuse(model)
 
 
+ARGUMENTS = {
+    "model": (lambda: rotary_export.fuse(b"model"), "model must be an onnx.ModelProto or a path"),
+    "no-shapes": (lambda: rotary_export.fuse(make_model(), shapes=[]), "at least one shape"),
+    "two-sizes": (lambda: rotary_export.fuse(make_model(), shapes=[(1, 2)]), r"got \(1, 2\)"),
+    "negative": (lambda: rotary_export.fuse(make_model(), shapes=[(1, 2, -1)]), r"got \(1, 2, -1"),
+    "inputs": (lambda: rotary_export.fuse(make_model(), inputs={"x": 1}), "a sequence of dicts"),
+    "long-name": (lambda: rotary_export.fuse(make_model()).save("a" * 300), "can't be written"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_bad_arguments_are_one_clear_error(call, message):
+    with pytest.raises(RotaryExportError, match=message):
+        call()
+
+
+def test_data_of_constants_is_not_replaced_either(tmp_path):
+    save_external(tmp_path / "in.onnx")
+    model = onnx.load(tmp_path / "in.onnx", load_external_data=False)
+    tensor = numpy_helper.from_array(np.ones(4096, "f"), "apart")
+    onnx.external_data_helper.set_external_data(tensor, "out.onnx.data", offset=0, length=4 * 4096)
+    tensor.ClearField("raw_data")
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["unused"], value=tensor))
+    onnx.save(model, tmp_path / "in.onnx")
+    (tmp_path / "out.onnx.data").write_bytes(np.ones(4096, "f").tobytes())
+    source = fuse_module.read_model(tmp_path / "in.onnx")
+    names = {path.name for path in fuse_module.list_files(tmp_path / "in.onnx", source)}
+    assert names == {"in.onnx", "weights.bin", "out.onnx.data"}
+
+
 @pytest.mark.parametrize("content", [b"", b"not a model", None])
 def test_an_unreadable_file_is_one_line(tmp_path, content):
     file = tmp_path / "in.onnx"

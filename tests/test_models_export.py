@@ -309,6 +309,18 @@ class Hidden(nn.Module):
         return y if flags.sum() > 1 else y + 1
 
 
+class Leaves(nn.Module):
+    def forward(self, x):
+        raise SystemExit(3)
+
+
+class Divides(nn.Module):
+    """Has a condition that Python can't compute for every length."""
+
+    def forward(self, x):
+        return rope_of(x) * (2 if 100 % (x.shape[1] - 5) == 3 else 1)
+
+
 X = torch.randn(2, 6, 16)
 REFUSED = {
     "no module": (3, {"x": X}, "model must be a torch.nn.Module, got int"),
@@ -318,6 +330,8 @@ REFUSED = {
     "no rotary": (Plain(), {"x": X}, "Plain applies no rotary embedding"),
     "baked": (Baked(), {"x": X}, "seq_len=|seq_len"),
     "taken for a number": (Counted(), {"x": X}, r"takes seq_len=6 .*test_models_export\.py, line"),
+    "leaves": (Leaves(), {"x": X}, "Leaves fails on its example inputs: SystemExit: 3"),
+    "divides by zero": (Divides(), {"x": X}, "the model fails at sizes .* ZeroDivisionError"),
     "depends on values": (
         Hidden(),
         {"x": X, "flags": torch.ones(3)},
@@ -339,6 +353,12 @@ DYNAMIC = {
     "a word": ("all", "dynamic_shapes must be 'auto', None or a dict"),
     "unknown input": ({"y": {0: "b"}}, "dynamic_shapes names 'y', which is none of"),
     "unknown axis": ({"x": {3: "b"}}, r"dynamic_shapes\['x'\] must have axes in \[0, 3\), got 3"),
+    "a list": ({"x": ["b", "s"]}, r"dynamic_shapes\['x'\] must be a dict of axis to name, got"),
+    "no name": (
+        {"x": {0: None}},
+        r"dynamic_shapes\['x'\]\[0\] must be a name, or a sum .* got None",
+    ),
+    "a lonely sum": ({"x": {0: "a + b"}}, "has a sum with 'a', which no dimension is alone"),
     "two sizes": ({"x": {0: "b", 1: "b"}}, "x must have b=2, as the tensors before it"),
 }
 
@@ -384,26 +404,41 @@ def test_manifest_is_json(bundle):
     assert rotary_export.__version__ == data["producers"]["rotary_export"]
 
 
-class Remembers(nn.Module):
-    """Sets attributes in its forward, public and private."""
-
-    def __init__(self):
-        super().__init__()
-        self.last = None
-        self._calls = 0
-
+class Echo(nn.Module):
     def forward(self, x):
-        self.last, self._calls, self.seen = x, self._calls + 1, True
-        return rope_of(x)
+        return {"x": rope_of(x)}
 
 
-def test_attributes_are_as_they_were(tmp_path):
-    model = nn.Sequential(Remembers())
-    model.add_module("hidden", Plain())
-    export_model(model, {"input": X}, tmp_path / "b", formats=["onnx", "torchscript"])
-    assert vars(model[0]).keys() == vars(Remembers()).keys()
-    assert (model[0].last, model[0]._calls) == (None, 0)
-    model.append(Baked())
-    with pytest.raises(RotaryExportError):
-        export_model(model, {"input": X}, tmp_path / "c", formats=["onnx"])
-    assert (model[0].last, model[0]._calls) == (None, 0)
+def test_an_output_may_have_an_inputs_name(tmp_path):
+    bundle = export_model(Echo(), {"x": X}, tmp_path / "b")
+    assert [output.name for output in bundle.manifest.graphs["model"].outputs] == ["output.x"]
+
+
+class Config:
+    """Something that is no config of transformers."""
+
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+
+@pytest.mark.parametrize(
+    "kind", [Config, lambda: torch.ones(3), lambda: 3], ids=["any", "tensor", "int"]
+)
+def test_an_attribute_config_may_be_anything(tmp_path, kind):
+    model = Echo()
+    model.config = kind()
+    bundle = export_model(model, {"x": X}, tmp_path / "b", formats=["onnx"])
+    assert bundle.manifest.config["longest"] is None
+
+
+class Offset(nn.Module):
+    """Takes an integer, whose meaning nobody knows."""
+
+    def forward(self, x, start):
+        return rope_of(x) + start
+
+
+def test_values_that_were_not_tried_are_said(tmp_path):
+    inputs = {"x": X, "start": torch.tensor(3)}
+    bundle = export_model(Offset(), inputs, tmp_path / "b", formats=["onnx"])
+    assert bundle.report.skipped == {"other values of start": "its meaning is not known"}

@@ -133,6 +133,10 @@ def check_out(path: Path, force: bool, sources: Sequence[Path]) -> None:
         RotaryExportError: It, or its external data, is there.
     """
     for file in (path, path.with_name(f"{path.name}.data")):
+        try:
+            file.exists()
+        except OSError as error:  # a name that is too long
+            raise RotaryExportError(f"{file} can't be written: {error.strerror}") from None
         if file.is_dir():
             raise RotaryExportError(f"{file} is a folder")
         if file.exists() and any(s.exists() and file.samefile(s) for s in sources):
@@ -170,10 +174,12 @@ def fuse(
         CheckFailedError: There is no rotary embedding, none could be fused, or the outputs differ.
     """
     say = progress or (lambda _: None)
+    tried = SHAPES if shapes is None else _read_shapes(shapes)
+    if not isinstance(inputs, Sequence) or not all(isinstance(given, Mapping) for given in inputs):
+        raise RotaryExportError("inputs must be a sequence of dicts by input name")
     say("read the model")
     source = read_model(model)
     register_schema()
-    tried = SHAPES if shapes is None else tuple(Shape(*shape) for shape in shapes)
     with tempfile.TemporaryDirectory(prefix="rotary_export.") as temporary:
         folder = _find_folder(model, source)
         sources = list_files(model, source)
@@ -201,6 +207,19 @@ def fuse(
     return FuseResult(
         proto, None if was_inline else folder, sources, nodes, findings.fused, tuple(left), check
     )
+
+
+def _read_shapes(shapes: Sequence[tuple[int, int, int]]) -> tuple[Shape, ...]:
+    for shape in shapes:
+        whole = isinstance(shape, Sequence) and all(type(size) is int for size in shape)
+        if not whole or len(shape) != 3 or min(shape[:2]) < 1 or shape[2] < 0:
+            raise RotaryExportError(
+                "shapes must be of (batch >= 1, new tokens >= 1, cached tokens >= 0), got "
+                f"{shape!r}"
+            )
+    if not shapes:
+        raise RotaryExportError("shapes must hold at least one shape")
+    return tuple(Shape(*shape) for shape in shapes)
 
 
 def _find_folder(model: Model, source: ir.Model) -> Path | None:

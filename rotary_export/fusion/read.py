@@ -56,6 +56,10 @@ def read_model(model: Model) -> ir.Model:
     name = _name(model)
     if isinstance(model, onnx.ModelProto):
         proto = model
+    elif not isinstance(model, (str, os.PathLike)):
+        raise RotaryExportError(
+            f"model must be an onnx.ModelProto or a path, got {type(model).__name__}"
+        )
     else:
         try:
             proto = onnx.load(model, load_external_data=False)
@@ -117,7 +121,9 @@ def list_files(model: Model, source: ir.Model) -> tuple[Path, ...]:
 
 def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
     values = (v for graph in model.graphs() for v in graph.initializers.values())
-    return [v.const_value for v in values if isinstance(v.const_value, ir.ExternalTensor)]
+    tensors: list[object] = [value.const_value for value in values]
+    tensors += [a.value for n in model.graph.all_nodes() for a in n.attributes.values()]
+    return [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
 
 
 def has_external(model: ir.Model) -> bool:

@@ -105,6 +105,8 @@ def make_signature(leaves: list[Any]) -> tuple[Any, ...]:
             return "tensor", leaf.dim(), width if type(width) is int else None
         if leaf is None or isinstance(leaf, (bool, str)):
             return leaf
+        if isinstance(leaf, torch.SymInt):  # as a size is while torch.export traces
+            return "int"
         return type(leaf).__name__
 
     return tuple(describe(leaf) for leaf in leaves)

@@ -149,7 +149,8 @@ def make_cases(
     traced: Mapping[str, int],
     thresholds: Sequence[int],
     longest: int | None,
-    detours: Mapping[str, Sequence[int]],
+    at_most: Mapping[str, int],
+    points: Sequence[Mapping[str, int]],
 ) -> list[Case]:
     """Make the cases that a model is proven with: none has the sizes that it was traced at.
 
@@ -159,15 +160,17 @@ def make_cases(
         traced: The sizes it was traced at.
         thresholds: Lengths at which its angles change (longrope, dynamic).
         longest: Positions that the model takes; None: any.
-        detours: By name of a size, at which the model itself takes another path than the graph.
+        at_most: By name of a size, the largest that the graph takes.
+        points: Sizes at which the model itself takes another path than the graph.
     """
     roles = {source.role for source in sources.values()}
-    limit = longest or 1 << 30
+    limit = min(longest or 1 << 30, at_most.get(SEQ, 1 << 30))
 
     def sizes(batch: int, seq: int, past: int) -> dict[str, int]:
         wanted = {BATCH: batch, PAST: min(past, limit // 2)}
         wanted[SEQ] = min(seq, limit - (wanted[PAST] if PAST in traced else 0))
-        return {name: wanted.get(name, size + batch) for name, size in traced.items()}
+        chosen = {name: wanted.get(name, size + batch) for name, size in traced.items()}
+        return {name: min(size, at_most.get(name, size)) for name, size in chosen.items()}
 
     if not traced:
         return [make_case(infos, sources, {}, seed=1)]
@@ -176,7 +179,10 @@ def make_cases(
         make_case(infos, sources, sizes(3, max(1, seq // 2), past + 3), seed=1),
         make_case(infos, sources, sizes(1, 2 * seq + 5, past + 6), seed=2),
         make_case(infos, sources, sizes(3, 1, past + 1), seed=3),
+        make_case(infos, sources, dict.fromkeys(traced, 1), seed=3),
     ]
+    if PAST in traced:  # the first step, with an empty cache
+        cases.append(make_case(infos, sources, sizes(2, seq + 1, 0), seed=3))
     room = limit - 2 * seq - 3 * past
     if "position_ids" in roles and room > 1:
         offset = min(100, room)
@@ -198,11 +204,8 @@ def make_cases(
                 cases.append(
                     make_case(infos, sources, sizes(2, seq + 1, past), seed=6, offset=offset)
                 )
-    for name, tried in detours.items():
-        for size in tried:
-            at = sizes(3, seq + 1, past) | {name: size}
-            if at.get(SEQ, 1) + at.get(PAST, 0) <= limit:
-                cases.append(make_case(infos, sources, at, seed=size))
+    for point in points:
+        cases.append(make_case(infos, sources, sizes(3, seq + 1, past) | dict(point), seed=7))
     return cases
 
 
@@ -210,6 +213,6 @@ def list_untried(
     sources: Mapping[str, Source], traced: Mapping[str, int], thresholds: Sequence[int]
 ) -> list[int]:
     """Return the thresholds that none of `make_cases` reaches."""
-    if SEQ not in traced or any(source.role == "position_ids" for source in sources.values()):
+    if not traced or any(source.role == "position_ids" for source in sources.values()):
         return []
-    return [threshold for threshold in thresholds if threshold > LONGEST_CASE]
+    return [size for size in thresholds if size > LONGEST_CASE or SEQ not in traced]

@@ -35,7 +35,7 @@ from rotary_export.manifest import (
     hash_file,
 )
 from rotary_export.models.cases import Case
-from rotary_export.models.guards import Detour, find_paths, list_guards, list_sizes
+from rotary_export.models.guards import Paths, find_paths, read_conditions
 from rotary_export.models.prepare import (
     Prepared,
     check_found,
@@ -117,21 +117,22 @@ def export_model(
         with preserve(model) as snapshot:
             prepared = prepare(model, example_inputs, dynamic_shapes, snapshot, say)
             check_found(model, prepared.found)
-            graph, detours = _write_graph(prepared, staging, formats, opset, max_inline_bytes, say)
+            graph, paths = _write_graph(
+                prepared, snapshot, staging, formats, opset, max_inline_bytes, say
+            )
             say("run the model itself")
-            cases = prepared.make_cases(graph.at_most, list_sizes(detours))
+            cases = prepared.make_cases(paths)
             eager = _run_eager(prepared, cases, snapshot)
-        manifest = _make_manifest(path.name, model, prepared, graph, detours, opset, staging)
+        manifest = _make_manifest(path.name, model, prepared, graph, paths, opset, staging)
         try:
             report = compare_model(staging, manifest, cases, eager, lambda w: say(f"verify {w}"))
             return finish(staging, path, manifest, report, force)
         except CheckFailedError as error:
-            if not detours:
+            if not paths.texts:
                 raise
-            paths = "; ".join(detour.text for detour in detours)
             raise CheckFailedError(
-                f"{error}; the model takes another path where not {paths}: give that size a fixed "
-                "one with dynamic_shapes, or change the model there"
+                f"{error}; the model takes another path where not {'; '.join(paths.texts)}: give "
+                "that size a fixed one with dynamic_shapes, or change the model there"
             ) from error
 
 
@@ -141,7 +142,7 @@ def _run_eager(prepared: Prepared, cases: Sequence[Case], snapshot: Snapshot) ->
             return run_eager(prepared.flat.run_named, cases, snapshot.restore_state)
     except RotaryExportError:
         raise
-    except Exception as error:  # whatever the model raises
+    except (Exception, SystemExit) as error:  # whatever the model raises
         raise RotaryExportError(
             f"the model fails at sizes other than its example's: {describe(error)}; "
             "dynamic_shapes says which sizes stay open"
@@ -150,50 +151,55 @@ def _run_eager(prepared: Prepared, cases: Sequence[Case], snapshot: Snapshot) ->
 
 def _write_graph(
     prepared: Prepared,
+    snapshot: Snapshot,
     folder: Path,
     formats: Sequence[str],
     opset: int,
     max_inline_bytes: int,
     say: Progress,
-) -> tuple[GraphInfo, list[Detour]]:
+) -> tuple[GraphInfo, Paths]:
     """Trace the model and write it in every format."""
     files = {kind: f"{GRAPH}{SUFFIXES[kind]}" for kind in formats}
-    tensors, model = prepared.traced.tensors, prepared.flat.model
-    with make_traceable(model), torch.no_grad():
+    tensors = prepared.traced.tensors
+    with make_traceable(prepared.flat.model), torch.no_grad():
         results = prepared.flat.run_named(tensors)
-        say("trace")
-        with replace_calls(prepared.found):
-            program = trace_program(prepared.flat, tensors, prepared.inputs)
-        symbols = name_symbols(program, prepared.inputs)
-        at_most, detours = find_paths(list_guards(get_inputs(program)), symbols)
-        outputs = tuple(
-            TensorInfo(
-                name,
-                str(value.dtype).removeprefix("torch."),
-                name_shape(value.shape, symbols, name),
-            )
-            for name, value in zip(results, get_outputs(program), strict=True)
+    say("trace")
+    snapshot.restore_state()  # tables that it keeps and lets grow would end at this length
+    with make_traceable(prepared.flat.model), replace_calls(prepared.found):
+        program = trace_program(prepared.flat, tensors, prepared.inputs)
+    paths = find_paths(
+        read_conditions(program, get_inputs(program), prepared.inputs), prepared.runs_at_most
+    )
+    symbols = name_symbols(program, prepared.inputs)
+    outputs = tuple(
+        TensorInfo(
+            name,
+            str(value.dtype).removeprefix("torch."),
+            name_shape(value.shape, symbols, name),
         )
-        op = torch.ops.rotary_export.rotary_embedding.default
-        nodes = sum(node.target == op for node in program.graph.nodes)
-        graph = GraphInfo(prepared.inputs, outputs, files, nodes, at_most=at_most)
-        # torch.onnx last: a program can't be written any more where sizes depend on values.
-        for kind, file in sorted(files.items(), key=lambda item: item[0] == "onnx"):
-            if kind == "aoti":
-                continue  # compiled once the program is there
-            say(f"export {file}")
-            if kind == "onnx":
-                forms = write_onnx(program, graph, symbols, folder / file, opset, max_inline_bytes)
-                if all(form.is_native for form in forms):
-                    graph = replace(graph, portable="native")
-            elif kind == "program":
-                _write_program(program, folder / file)
-            elif kind == "torchscript":
-                _write_torchscript(prepared, folder / file)
+        for name, value in zip(results, get_outputs(program), strict=True)
+    )
+    op = torch.ops.rotary_export.rotary_embedding.default
+    nodes = sum(node.target == op for node in program.graph.nodes)
+    graph = GraphInfo(prepared.inputs, outputs, files, nodes, at_most=paths.at_most)
+    # torch.onnx last: a program can't be written any more where sizes depend on values.
+    for kind, file in sorted(files.items(), key=lambda item: item[0] == "onnx"):
+        if kind == "aoti":
+            continue  # compiled once the program is there
+        say(f"export {file}")
+        if kind == "onnx":
+            forms = write_onnx(program, graph, symbols, folder / file, opset, max_inline_bytes)
+            if all(form.is_native for form in forms):
+                graph = replace(graph, portable="native")
+        elif kind == "program":
+            _write_program(program, folder / file)
+        elif kind == "torchscript":
+            snapshot.restore_state()  # torch.export leaves its fake tensors
+            _write_torchscript(prepared, folder / file)
     if "aoti" in files:
         say(f"compile {files['aoti']}")
         compile_program(folder / files["program"], tuple(tensors), folder / files["aoti"])
-    return graph, detours
+    return graph, paths
 
 
 def _write_program(program: Any, path: Path) -> None:
@@ -207,7 +213,12 @@ def _write_program(program: Any, path: Path) -> None:
 
 def _write_torchscript(prepared: Prepared, path: Path) -> None:
     try:
-        with quiet_torch(), replace_calls(prepared.found):
+        with (
+            quiet_torch(),
+            make_traceable(prepared.flat.model),
+            replace_calls(prepared.found),
+            torch.no_grad(),
+        ):
             save_traced(prepared.flat, prepared.traced.tensors, path)
     except Exception as error:  # what the tracer raises
         raise RotaryExportError(
@@ -221,7 +232,7 @@ def _make_manifest(
     model: nn.Module,
     prepared: Prepared,
     graph: GraphInfo,
-    detours: Sequence[Detour],
+    paths: Paths,
     opset: int,
     folder: Path,
 ) -> Manifest:
@@ -239,7 +250,8 @@ def _make_manifest(
             "traced": prepared.sizes,
             "thresholds": prepared.thresholds,
             "longest": prepared.longest,
-            "detours": list_sizes(detours),
+            "points": paths.points,
+            "untried": paths.untried,
             "sources": write_sources(prepared.sources),
             "rotary": [asdict(finding) for finding in prepared.found.findings],
         },

@@ -7,109 +7,127 @@ same values (padding by nothing, another memory layout), which has to be proven 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
+import torch
 from torch import Tensor
+from torch.utils._sympy.functions import Max, Min
 from torch.utils._sympy.printers import PythonPrinter
 
 from rotary_export.errors import RotaryExportError
+from rotary_export.manifest import TensorInfo
 from rotary_export.models.cases import LONGEST_CASE
+from rotary_export.models.inputs import PAST, SEQ
 
-_DENSE = 2048  # every size up to that is looked at
+_DENSE = 1 << 14  # every size up to that is looked at
 _SIZES: tuple[int, ...] = (
     *range(2, _DENSE + 1),
-    *((1 << power) + step for power in range(12, 21) for step in (-1, 0, 1)),
+    *((1 << power) + step for power in range(15, 21) for step in (-1, 0, 1)),
 )
+# Of conditions on several sizes.
+_GRID = (2, 3, 4, 5, 7, 8, 16, 17, 32, 33, 51, 64, 100, 128, 256, 512, 1024, 4096)
+_LARGEST_CASE = 2 * LONGEST_CASE  # product of the sizes in a condition
+
+TOTAL = f"{PAST} + {SEQ}"
 
 
 @dataclass(frozen=True)
-class Detour:
-    """A condition that does not hold at some sizes within the limits.
+class Condition:
+    """What a trace took for granted.
 
     Attributes:
-        name: Of the size.
-        sizes: Where to prove it: the starts of the first two ranges at which it does not hold.
+        names: Of the sizes in it.
+        holds: Whether it does, for such sizes in that order.
         text: The condition and its place, for people.
+        is_guard: False: the graph has both paths, only formats that keep one are in question.
     """
 
-    name: str
-    sizes: tuple[int, ...]
+    names: tuple[str, ...]
+    holds: Callable[..., bool]
     text: str
+    is_guard: bool = True
 
 
-def list_sizes(detours: Sequence[Detour]) -> dict[str, list[int]]:
-    """Return by name, in order and each once, the sizes at which detours are to be proven."""
-    sizes: dict[str, set[int]] = {}
-    for detour in detours:
-        sizes.setdefault(detour.name, set()).update(detour.sizes)
-    return {name: sorted(found) for name, found in sizes.items()}
+@dataclass
+class Paths:
+    """The sizes at which a graph is the model.
+
+    Attributes:
+        at_most: By name of a size, the largest that it may have.
+        points: Sizes at which the model itself takes another path, to be proven.
+        texts: The conditions that they are of.
+        untried: Conditions that fail only where it takes too long to prove.
+    """
+
+    at_most: dict[str, int] = field(default_factory=dict)
+    points: list[dict[str, int]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    untried: list[str] = field(default_factory=list)
+
+    def add(self, text: str, points: Sequence[dict[str, int]]) -> None:
+        """Note what is to be proven for a condition."""
+        self.points += [point for point in points if point not in self.points]
+        self.texts.append(text)
 
 
-def find_paths(
-    guards: Sequence[Any], names: Mapping[str, str]
-) -> tuple[dict[str, int], list[Detour]]:
+def find_paths(conditions: Sequence[Condition], longest: Mapping[str, int]) -> Paths:
     """Find the sizes at which a model takes the path that was traced.
 
     Args:
-        guards: Of torch.export's shape environment.
-        names: By symbol, the name of a size.
-
-    Returns:
-        By name of a size, the largest that it may have, nothing for those without a limit; and
-        the conditions that fail at smaller sizes.
+        conditions: As `read_conditions`.
+        longest: By name of a size, or TOTAL, what the model runs at, at most, where it is known.
 
     Raises:
         RotaryExportError: A condition fails at most sizes; the message names the place.
     """
-    limits: dict[str, int] = {}
-    failing: dict[tuple[str, str], list[int]] = {}
-    for guard in guards:
-        symbols = {str(symbol) for symbol in guard.expr.free_symbols}
-        if len(symbols) != 1 or not symbols <= names.keys():
-            continue  # sizes that are equal, or sums of others
-        (symbol,) = symbols
-        name, holds = names[symbol], _compile(guard.expr, symbol)
-        fails = [size for size in _SIZES if not holds(size)]
+    paths = Paths()
+    failing: list[tuple[Condition, list[int]]] = []
+    for condition in conditions:
+        if len(condition.names) != 1:
+            continue
+        (name,) = condition.names
+        fails = [size for size in _SIZES if not condition.holds(size)]
         if not fails:
             continue
-        text = re.sub(rf"\b{symbol}\b", name, str(guard.expr)) + say_place(guard)
-        limit = _find_limit(holds, fails)
+        if not condition.is_guard:
+            failing.append((condition, fails))
+            continue
+        limit = _find_limit(condition.holds, fails, min(LONGEST_CASE, longest.get(name, 1 << 30)))
         below = [size for size in fails if size <= min(limit, _DENSE)]
         if limit < 2 or 2 * len(below) > min(limit, _DENSE):
             raise RotaryExportError(
-                f"the model takes another path where not {text}; give {name} a fixed size with "
-                "dynamic_shapes, or change the model there"
+                f"the model takes another path where not {condition.text}; give {name} a fixed "
+                "size with dynamic_shapes, or change the model there"
             )
         if limit < _SIZES[-1]:
-            limits[name] = min(limit, limits.get(name, limit))
+            paths.at_most[name] = min(limit, paths.at_most.get(name, limit))
         if below:
-            failing[name, text] = below
-    detours = []
-    for (name, text), sizes in failing.items():
-        starts = [size for size in sizes if size - 1 not in sizes][:2]
-        tried = tuple(s for s in starts if s <= min(LONGEST_CASE, limits.get(name, s)))
+            failing.append((condition, below))
+    for condition, sizes in failing:
+        (name,) = condition.names
+        most = min([LONGEST_CASE, *(m[name] for m in (paths.at_most, longest) if name in m)])
+        tried = _choose_sizes([size for size in sizes if size <= most])
         if tried:
-            detours.append(Detour(name, tried, text))
-    return limits, detours
+            paths.add(condition.text, [{name: size} for size in tried])
+    for condition in conditions:
+        if len(condition.names) > 1:
+            _try_several(condition, paths, longest)
+    return paths
 
 
-def _compile(expression: Any, symbol: str) -> Callable[[int], bool]:
-    """Make a function of a condition; sympy's own substitution takes a thousand times as long."""
-    code = PythonPrinter().doprint(expression)
-    return eval(f"lambda {symbol}: {code}", {"math": math})  # type: ignore[no-any-return]
-
-
-def _find_limit(holds: Callable[[int], bool], fails: Sequence[int]) -> int:
-    """Find the size before those at which a condition fails for good, or is too long to prove."""
+def _find_limit(holds: Callable[[int], bool], fails: Sequence[int], most: int) -> int:
+    """Find the size before those at which a condition fails for good, or can't be proven."""
     failing = set(fails)
     end = len(_SIZES)
     while end and _SIZES[end - 1] in failing:
         end -= 1
-    if fails[0] > LONGEST_CASE:
+    if fails[0] > most:
         end = _SIZES.index(fails[0])
     if end in (0, len(_SIZES)):
         return 0 if end == 0 else _SIZES[-1]
@@ -118,6 +136,124 @@ def _find_limit(holds: Callable[[int], bool], fails: Sequence[int]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
+
+
+def _choose_sizes(sizes: Sequence[int]) -> list[int]:
+    """Choose some of a condition's sizes: two starts, the first end, and the last that is quick."""
+    known = set(sizes)
+    starts = [size for size in sizes if size - 1 not in known]
+    ends = [size for size in sizes if size + 1 not in known]
+    quick = [size for size in sizes if size <= 128]
+    return sorted({*starts[:2], *ends[:1], *quick[-1:]})
+
+
+def _try_several(condition: Condition, paths: Paths, longest: Mapping[str, int]) -> None:
+    """Find where a condition on several sizes fails, within the limits of each."""
+
+    def list_sizes(name: str) -> list[int]:
+        most = min(paths.at_most.get(name, 1 << 30), longest.get(name, 1 << 30))
+        return [size for size in _GRID if size <= most]
+
+    def is_quick(point: dict[str, int]) -> bool:
+        total = point.get(SEQ, 0) + point.get(PAST, 0)
+        return (
+            math.prod(point.values()) <= _LARGEST_CASE
+            and max(point.values()) <= LONGEST_CASE
+            and total <= longest.get(TOTAL, total)
+        )
+
+    grid = itertools.islice(itertools.product(*map(list_sizes, condition.names)), 1 << 16)
+    fails = [
+        dict(zip(condition.names, sizes, strict=True))
+        for sizes in grid
+        if not condition.holds(*sizes)
+    ]
+    quick = sorted(filter(is_quick, fails), key=lambda point: math.prod(point.values()))
+    if quick:
+        paths.add(condition.text, [quick[0], quick[len(quick) // 2]])
+    elif fails and condition.is_guard:
+        paths.untried.append(condition.text)
+
+
+def read_conditions(program: Any, inputs: Sequence[Tensor], infos: Sequence[TensorInfo]) -> Any:
+    """Read what a trace took for granted of the inputs' sizes.
+
+    Args:
+        program: The `torch.export.ExportedProgram`.
+        inputs: The fake tensors of its inputs.
+        infos: The inputs, with names for the sizes that are open.
+
+    Returns:
+        Conditions, each once: guards, and which side of a min or max was taken.
+    """
+    environment = _find_environment(inputs)
+    if environment is None:
+        return []
+    names: dict[str, sympy.Symbol] = {}
+    symbols: dict[sympy.Symbol, sympy.Expr] = {}
+    for info, value in zip(infos, inputs, strict=True):
+        for dim, size in zip(info.shape, value.shape, strict=True):
+            if not isinstance(dim, str) or not isinstance(size, torch.SymInt):
+                continue
+            parts = [
+                names.setdefault(
+                    part, sympy.Symbol(f"size{len(names)}", integer=True, positive=True)
+                )
+                for part in dim.split(" + ")
+            ]
+            symbols.setdefault(environment.replace(size.node.expr), sum(parts))
+    found: dict[Any, Condition] = {}
+
+    def note(expression: Any, place: str, is_guard: bool) -> None:
+        expression = environment.replace(expression).xreplace(symbols)
+        known = [name for name, symbol in names.items() if symbol in expression.free_symbols]
+        if not known or len(known) != len(expression.free_symbols):
+            return  # always true, or of sizes that depend on values
+        text = str(expression)
+        for name in known:
+            text = re.sub(rf"\b{names[name]}\b", name, text)
+        holds = _compile(expression, [names[name] for name in known])
+        found.setdefault(expression, Condition(tuple(known), holds, text + place, is_guard))
+
+    for guard in environment.guards:
+        note(guard.expr, say_place(guard), True)
+    traced = {
+        symbol: environment.backed_var_to_val[symbol] for symbol in environment.backed_var_to_val
+    }
+    for bound in _list_bounds(program):
+        values = [argument.xreplace(traced) for argument in bound.args]
+        wanted = max if isinstance(bound, Max) else min
+        if all(value.is_number for value in values):
+            taken = bound.args[values.index(wanted(values))]
+            note(sympy.Eq(bound, taken), "", False)
+    return list(found.values())
+
+
+def _list_bounds(program: Any) -> set[Any]:
+    """Return the minima and maxima of sizes in a graph."""
+    found: set[Any] = set()
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, Tensor) else [value]
+        for size in sizes:
+            if isinstance(size, torch.SymInt):
+                found |= size.node.expr.atoms(Max, Min)
+    return found
+
+
+def _compile(expression: Any, symbols: Sequence[sympy.Symbol]) -> Callable[..., bool]:
+    """Make a function of a condition; sympy's own substitution takes a thousand times as long."""
+    code = PythonPrinter().doprint(expression)
+    arguments = ", ".join(map(str, symbols))
+    function = eval(f"lambda {arguments}: {code}", {"math": math, "torch": torch})
+
+    def holds(*sizes: int) -> bool:
+        try:
+            return bool(function(*sizes))
+        except ArithmeticError:  # as the model itself would raise there
+            return False
+
+    return holds
 
 
 def say_place(guard: Any) -> str:
@@ -129,8 +265,13 @@ def say_place(guard: Any) -> str:
 
 def list_guards(inputs: Sequence[Tensor]) -> list[Any]:
     """Return the guards of the fake tensors that are a program's inputs."""
+    environment = _find_environment(inputs)
+    return [] if environment is None else list(environment.guards)
+
+
+def _find_environment(inputs: Sequence[Tensor]) -> Any:
     for value in inputs:
         mode = getattr(value, "fake_mode", None)
         if mode is not None and mode.shape_env is not None:
-            return list(mode.shape_env.guards)
-    return []
+            return mode.shape_env
+    return None

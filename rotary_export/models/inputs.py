@@ -48,6 +48,7 @@ class FlatModel(nn.Module):
         self.training = model.training
         self.arguments = tuple(arguments)
         self.extra = dict(extra)
+        self.taken = {name for argument in arguments for name in argument.names}
         self.has_past = any(name.startswith("past.") for a in arguments for name in a.names)
 
     def run_named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -57,7 +58,8 @@ class FlatModel(nn.Module):
         for argument in self.arguments:
             kwargs[argument.name] = argument.rebuild(given[: len(argument.names)])
             del given[: len(argument.names)]
-        return dict(_name_results(self.model(**kwargs), "", self.has_past))
+        results = _name_results(self.model(**kwargs), "", self.has_past)
+        return {f"output.{n}" if n in self.taken else n: value for n, value in results}
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the model on its tensors, in order."""
@@ -199,8 +201,8 @@ def name_dims(
         By tensor, a name or a size per dimension. A sum of names is "a + b".
 
     Raises:
-        RotaryExportError: It names a tensor or an axis that is not there, or one name has two
-            sizes.
+        RotaryExportError: It names a tensor or an axis that is not there, what it gives is no name,
+            or one name has two sizes.
     """
     if dynamic_shapes == "auto":
         named = _name_dims_auto(tensors)
@@ -216,21 +218,42 @@ def name_dims(
                 )
         for name, value in tensors.items():
             dims: list[int | str] = list(value.shape)
-            for axis, dim in (dynamic_shapes.get(name) or {}).items():
+            given = dynamic_shapes.get(name) or {}
+            if not isinstance(given, Mapping):
+                raise RotaryExportError(
+                    f"dynamic_shapes[{name!r}] must be a dict of axis to name, got {given!r}"
+                )
+            for axis, dim in given.items():
                 if not isinstance(axis, int) or not 0 <= axis < value.dim():
                     raise RotaryExportError(
                         f"dynamic_shapes[{name!r}] must have axes in [0, {value.dim()}), "
                         f"got {axis!r}"
                     )
-                dims[axis] = str(dim)
+                if not isinstance(dim, str) or not all(p.isidentifier() for p in _split(dim)):
+                    raise RotaryExportError(
+                        f"dynamic_shapes[{name!r}][{axis}] must be a name, or a sum 'a + b' of "
+                        f"names, got {dim!r}"
+                    )
+                dims[axis] = dim
             named[name] = tuple(dims)
     else:
         raise RotaryExportError(
             "dynamic_shapes must be 'auto', None or a dict by tensor name, got "
             f"{type(dynamic_shapes).__name__} {dynamic_shapes!r}"
         )
-    read_sizes(tensors, named)
+    sizes = read_sizes(tensors, named)
+    for name, dims_of in named.items():
+        for term in (term for dim in dims_of if isinstance(dim, str) for term in _split(dim)):
+            if term not in sizes:
+                raise RotaryExportError(
+                    f"dynamic_shapes[{name!r}] has a sum with {term!r}, which no dimension is alone"
+                )
     return named
+
+
+def _split(dim: str) -> list[str]:
+    """Return the terms of a sum of names."""
+    return dim.split(" + ")
 
 
 def read_sizes(tensors: Mapping[str, Tensor], named: Mapping[str, Dims]) -> dict[str, int]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.manifest import TensorInfo
 from rotary_export.models.cases import TRACED, Case, Source, choose_source, make_case, make_cases
-from rotary_export.models.inputs import SEQ, FlatModel, name_dims, read_arguments, read_sizes
+from rotary_export.models.guards import TOTAL, Paths
+from rotary_export.models.inputs import PAST, SEQ, FlatModel, name_dims, read_arguments, read_sizes
 from rotary_export.models.preserve import Snapshot, copy_as, preserve
 from rotary_export.models.replace import Replacement, find_replacement
 from rotary_export.models.stateless import find_longest, find_thresholds, make_traceable
@@ -48,13 +49,25 @@ class Prepared:
     thresholds: list[int]
     longest: int | None
 
-    def make_cases(
-        self, at_most: Mapping[str, int], detours: Mapping[str, Sequence[int]]
-    ) -> list[Case]:
-        """Make what it will be proven with, of sizes within limits."""
-        bounds = [size for size in (self.longest, at_most.get(SEQ)) if size is not None]
-        longest = min(bounds, default=None)
-        cases = make_cases(self.inputs, self.sources, self.sizes, self.thresholds, longest, detours)
+    @property
+    def runs_at_most(self) -> dict[str, int]:
+        """By name of a size, what the model itself runs at, at most, where that is known."""
+        if self.longest is None:
+            return {}
+        past, seq = self.sizes.get(PAST, 0), self.sizes.get(SEQ, 1) + 1
+        return {SEQ: self.longest - past, PAST: self.longest - seq, TOTAL: self.longest}
+
+    def make_cases(self, paths: Paths) -> list[Case]:
+        """Make what it will be proven with."""
+        cases = make_cases(
+            self.inputs,
+            self.sources,
+            self.sizes,
+            self.thresholds,
+            self.longest,
+            paths.at_most,
+            paths.points,
+        )
         return [self.example, *cases]
 
 
@@ -113,7 +126,7 @@ def prepare(
             found = find_replacement(model, lambda: flat(*traced.tensors))
     except RotaryExportError:
         raise
-    except Exception as error:  # whatever the model raises
+    except (Exception, SystemExit) as error:  # whatever the model raises
         raise RotaryExportError(
             f"{type(model).__name__} fails on its example inputs: {describe(error)}"
         ) from error
@@ -208,7 +221,12 @@ def convert_model(
         return value.to(dtype) if floating else value
 
     if any(p.is_floating_point() and p.dtype != dtype for p in model.parameters()):
-        model = copy_as(model, dtype)
+        try:
+            model = copy_as(model, dtype)
+        except Exception as error:  # what deepcopy raises, and the model's own conversion
+            raise RotaryExportError(
+                f"{type(model).__name__} can't be copied as {dtype}: {describe(error)}"
+            ) from error
     inputs = {}
     for name, value in example_inputs.items():
         if hasattr(value, "layers"):  # a cache: convert what is in it, in a copy

@@ -1,4 +1,4 @@
-"""A model as it was: modes, buffers and the attributes that its modules keep."""
+"""A model as it was: modes, buffers, submodules and the attributes that its modules keep."""
 
 from __future__ import annotations
 
@@ -23,35 +23,50 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modes = [(module, module.training) for module in model.modules()]
-        self._buffers: list[tuple[dict[str, Any], str, Any, Tensor | None]] = []
+        self._buffers: list[tuple[Tensor, Tensor]] = []
         self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._contents: list[tuple[Any, Any]] = []  # of dicts, lists and sets, one level deep
+        self._registries: list[tuple[Any, Any]] = []
         for module in model.modules():
-            for name, buffer in module._buffers.items():
-                copy = None
-                if buffer is not None and buffer.numel() <= _MAX_COPIED:
-                    copy = buffer.detach().clone()
-                self._buffers.append((module._buffers, name, buffer, copy))
+            buffers = [b for b in module._buffers.values() if b is not None and _can_copy(b)]
+            self._buffers += [(buffer, buffer.detach().clone()) for buffer in buffers]
             plain = {name: v for name, v in vars(module).items() if name not in _OF_TORCH}
             self._attributes.append((module, plain))
+            kept = [v for v in plain.values() if type(v) in (dict, list, set)]
+            self._contents += [(v, v.copy()) for v in (module._buffers, *kept)]
+            registries = [v for name, v in vars(module).items() if name in _OF_TORCH]
+            self._registries += [(v, v.copy()) for v in registries if isinstance(v, (dict, set))]
 
     def restore_state(self) -> None:
         """Put buffers and attributes back: some rotary modules remember the longest input."""
-        for buffers, name, buffer, copy in self._buffers:
-            buffers[name] = buffer
-            if copy is not None and not torch.equal(buffer, copy):
-                with torch.no_grad():
+        with torch.no_grad():
+            for buffer, copy in self._buffers:
+                if buffer.shape != copy.shape:
+                    buffer.resize_(copy.shape)
+                if not torch.equal(buffer, copy):
                     buffer.copy_(copy)
         for module, plain in self._attributes:
             for name in vars(module).keys() - _OF_TORCH - plain.keys():
                 del vars(module)[name]
             vars(module).update(plain)
+        for value, copy in self._contents:
+            _refill(value, copy)
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Put everything back, submodules, parameters and hooks by reference."""
         self.restore_state()
-        for module, training in self._modes:
-            module.training = training
+        for value, copy in self._registries:
+            _refill(value, copy)
+
+
+def _can_copy(buffer: Tensor) -> bool:
+    return buffer.layout == torch.strided and not buffer.is_meta and buffer.numel() <= _MAX_COPIED
+
+
+def _refill(value: Any, copy: Any) -> None:
+    """Put into a container what it held."""
+    value.clear()
+    (value.extend if isinstance(value, list) else value.update)(copy)
 
 
 @contextmanager
@@ -64,12 +79,18 @@ def preserve(model: nn.Module) -> Iterator[Snapshot]:
     Yields:
         The snapshot; `restore_state` makes modules forget earlier inputs.
     """
-    snapshot = Snapshot(model)
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        yield snapshot
+        model.eval()  # may do more than to set a mode, which `train` then takes back
+        snapshot = Snapshot(model)
+        try:
+            yield snapshot
+        finally:
+            snapshot.restore()
     finally:
-        snapshot.restore()
+        for module, training in modes:
+            if module.training != training:
+                module.train(training)  # its children too, whose turn comes later
 
 
 def copy_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -77,8 +77,9 @@ def read_cases(manifest: Manifest) -> list[Case]:
             _read_sources(manifest),
             config["traced"],
             config["thresholds"],
-            _find_longest(manifest),
-            config.get("detours", {}),
+            config["longest"],
+            manifest.graphs[GRAPH].at_most,
+            config.get("points", []),
         )
     except (LookupError, TypeError) as error:
         raise RotaryExportError(f"the manifest's config is damaged: {error!r}") from None
@@ -91,15 +92,10 @@ def _read_sources(manifest: Manifest) -> dict[str, Source]:
     }
 
 
-def _find_longest(manifest: Manifest) -> int | None:
-    """Return the largest seq_len of a model; None: any."""
-    bounds = (manifest.config["longest"], manifest.graphs[GRAPH].at_most.get(SEQ))
-    return min((size for size in bounds if size is not None), default=None)
-
-
 def fit_sizes(manifest: Manifest, shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Lower (batch_size, seq_len) to what a model takes, each once."""
-    longest = _find_longest(manifest) or 1 << 30
+    bounds = (manifest.config["longest"], manifest.graphs[GRAPH].at_most.get(SEQ))
+    longest = min((size for size in bounds if size is not None), default=1 << 30)
     return list(dict.fromkeys((batch, min(seq, longest)) for batch, seq in shapes))
 
 
@@ -138,9 +134,15 @@ def compare_model(
     for size in list_untried(
         _read_sources(manifest), manifest.config["traced"], manifest.config["thresholds"]
     ):
-        report.skipped[f"seq_len > {size}, where its angles change"] = (
-            f"longer than {LONGEST_CASE}, and there is no position_ids to reach it with"
+        report.skipped[f"lengths > {size}, where its angles change"] = (
+            f"longer than {LONGEST_CASE}, or of no size named {SEQ}, and there is no position_ids "
+            "to reach it with"
         )
+    for condition in manifest.config.get("untried", []):
+        report.skipped[f"sizes where not {condition}"] = "too large to be run"
+    for name, source in _read_sources(manifest).items():
+        if source.role == "fixed":
+            report.skipped[f"other values of {name}"] = "its meaning is not known"
     say = progress or (lambda _: None)
     for name, options in _list_runs(info, manifest.compiled_for, report.skipped):
         say(f"{GRAPH}: {name}")

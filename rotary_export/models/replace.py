@@ -251,7 +251,10 @@ def _identify(leaves: list[Any], sources: list[int], rotation: Rotation) -> Iter
     """Say which tables a call takes: layers that share their angles share one computation."""
     for index, leaf in enumerate(leaves):
         if index not in sources:
-            yield id(leaf) if not isinstance(leaf, (int, float, str)) else leaf
+            if isinstance(leaf, torch.SymInt):
+                yield str(leaf)
+            else:
+                yield leaf if isinstance(leaf, (int, float, str)) else id(leaf)
             continue
         for axis, name in enumerate(rotation.axes):
             if name in "SH" or (name == "B" and rotation.whole_batch):

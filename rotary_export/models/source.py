@@ -126,7 +126,7 @@ def _find_class(path: Path, config: Mapping[str, Any]) -> Any:
             f"{path}: transformers {transformers.__version__} has no model_type {kind!r}{remote}"
         )
     for name in config.get("architectures") or []:
-        if hasattr(transformers, name):
+        if isinstance(name, str) and hasattr(transformers, name):
             return getattr(transformers, name)
     return None
 

@@ -44,8 +44,8 @@ def make_traceable(model: nn.Module) -> Iterator[None]:
             if "len" not in names:
                 stack.callback(names.pop, "len", None)
                 names["len"] = _measure
-        for config in {id(c): c for m in model.modules() if (c := vars(m).get("config"))}.values():
-            if getattr(config, _EXPERTS, None) == "grouped_mm":
+        for config in _list_configs(model):
+            if isinstance(found := _get(config, _EXPERTS), str) and found == "grouped_mm":
                 stack.callback(setattr, config, _EXPERTS, "grouped_mm")
                 setattr(config, _EXPERTS, "batched_mm")
         yield
@@ -57,39 +57,48 @@ def _measure(value: Any) -> Any:
 
 def find_thresholds(model: nn.Module) -> list[int]:
     """Return the lengths at which a model's angles change, from its transformers configs."""
-    found = set()
+    found: list[Any] = []
     for config in _list_configs(model):
-        longest = getattr(config, "max_position_embeddings", None)
+        longest = _get(config, "max_position_embeddings")
         for rope in _list_ropes(config):
             kind = rope.get("rope_type", rope.get("type"))
             if kind == "longrope":
-                found.add(rope.get("original_max_position_embeddings") or longest)
+                found.append(rope.get("original_max_position_embeddings") or longest)
             elif kind == "dynamic":
-                found.add(longest)
-    return sorted(size for size in found if isinstance(size, int))
+                found.append(longest)
+    return sorted({size for size in found if type(size) is int})
 
 
 def find_longest(model: nn.Module, thresholds: list[int]) -> int | None:
     """Return how many positions a model takes; None: any, or it is not known."""
     sizes = [
-        getattr(config, name, None)
+        _get(config, name)
         for config in _list_configs(model)
         for name in ("max_position_embeddings", "n_positions")
     ]
-    known = [size for size in sizes if isinstance(size, int) and size > 0]
+    known = [size for size in sizes if type(size) is int and size > 0]
     return None if thresholds or not known else min(known)
 
 
 def _list_configs(model: nn.Module) -> list[Any]:
     """Return the configs of a model's modules, each once: it may be wrapped in one without."""
-    configs = {id(c): c for module in model.modules() if (c := vars(module).get("config"))}
-    return list(configs.values())
+    configs = [vars(module).get("config") for module in model.modules()]
+    return list({id(config): config for config in configs if config is not None}.values())
+
+
+def _get(config: Any, name: str) -> Any:
+    """Return a field of what may be a config of transformers, or anything else of that name."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # whatever its __getattr__ raises
+        return None
 
 
 def _list_ropes(config: Any) -> list[Mapping[str, Any]]:
     """Return the rope parameters, one per layer type where they differ."""
-    ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    if not isinstance(ropes, Mapping):
+    given = [_get(config, name) for name in ("rope_parameters", "rope_scaling")]
+    ropes: Any = next((rope for rope in given if isinstance(rope, Mapping) and rope), None)
+    if ropes is None:
         return []
     nested = [rope for rope in ropes.values() if isinstance(rope, Mapping)]
     return nested or [ropes]

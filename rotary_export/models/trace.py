@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.program import quiet_torch
@@ -44,7 +45,7 @@ def trace_program(module: nn.Module, tensors: Sequence[Tensor], infos: Sequence[
             program = torch.export.export(
                 module, tuple(tensors), dynamic_shapes=(shapes,), strict=False
             )
-    except Exception as error:  # what the model and torch's tracer raise
+    except (Exception, SystemExit) as error:  # what the model and torch's tracer raise
         raise RotaryExportError(f"torch.export can't trace the model: {describe(error)}") from error
     for info, value in zip(infos, get_inputs(program), strict=True):
         for axis, (dim, size) in enumerate(zip(info.shape, value.shape, strict=True)):
@@ -56,7 +57,22 @@ def trace_program(module: nn.Module, tensors: Sequence[Tensor], infos: Sequence[
                     f"{info.name}){_find_place(program, size)}; give it a fixed size with "
                     "dynamic_shapes, or change the model there"
                 )
+    _allow_small_sums(program, infos)
     return program
+
+
+def _allow_small_sums(program: Any, infos: Sequence[TensorInfo]) -> None:
+    """Let a sum of sizes be as small as its terms may be.
+
+    torch.export takes each size for 2 or more, does not ask for it of those that are traced, and
+    asks for 4 of past + new tokens: an empty cache would be refused.
+    """
+    for info, value in zip(infos, get_inputs(program), strict=True):
+        for dim, size in zip(info.shape, value.shape, strict=True):
+            if isinstance(dim, str) and " + " in dim and isinstance(size, torch.SymInt):
+                bounds = program.range_constraints.get(size.node.expr)
+                if bounds is not None and bounds.lower == 2 * len(dim.split(" + ")):
+                    program.range_constraints[size.node.expr] = ValueRanges(2, bounds.upper)
 
 
 def describe(error: BaseException) -> str:

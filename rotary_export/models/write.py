@@ -46,7 +46,7 @@ def write_onnx(
         The forms of its rotary nodes.
 
     Raises:
-        RotaryExportError: An operator has no translation.
+        RotaryExportError: An operator has no translation, or what torch.onnx writes is not valid.
     """
     register_schema()
     op = torch.ops.rotary_export.rotary_embedding.default
@@ -78,7 +78,12 @@ def write_onnx(
     proto = ir.serde.serialize_model(model)
     forms = add_functions(proto)
     onnx.save(proto, path)
-    onnx.checker.check_model(str(path) if apart else proto, full_check=not apart)
+    try:
+        onnx.checker.check_model(str(path) if apart else proto, full_check=not apart)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise RotaryExportError(
+            f"torch.onnx writes a model that is not valid: {describe(error)}"
+        ) from error
     return forms
 
 
