@@ -199,6 +199,8 @@ def print_report(terminal: Terminal, report: dict[str, Any]) -> None:
         terminal.line(f"{graph} was compared at {', '.join(shapes)}")
     for runtime, why in report["skipped"].items():
         terminal.line(f"not run: {runtime}: {why}")
+    for what, why in report["untried"].items():
+        terminal.line(f"not tried: {what}: {why}")
     failed = sum(not row["passed"] for row in report["rows"])
     has_oracle = any(row["oracle_allowed"] is not None for row in report["rows"])
     oracle = " and the oracle" if has_oracle else ""

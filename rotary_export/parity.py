@@ -166,11 +166,13 @@ class Report:
         rows: One per output, graph and runtime.
         shapes: What was tried, by graph.
         skipped: Runtimes that are not here, and why.
+        untried: Sizes and values of a model that were not compared, and why.
     """
 
     rows: list[Row] = field(default_factory=list)
     shapes: dict[str, list[str]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    untried: dict[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -184,6 +186,7 @@ class Report:
             "rows": [row.to_dict() for row in self.rows],
             "shapes": self.shapes,
             "skipped": self.skipped,
+            "untried": self.untried,
         }
 
 

@@ -147,9 +147,17 @@ def test_another_path_of_other_values_is_refused(tmp_path, function):
 
 
 def test_both_sides_of_a_maximum_are_tried(tmp_path):
-    export_model(Model(bounded), {"x": X}, tmp_path / "b", formats=["onnx", "program"])
-    with pytest.raises(CheckFailedError, match=r"by TorchScript .* not Eq.*Max"):
-        export_model(Model(bounded), {"x": X}, tmp_path / "c", formats=["torchscript"])
+    bundle = export_model(Model(bounded), {"x": X}, tmp_path / "b", formats=["onnx", "program"])
+    assert bundle.manifest.graphs["model"].at_most == {}
+    assert {f"batch_size 3, seq_len {size}" for size in (32, 128)} < set(
+        bundle.report.shapes["model"]
+    )
+    # TorchScript keeps the side that was traced.
+    bundle = export_model(Model(bounded), {"x": X}, tmp_path / "c", formats=["torchscript"])
+    assert bundle.manifest.graphs["model"].at_most == {"seq_len": 31}
+    (what,) = bundle.report.untried
+    assert what.startswith("sizes where not Eq(Max(")
+    assert bundle.manifest.parity["untried"] == {what: "not equal: a limit"}
 
 
 def test_a_path_past_the_models_own_length_is_a_limit(tmp_path):

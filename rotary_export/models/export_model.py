@@ -18,6 +18,7 @@ from rotary_export.exporters.aoti import compile_program
 from rotary_export.exporters.bundle import (
     Bundle,
     check_formats,
+    check_report,
     find_out,
     finish,
     stage,
@@ -120,20 +121,30 @@ def export_model(
             graph, paths = _write_graph(
                 prepared, snapshot, staging, formats, opset, max_inline_bytes, say
             )
-            say("run the model itself")
-            cases = prepared.make_cases(paths)
-            eager = _run_eager(prepared, cases, snapshot)
-        manifest = _make_manifest(path.name, model, prepared, graph, paths, opset, staging)
-        try:
-            report = compare_model(staging, manifest, cases, eager, lambda w: say(f"verify {w}"))
-            return finish(staging, path, manifest, report, force)
-        except CheckFailedError as error:
-            if not paths.texts:
-                raise
-            raise CheckFailedError(
-                f"{error}; the model takes another path where not {'; '.join(paths.texts)}: give "
-                "that size a fixed one with dynamic_shapes, or change the model there"
-            ) from error
+            while True:
+                graph = replace(graph, at_most=dict(paths.at_most))
+                say("run the model itself")
+                cases = prepared.make_cases(paths)
+                eager = _run_eager(prepared, cases, snapshot)
+                manifest = _make_manifest(path.name, model, prepared, graph, paths, opset, staging)
+                try:
+                    report = compare_model(
+                        staging, manifest, cases, eager, lambda what: say(f"verify {what}")
+                    )
+                    check_report(report)
+                    break
+                except CheckFailedError as error:
+                    if paths.tighten():  # as when the largest few of many are taken, with ties
+                        say("limit the sizes, the export is not equal to the model past them")
+                        continue
+                    if not paths.texts:
+                        raise
+                    raise CheckFailedError(
+                        f"{error}; the model takes another path where not {'; '.join(paths.texts)}"
+                        ": give that size a fixed one with dynamic_shapes, or change the model "
+                        "there"
+                    ) from error
+        return finish(staging, path, manifest, report, force)
 
 
 def _run_eager(prepared: Prepared, cases: Sequence[Case], snapshot: Snapshot) -> Results:
@@ -252,6 +263,7 @@ def _make_manifest(
             "longest": prepared.longest,
             "points": paths.points,
             "untried": paths.untried,
+            "unequal": paths.unequal,
             "sources": write_sources(prepared.sources),
             "rotary": [asdict(finding) for finding in prepared.found.findings],
         },

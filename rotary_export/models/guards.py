@@ -63,17 +63,32 @@ class Paths:
         points: Sizes at which the model itself takes another path, to be proven.
         texts: The conditions that they are of.
         untried: Conditions that fail only where it takes too long to prove.
+        bounds: By name of a size, the one up to which a minimum or maximum is as it was traced,
+            and the condition.
+        unequal: Conditions of which it turned out that the graph is not the model past them.
     """
 
     at_most: dict[str, int] = field(default_factory=dict)
     points: list[dict[str, int]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     untried: list[str] = field(default_factory=list)
+    bounds: dict[str, tuple[int, str]] = field(default_factory=dict)
+    unequal: list[str] = field(default_factory=list)
 
     def add(self, text: str, points: Sequence[dict[str, int]]) -> None:
         """Note what is to be proven for a condition."""
         self.points += [point for point in points if point not in self.points]
         self.texts.append(text)
+
+    def tighten(self) -> bool:
+        """Limit sizes to what bounds say; return whether there was anything to do."""
+        bounds, self.bounds = self.bounds, {}
+        for name, (limit, text) in bounds.items():
+            self.at_most[name] = min(limit, self.at_most.get(name, limit))
+            self.points = [p for p in self.points if p.get(name, 0) <= limit]
+            self.texts.remove(text)
+            self.unequal.append(text)
+        return bool(bounds)
 
 
 def find_paths(conditions: Sequence[Condition], longest: Mapping[str, int]) -> Paths:
@@ -113,8 +128,13 @@ def find_paths(conditions: Sequence[Condition], longest: Mapping[str, int]) -> P
         (name,) = condition.names
         most = min([LONGEST_CASE, *(m[name] for m in (paths.at_most, longest) if name in m)])
         tried = _choose_sizes([size for size in sizes if size <= most])
-        if tried:
-            paths.add(condition.text, [{name: size} for size in tried])
+        if not tried:
+            continue
+        paths.add(condition.text, [{name: size} for size in tried])
+        if not condition.is_guard and sizes[-1] == _SIZES[-1]:
+            limit = _find_limit(condition.holds, sizes, most)
+            if 2 <= limit < paths.bounds.get(name, (limit + 1, ""))[0]:
+                paths.bounds[name] = limit, condition.text
     for condition in conditions:
         if len(condition.names) > 1:
             _try_several(condition, paths, longest)

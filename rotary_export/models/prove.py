@@ -131,18 +131,7 @@ def compare_model(
     info = manifest.graphs[GRAPH]
     check_rotary_nodes(path, info)
     report = Report(shapes={GRAPH: [case.name for case in cases]})
-    for size in list_untried(
-        _read_sources(manifest), manifest.config["traced"], manifest.config["thresholds"]
-    ):
-        report.skipped[f"lengths > {size}, where its angles change"] = (
-            f"longer than {LONGEST_CASE}, or of no size named {SEQ}, and there is no position_ids "
-            "to reach it with"
-        )
-    for condition in manifest.config.get("untried", []):
-        report.skipped[f"sizes where not {condition}"] = "too large to be run"
-    for name, source in _read_sources(manifest).items():
-        if source.role == "fixed":
-            report.skipped[f"other values of {name}"] = "its meaning is not known"
+    report.untried = _list_untried(manifest)
     say = progress or (lambda _: None)
     for name, options in _list_runs(info, manifest.compiled_for, report.skipped):
         say(f"{GRAPH}: {name}")
@@ -164,6 +153,20 @@ def compare_model(
             eager = results
         report.rows += compare_results(info, name, kernel_path, cases, results, eager)
     return report
+
+
+def _list_untried(manifest: Manifest) -> dict[str, str]:
+    """Say what a model's proof leaves out, and why."""
+    config, sources = manifest.config, _read_sources(manifest)
+    lengths = list_untried(sources, config["traced"], config["thresholds"])
+    why = f"more than {LONGEST_CASE} or no size named {SEQ}, and no position_ids to reach it with"
+    fixed = [name for name, source in sources.items() if source.role == "fixed"]
+    return {
+        **{f"lengths > {size}, where its angles change": why for size in lengths},
+        **{f"sizes where not {text}": "too large to be run" for text in config.get("untried", [])},
+        **{f"sizes where not {text}": "not equal: a limit" for text in config.get("unequal", [])},
+        **{f"other values of {name}": "its meaning is not known" for name in fixed},
+    }
 
 
 def _run_cases(
