@@ -9,7 +9,8 @@ from torch import nn
 
 from rotary_export import export_model, load, verify
 from rotary_export.errors import CheckFailedError, RotaryExportError
-from rotary_export.models.guards import TOTAL, Condition, find_paths
+from rotary_export.models.guards import Condition
+from rotary_export.models.paths import TOTAL, find_paths
 
 
 def find(*conditions, **longest):

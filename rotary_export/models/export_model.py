@@ -36,7 +36,8 @@ from rotary_export.manifest import (
     hash_file,
 )
 from rotary_export.models.cases import Case
-from rotary_export.models.guards import Paths, find_paths, read_conditions
+from rotary_export.models.guards import read_conditions
+from rotary_export.models.paths import Paths, find_paths
 from rotary_export.models.prepare import (
     Prepared,
     check_found,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.manifest import TensorInfo
 from rotary_export.models.cases import TRACED, Case, Source, choose_source, make_case, make_cases
-from rotary_export.models.guards import TOTAL, Paths
 from rotary_export.models.inputs import PAST, SEQ, FlatModel, name_dims, read_arguments, read_sizes
+from rotary_export.models.paths import TOTAL, Paths
 from rotary_export.models.preserve import Snapshot, copy_as, preserve
 from rotary_export.models.replace import Replacement, find_replacement
 from rotary_export.models.stateless import find_longest, find_thresholds, make_traceable
