@@ -94,9 +94,10 @@ def _read_sources(manifest: Manifest) -> dict[str, Source]:
 
 def fit_sizes(manifest: Manifest, shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Lower (batch_size, seq_len) to what a model takes, each once."""
-    bounds = (manifest.config["longest"], manifest.graphs[GRAPH].at_most.get(SEQ))
-    longest = min((size for size in bounds if size is not None), default=1 << 30)
-    return list(dict.fromkeys((batch, min(seq, longest)) for batch, seq in shapes))
+    at_most = manifest.graphs[GRAPH].at_most
+    rows, length = at_most.get(BATCH, 1 << 30), at_most.get(SEQ, 1 << 30)
+    longest = min(length, manifest.config["longest"] or length)
+    return list(dict.fromkeys((min(batch, rows), min(seq, longest)) for batch, seq in shapes))
 
 
 def make_model_inputs(manifest: Manifest, batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
