@@ -187,6 +187,7 @@ def try_a(family: str) -> dict[str, Any]:
         "fused": fused,
         "layouts": sorted({finding["what"] for finding in found if finding["what"]}),
         "reason": "; ".join(finding["reason"] for finding in found if finding["reason"]),
+        "at_most": dict(bundle.manifest.graphs["model"].at_most),
         "ulp": max(row["eager"]["max_ulp"] for row in bundle.report.to_dict()["rows"]),
     }
 

@@ -22,6 +22,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "a_exported": len(a),
         "a_all_fused": a.count("fused"),
         "a_wrong": a.count("wrong"),
+        "a_limited": sum(bool(way.get("at_most")) for way in ways),
         "a_ulp": max((way["ulp"] for way in ways if "ulp" in way), default=0),
         "b_exported": len(rotary),
         "b_all_fused": len(whole),
@@ -42,7 +43,8 @@ def describe_summary(found: dict[str, Any]) -> str:
     ours = (
         f"`export_model` exports {found['a_exported']} that apply a rotary embedding, and fuses "
         f"every call in {found['a_all_fused']} of them, {found['a_wrong']} wrongly; at most "
-        f"{found['a_ulp']:.3g} ulp of the largest output off eager."
+        f"{found['a_ulp']:.3g} ulp of the largest output off eager. {found['a_limited']} are "
+        "limited to a length, past which the model takes another path than the graph."
     )
     theirs = (
         f"torch.onnx exports {found['b_exported']}; `fuse` fuses every call in "
@@ -60,6 +62,13 @@ def write_json(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text(text.replace("Infinity", '"inf"') + "\n")
 
 
+def _describe_calls(way: dict[str, Any]) -> str:
+    if "fused" not in way:
+        return ""
+    limits = [f"{name} <= {size}" for name, size in way.get("at_most", {}).items()]
+    return ", ".join((f"{way['fused']} of {way['calls']}", *limits))
+
+
 def write_markdown(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     lines = [
         "# Which rotary embeddings are fused",
@@ -75,7 +84,7 @@ def write_markdown(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         cells = (
             row["family"],
             row.get("rope_type", ""),
-            f"{a['fused']} of {a['calls']}" if "fused" in a else "",
+            _describe_calls(a),
             "; ".join(a.get("layouts", [])),
             f"{row['fused']} of {row['fused'] + row.get('left', 0)}" if "fused" in row else "",
             "; ".join(row.get("was", [])),
