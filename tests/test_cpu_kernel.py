@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import re
 import signal
@@ -69,8 +70,9 @@ class Advice:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked of Linux")
 def test_large_pages_are_asked_for_memory_that_is_not_there_yet(monkeypatch):
-    like = torch.empty(2 * cpu_kernel._FRESH_BYTES, dtype=torch.uint8)
-    memory = torch.empty_like(like)  # as an allocator would keep it
+    size = 2 * cpu_kernel._FRESH_BYTES
+    like = torch.zeros(1, dtype=torch.uint8).expand(size)
+    memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)  # of malloc's, who knows
     monkeypatch.setattr(cpu_kernel, "_load_process", lambda: advice)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: memory)
     for is_there, asked in ((False, ["mincore", "madvise"]), (True, ["mincore"])):
