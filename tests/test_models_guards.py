@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from test_models_export import X, rope_of
+from test_models_refusals import X, rope_of
 from torch import nn
 
 from rotary_export import export_model, load, verify

@@ -5,7 +5,7 @@ from contextlib import nullcontext, suppress
 
 import pytest
 import torch
-from test_models_export import Baked, Plain, X, rope_of
+from test_models_refusals import Baked, Plain, X, rope_of
 from torch import nn
 
 from rotary_export import export_model
