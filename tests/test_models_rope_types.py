@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tiny_models import make_inputs, make_model
 from torch import nn
 
 from rotary_export import export_model, load
+from rotary_export.models.stateless import find_thresholds
 
 SHORT, LONG = [1.0 + i / 8 for i in range(8)], [3.0 + i for i in range(8)]
 TYPES = {
@@ -62,6 +65,15 @@ def test_both_sides_of_the_switch(tmp_path, case):
             )["logits"].numpy()
             want = run_fresh(length)
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * abs(want).max())
+
+
+def test_a_config_inside_another_counts():
+    inner = types.SimpleNamespace(
+        max_position_embeddings=24, rope_parameters={"rope_type": "dynamic", "factor": 2.0}
+    )
+    model = nn.Identity()
+    model.config = types.SimpleNamespace(text_config=inner)
+    assert find_thresholds(model) == [24]
 
 
 class Wrapped(nn.Module):

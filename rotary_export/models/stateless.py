@@ -81,8 +81,10 @@ def find_longest(model: nn.Module, thresholds: list[int]) -> int | None:
 
 
 def _list_configs(model: nn.Module) -> list[Any]:
-    """Return the configs of a model's modules, each once: it may be wrapped in one without."""
-    configs = [vars(module).get("config") for module in model.modules()]
+    """Return the configs of a model's modules, and those in them, each once."""
+    configs = [_get(model, "config"), *(vars(module).get("config") for module in model.modules())]
+    nested = [value for config in configs for value in (_get(config, "__dict__") or {}).values()]
+    configs += [value for value in nested if _get(value, "max_position_embeddings") is not None]
     return list({id(config): config for config in configs if config is not None}.values())
 
 

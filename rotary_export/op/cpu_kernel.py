@@ -140,7 +140,7 @@ def _allocate_like(x: Tensor) -> Tensor:
     """Return contiguous memory, in large pages where Linux has them for those who ask.
 
     Fresh memory costs more than the rotation: the system zeroes it, a page fault for every 4 KiB.
-    Memory that the allocator has kept is there already, and to ask would cost a tenth of the call.
+    Memory that the allocator has kept is there already, and to ask again takes time, too.
     """
     y = torch.empty(x.shape, dtype=x.dtype)
     size = y.numel() * y.element_size()
