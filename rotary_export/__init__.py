@@ -6,7 +6,7 @@ Names are handed on lazily: `import rotary_export.runtime` needs numpy alone.
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+from rotary_export.package import __version__ as __version__
 
 _HOMES = {
     "RotaryExportError": "rotary_export.errors",
@@ -14,13 +14,13 @@ _HOMES = {
     "RotaryQueryKey": "rotary_export.embedding",
     "apply_rotary_emb": "rotary_export.reference",
     "rotary_embedding": "rotary_export.op.torch_op",
-    "export": "rotary_export.exporters.bundle",
-    "Bundle": "rotary_export.exporters.bundle",
+    "export": "rotary_export.exporters.export",
+    "Bundle": "rotary_export.exporters.export",
     "export_model": "rotary_export.models.export_model",
-    "register_rotary": "rotary_export.models.calls",
+    "register_rotary": "rotary_export.models.find.calls",
     "load": "rotary_export.runtime.load",
-    "verify": "rotary_export.models.prove",
-    "Report": "rotary_export.parity",
+    "verify": "rotary_export.proof.model",
+    "Report": "rotary_export.proof.parity",
     "fuse": "rotary_export.fusion.fuse",
     "FuseResult": "rotary_export.fusion.fuse",
 }

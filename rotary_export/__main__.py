@@ -7,7 +7,7 @@ import sys
 def main() -> None:
     """Run the command line; it needs click and rich, which a deployment does without."""
     try:
-        from rotary_export.cli import cli
+        from rotary_export.cli.main import cli
     except ModuleNotFoundError as error:
         if error.name not in ("click", "rich"):
             raise

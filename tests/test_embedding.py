@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from oracles import assert_same_bits
+from helpers.oracles import assert_same_bits
 from torch import Tensor, nn
 
 from rotary_export import RotaryEmbedding, RotaryExportError, RotaryQueryKey, apply_rotary_emb

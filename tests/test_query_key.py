@@ -8,8 +8,8 @@ import re
 
 import pytest
 import torch
-from cases import TYPES
-from oracles import assert_same_bits
+from helpers.cases import TYPES
+from helpers.oracles import assert_same_bits
 from torch import Tensor
 
 from rotary_export import RotaryEmbedding, RotaryExportError, RotaryQueryKey, apply_rotary_emb

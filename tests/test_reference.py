@@ -8,11 +8,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from cases import FORMS, TYPES, sweep
-from oracles import assert_same_bits, assert_within, rotate_eagerly
+from helpers.cases import FORMS, TYPES, sweep
+from helpers.oracles import assert_same_bits, assert_within, rotate_eagerly
 
 from rotary_export.errors import RotaryExportError
-from rotary_export.parity import TOLERANCES
+from rotary_export.proof.parity import TOLERANCES
 from rotary_export.reference import (
     apply_rotary_emb,
     build_freqs,
@@ -87,7 +87,7 @@ def test_rotate_has_the_bits_of_eager_and_is_near_the_truth(case):
     assert_same_bits(got, case.compute_eager(inputs)[0])
     half = got.element_size() == 2
     name = "oracle-half" if half else "oracle-xpos" if case.scaled else "oracle-rotate"
-    assert_within(got, case.compute_truth(inputs)[0], TOLERANCES[name].max_ulp)
+    assert_within(got, case.compute_expected(inputs)[0], TOLERANCES[name].max_ulp)
 
 
 @LAYOUTS

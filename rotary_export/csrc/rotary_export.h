@@ -19,7 +19,7 @@ struct OrtStatus;
 
 /* Adds the op to a session's options; `api_base` is what OrtGetApiBase() returns.
  *
- * A registered kernel wins over the node's portable body: on the CUDA provider too, where the
+ * A registered kernel wins over the node's function body: on the CUDA provider too, where the
  * library has a kernel for it (RotaryExportProviders). That kernel has not been run on a GPU yet
  * (see README.md), so registering the library with a CUDA session is for those who want to try it.
  */

@@ -11,19 +11,20 @@ from typing import Any
 
 import numpy as np
 
-import rotary_export
-from rotary_export.benchmark import fit_shapes
+from rotary_export.bundle.manifest import FILE_NAME as MANIFEST
+from rotary_export.bundle.manifest import Manifest, check_files, find_main_graph, read_manifest
+from rotary_export.bundle.staging import make_staging, move_into_place
 from rotary_export.deploy.example import SHAPE, make_example
 from rotary_export.deploy.targets import TARGETS
 from rotary_export.errors import RotaryExportError
-from rotary_export.manifest import FILE_NAME as MANIFEST
-from rotary_export.manifest import Manifest, check_files, find_main_graph, read_manifest
+from rotary_export.measure.benchmark import fit_shapes
+from rotary_export.package import __version__
 from rotary_export.runtime.load import RUNTIMES, open_session
 from rotary_export.runtime.session import is_torch, make_bfloat16
-from rotary_export.staging import make_staging, move_into_place
 
 # What a kit may have been built into, in a checkout.
 LEFT_BEHIND = ("build", "node_modules", "__pycache__")
+KITS = Path(__file__).parent / "kits"
 FILE_NAME = "kit.json"  # marks a folder as one that deploy wrote
 
 
@@ -72,7 +73,7 @@ def deploy(
     with make_staging(path, lambda: check_out(path, force)) as staging:
         say(f"copy the kit {target}")
         left = shutil.ignore_patterns(*LEFT_BEHIND)
-        shutil.copytree(find_kits() / target, staging, ignore=left, dirs_exist_ok=True)
+        shutil.copytree(KITS / target, staging, ignore=left, dirs_exist_ok=True)
         (staging / "bundle").mkdir()
         for name in (MANIFEST, *manifest.files):
             shutil.copy2(source / name, staging / "bundle" / name)
@@ -82,17 +83,10 @@ def deploy(
         if prepare is not None:
             say(f"write what {target} needs")
             prepare(staging, manifest, graph)
-        kit = {"target": target, "rotary_export": rotary_export.__version__, **facts}
+        kit = {"target": target, "rotary_export": __version__, **facts}
         (staging / FILE_NAME).write_text(json.dumps(kit, indent=1) + "\n", encoding="utf-8")
         move_into_place(staging, path, force)
     return path
-
-
-def find_kits() -> Path:
-    """Return the folder of kits: in the package where installed, in tools/ of a checkout."""
-    package = Path(__file__).parent
-    kits = package / "consumers"
-    return kits if kits.is_dir() else package.parent.parent / "tools" / "consumers"
 
 
 def check_out(path: Path, force: bool) -> None:

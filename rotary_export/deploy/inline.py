@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from rotary_export.benchmark import fit_shapes
+from rotary_export.bundle.manifest import Manifest
 from rotary_export.deploy.example import make_example
 from rotary_export.errors import CheckFailedError, RotaryExportError
-from rotary_export.manifest import Manifest
+from rotary_export.measure.benchmark import fit_shapes
 from rotary_export.runtime.load import open_session
 from rotary_export.runtime.providers import CPU
 from rotary_export.runtime.session import is_torch
@@ -96,7 +96,7 @@ def _widen_probes(proto: Any) -> Any:
     """
     from onnxscript import ir
 
-    from rotary_export.fusion.join import is_rotary
+    from rotary_export.fusion.rules.join import is_rotary
 
     model = ir.serde.deserialize_model(proto)
     done: set[Any] = set()
@@ -144,7 +144,7 @@ def _find_probes(tables: Sequence[Any]) -> set[Any]:
 
 def _is_reshaped(probe: Any) -> bool:
     """Whether anything between a probe and the rotary nodes has sizes of its own."""
-    from rotary_export.fusion.join import is_rotary
+    from rotary_export.fusion.rules.join import is_rotary
 
     seen, queue = set(), [probe]
     while queue:
@@ -182,8 +182,8 @@ def _compare(staging: Path, manifest: Manifest, graph: str, file: str) -> None:
     Raises:
         CheckFailedError: They differ.
     """
-    from rotary_export.oracle import compute_ulp
-    from rotary_export.parity import TOLERANCES, compare
+    from rotary_export.proof.oracle import compute_ulp
+    from rotary_export.proof.parity import TOLERANCES, compare
 
     shapes = fit_shapes(manifest, graph, SHAPES)
     cases = [make_example(manifest, graph, *shape) for shape in shapes]
@@ -218,7 +218,7 @@ def _run(
     folder: Path, manifest: Manifest, graph: str, cases: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Run every case in one session, which is gone afterwards."""
-    from rotary_export.runners import to_numpy
+    from rotary_export.runtime.ways import to_numpy
 
     session = open_session(folder, manifest, graph, "onnxruntime", [CPU], use_op_library=False)
     results = []

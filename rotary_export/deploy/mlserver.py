@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rotary_export.manifest import Manifest
+from rotary_export.bundle.manifest import Manifest
 from rotary_export.serving.core import MAX_BATCH_SIZE
 
 
@@ -13,7 +13,7 @@ def prepare_mlserver(staging: Path, manifest: Manifest, graph: str) -> None:
     """Write the settings of the one model."""
     settings = {
         "name": manifest.name,
-        "implementation": "rotary_export.serving.mlserver_model.RotaryModel",
+        "implementation": "rotary_export.serving.mlserver.model.RotaryModel",
         "parameters": {
             "uri": "./bundle",
             "version": "1",

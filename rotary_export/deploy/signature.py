@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rotary_export.manifest import Manifest
+from rotary_export.bundle.manifest import Manifest
 
 
 def write_signature(staging: Path, manifest: Manifest, graph: str) -> None:
     """Write a line for each input and output, and limit.
 
-    `input NAME DTYPE DIM... [in LOW HIGH]`, `output NAME`, and `at_most DIM SIZE` for an axis that
+    `input NAME DTYPE DIM... [in LOW HIGH]`, `output NAME`, and `max_size DIM SIZE` for an axis that
     is limited; a sum of sizes is one word.
 
     Args:
@@ -27,5 +27,5 @@ def write_signature(staging: Path, manifest: Manifest, graph: str) -> None:
             words += ["in", *map(str, tensor.limits)]
         lines.append(" ".join(words))
     lines += [f"output {tensor.name}" for tensor in info.outputs]
-    lines += [f"at_most {dim} {size}" for dim, size in info.at_most.items()]
+    lines += [f"max_size {dim} {size}" for dim, size in info.max_size.items()]
     (staging / "signature.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from rotary_export.manifest import Manifest
+from rotary_export.bundle.manifest import Manifest
 
 Prepare = Callable[[Path, Manifest, str], None]  # staging folder, manifest, graph
 

@@ -10,9 +10,9 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import rotary_export
-from rotary_export.manifest import DATA_SUFFIX, GraphInfo, Manifest, TensorInfo
-from rotary_export.runtime import native
+from rotary_export.bundle.manifest import DATA_SUFFIX, GraphInfo, Manifest, TensorInfo
+from rotary_export.op import library as op_library
+from rotary_export.package import package_folders
 from rotary_export.serving.core import DATATYPES, MAX_BATCH_SIZE, find_batch_axes
 
 REPOSITORY = "model_repository"
@@ -22,7 +22,7 @@ TYPES = {dtype: f"TYPE_{datatype}" for dtype, datatype in DATATYPES.items()} | {
     "bfloat16": "TYPE_BF16"
 }
 # What of the package the Python backend does not need.
-LEFT_OUT = ("csrc", "consumers", "__pycache__", "librotary_export.so.*")
+LEFT_OUT = ("csrc", "kits", "__pycache__", "librotary_export.so.*")
 
 
 def write_repository(staging: Path, manifest: Manifest, graph: str) -> None:
@@ -62,8 +62,8 @@ def _write_onnxruntime(
     for name in (file, f"{file}{DATA_SUFFIX}"):
         if name in manifest.files:
             shutil.copy2(bundle / name, folder / name)
-    shutil.copy2(native.op_library_path(), folder / native.LIBRARY_NAME)
-    library = f"{MOUNT}/{model.name}/1/{native.LIBRARY_NAME}"
+    shutil.copy2(op_library.op_library_path(), folder / op_library.LIBRARY_NAME)
+    library = f"{MOUNT}/{model.name}/1/{op_library.LIBRARY_NAME}"
     operations = f'model_operations {{ op_library_filename: "{library}" }}\n'
     _write_configs(model, _describe(info, "onnxruntime", file, batched), operations)
 
@@ -131,7 +131,7 @@ def _describe(
             parts.append(f'  {{ name: "{name}" data_type: {types[tensor.dtype]} {dims} }}')
         return f"{kind} [\n" + ",\n".join(parts) + "\n]\n"
 
-    size = min(MAX_BATCH_SIZE, info.at_most.get("batch_size", MAX_BATCH_SIZE)) if batched else 0
+    size = min(MAX_BATCH_SIZE, info.max_size.get("batch_size", MAX_BATCH_SIZE)) if batched else 0
     lines = f'backend: "{backend}"\ndefault_model_filename: "{file}"\nmax_batch_size: {size}\n'
     lines += describe("input", info.inputs) + describe("output", info.outputs)
     if batched:
@@ -142,6 +142,6 @@ def _describe(
 def _copy_package(to: Path) -> None:
     """Copy this package, for a server on which it is not installed."""
     # More than one folder: an editable install keeps built files and sources apart.
-    for folder in rotary_export.__path__:
+    for folder in package_folders():
         ignore = shutil.ignore_patterns(*LEFT_OUT)
         shutil.copytree(folder, to, ignore=ignore, dirs_exist_ok=True)

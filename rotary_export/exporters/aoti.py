@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotary_export.compat.quiet import quiet_loaders, quiet_torch
 from rotary_export.errors import RotaryExportError
-from rotary_export.exporters.program import quiet_torch
-from rotary_export.runtime.machine import COMPILED_FOR, find_refusal
-from rotary_export.runtime.torch_runtime import quiet_loaders
+from rotary_export.runtime.compiled import COMPILED_FOR, find_refusal
 
 _AVX2_BITS = 256
 

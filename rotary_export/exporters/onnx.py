@@ -10,15 +10,15 @@ import onnxscript
 import torch
 from onnxscript import ir, optimizer
 
-import rotary_export
+from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
-from rotary_export.exporters.graphs import Graph
-from rotary_export.exporters.program import make_dynamic_shapes, quiet_torch
+from rotary_export.exporters.program import make_dynamic_shapes
+from rotary_export.graphs.graphs import ZETA, Graph
 from rotary_export.op import spec
-from rotary_export.op.onnx_function import OLDEST_OPSET, Form, add_functions
+from rotary_export.op.onnx_function import OLDEST_OPSET, FunctionSignature, add_functions
 from rotary_export.op.onnx_schema import register_schema
+from rotary_export.package import __version__
 
-ZETA = "zeta"  # the name in ONNX of RotaryEmbedding's buffer `scale`
 NEWEST_OPSET = 25  # the exporter of torch 2.13 and onnxscript 0.7 writes no newer one
 
 # Only scalars are folded into the graph, which computes its tables from inv_freq and zeta.
@@ -51,7 +51,7 @@ def translate_op(
 
 def export_onnx(
     graph: Graph, example: tuple[torch.Tensor, ...], path: Path, opset: int
-) -> list[Form]:
+) -> list[FunctionSignature]:
     """Write one graph as ONNX.
 
     Args:
@@ -106,7 +106,7 @@ def _rename(model: ir.Model, graph: Graph) -> None:
 def strip_metadata(model: ir.Model) -> None:
     """Remove source paths and stack traces; say who made the file."""
     model.producer_name = "rotary_export"
-    model.producer_version = rotary_export.__version__
+    model.producer_version = __version__
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.graph.doc_string = None

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rotary_export.exporters.graphs import Graph
+from rotary_export.compat.quiet import quiet_torch
+from rotary_export.graphs.graphs import Graph
 from rotary_export.op.torch_op import rotary_embedding_aten
-
-
-@contextmanager
-def quiet_torch() -> Iterator[None]:
-    """Silence what torch's exporters say of themselves; their errors are exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def make_dynamic_shapes(graph: Graph) -> tuple[dict[int, Any], ...]:

@@ -15,13 +15,13 @@ import onnx_ir.passes.common as passes
 from onnxscript import ir
 
 from rotary_export.errors import CheckFailedError, RotaryExportError
-from rotary_export.fusion.check import Check, compare_models
-from rotary_export.fusion.feeds import SHAPES, Array, Shape
-from rotary_export.fusion.join import is_rotary, join_query_key
-from rotary_export.fusion.prepare import prepare
+from rotary_export.fusion.check.compare import Check, compare_models
+from rotary_export.fusion.check.feeds import SHAPES, Array, Shape
+from rotary_export.fusion.normalize import prepare
 from rotary_export.fusion.read import Model, explain, has_external, list_files, read_model
-from rotary_export.fusion.rotation import looks_rotary
-from rotary_export.fusion.rules import Findings, is_sum_of_products, make_rule_sets
+from rotary_export.fusion.rules.join import is_rotary, join_query_key
+from rotary_export.fusion.rules.rewrite_rules import Findings, is_sum_of_products, make_rule_sets
+from rotary_export.fusion.symbolic.rotation import looks_rotary
 from rotary_export.op import spec
 from rotary_export.op.onnx_function import add_functions
 from rotary_export.op.onnx_schema import register_schema

@@ -11,8 +11,8 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnxscript import ir
 
+from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
-from rotary_export.exporters.program import quiet_torch
 from rotary_export.op import spec
 from rotary_export.op.onnx_function import OLDEST_OPSET
 

@@ -12,22 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import rotary_export
-from rotary_export.errors import CheckFailedError, RotaryExportError
-from rotary_export.exporters.aoti import compile_program
-from rotary_export.exporters.bundle import (
-    Bundle,
-    check_formats,
-    check_report,
-    find_out,
-    finish,
-    stage,
-)
-from rotary_export.exporters.graphs import DTYPES
-from rotary_export.exporters.onnx import check_opset, minimum_onnxruntime
-from rotary_export.exporters.program import quiet_torch, save_program
-from rotary_export.exporters.torchscript import save_traced
-from rotary_export.manifest import (
+from rotary_export.bundle.manifest import (
     DEFAULT_FORMATS,
     SUFFIXES,
     GraphInfo,
@@ -35,9 +20,22 @@ from rotary_export.manifest import (
     TensorInfo,
     hash_file,
 )
-from rotary_export.models.cases import Case
-from rotary_export.models.guards import read_conditions
-from rotary_export.models.paths import Paths, find_paths
+from rotary_export.compat.quiet import quiet_torch
+from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.exporters.aoti import compile_program
+from rotary_export.exporters.export import (
+    Bundle,
+    check_formats,
+    check_report,
+    find_out,
+    finish,
+    stage,
+)
+from rotary_export.exporters.onnx import check_opset, minimum_onnxruntime
+from rotary_export.exporters.program import save_program
+from rotary_export.exporters.torchscript import save_traced
+from rotary_export.graphs.graphs import DTYPES
+from rotary_export.models.find.replace import replace_calls
 from rotary_export.models.prepare import (
     Prepared,
     check_found,
@@ -45,11 +43,8 @@ from rotary_export.models.prepare import (
     convert_model,
     prepare,
 )
-from rotary_export.models.preserve import Snapshot, preserve
-from rotary_export.models.prove import GRAPH, Results, compare_model, run_eager, write_sources
-from rotary_export.models.replace import replace_calls
-from rotary_export.models.stateless import make_traceable
-from rotary_export.models.trace import (
+from rotary_export.models.trace.guards import read_conditions
+from rotary_export.models.trace.program import (
     describe,
     get_inputs,
     get_outputs,
@@ -57,8 +52,14 @@ from rotary_export.models.trace import (
     name_symbols,
     trace_program,
 )
+from rotary_export.models.trace.size_limits import SizeConstraints, find_size_constraints
+from rotary_export.models.trace.snapshot import Snapshot, preserve
+from rotary_export.models.trace.trace_patches import patch_for_tracing
 from rotary_export.models.write import MAX_INLINE_BYTES, write_onnx
-from rotary_export.runtime.machine import COMPILED_FOR
+from rotary_export.package import __version__
+from rotary_export.proof.model import GRAPH, Results, compare_model, run_eager, write_sources
+from rotary_export.proof.model_cases import Case
+from rotary_export.runtime.compiled import COMPILED_FOR
 
 Progress = Callable[[str], None]
 
@@ -88,7 +89,7 @@ def export_model(
         out: The folder to write; it must not exist, or be a bundle and `force` be given.
         dynamic_shapes: The sizes that stay open. "auto": batch and sequence of each input, found
             by name, type and rank; None: none; or by input name, {axis: name}.
-        opset: Of ai.onnx; from 23 on the portable body is ORT's own rotary kernel.
+        opset: Of ai.onnx; from 23 on the function body is ORT's own rotary kernel.
         dtype: Export a copy of the model in this type; default: the model as it is.
         formats: As of `export`.
         force: Replace an existing bundle.
@@ -123,7 +124,7 @@ def export_model(
                 prepared, snapshot, staging, formats, opset, max_inline_bytes, say
             )
             while True:
-                graph = replace(graph, at_most=dict(paths.at_most))
+                graph = replace(graph, max_size=dict(paths.max_size))
                 say("run the model itself")
                 cases = prepared.make_cases(paths)
                 eager = _run_eager(prepared, cases, snapshot)
@@ -169,18 +170,18 @@ def _write_graph(
     opset: int,
     max_inline_bytes: int,
     say: Progress,
-) -> tuple[GraphInfo, Paths]:
+) -> tuple[GraphInfo, SizeConstraints]:
     """Trace the model and write it in every format."""
     files = {kind: f"{GRAPH}{SUFFIXES[kind]}" for kind in formats}
     tensors = prepared.traced.tensors
-    with make_traceable(prepared.flat.model), torch.no_grad():
+    with patch_for_tracing(prepared.flat.model), torch.no_grad():
         results = prepared.flat.run_named(tensors)
     say("trace")
     snapshot.restore_state()  # tables that it keeps and lets grow would end at this length
-    with make_traceable(prepared.flat.model), replace_calls(prepared.found):
+    with patch_for_tracing(prepared.flat.model), replace_calls(prepared.found):
         program = trace_program(prepared.flat, tensors, prepared.inputs)
-    paths = find_paths(
-        read_conditions(program, get_inputs(program), prepared.inputs), prepared.runs_at_most
+    paths = find_size_constraints(
+        read_conditions(program, get_inputs(program), prepared.inputs), prepared.max_run_size
     )
     symbols = name_symbols(program, prepared.inputs)
     outputs = tuple(
@@ -193,7 +194,7 @@ def _write_graph(
     )
     op = torch.ops.rotary_export.rotary_embedding.default
     nodes = sum(node.target == op for node in program.graph.nodes)
-    graph = GraphInfo(prepared.inputs, outputs, files, nodes, at_most=paths.at_most)
+    graph = GraphInfo(prepared.inputs, outputs, files, nodes, max_size=paths.max_size)
     # torch.onnx last: a program can't be written any more where sizes depend on values.
     for kind, file in sorted(files.items(), key=lambda item: item[0] == "onnx"):
         if kind == "aoti":
@@ -202,7 +203,7 @@ def _write_graph(
         if kind == "onnx":
             forms = write_onnx(program, graph, symbols, folder / file, opset, max_inline_bytes)
             if all(form.is_native for form in forms):
-                graph = replace(graph, portable="native")
+                graph = replace(graph, function_body="native")
         elif kind == "program":
             _write_program(program, folder / file)
         elif kind == "torchscript":
@@ -227,7 +228,7 @@ def _write_torchscript(prepared: Prepared, path: Path) -> None:
     try:
         with (
             quiet_torch(),
-            make_traceable(prepared.flat.model),
+            patch_for_tracing(prepared.flat.model),
             replace_calls(prepared.found),
             torch.no_grad(),
         ):
@@ -244,11 +245,11 @@ def _make_manifest(
     model: nn.Module,
     prepared: Prepared,
     graph: GraphInfo,
-    paths: Paths,
+    paths: SizeConstraints,
     opset: int,
     folder: Path,
 ) -> Manifest:
-    producers = {"rotary_export": rotary_export.__version__}
+    producers = {"rotary_export": __version__}
     for package in ("torch", "onnx", "onnxscript", type(model).__module__.partition(".")[0]):
         try:
             producers[package] = version(package)
@@ -263,8 +264,8 @@ def _make_manifest(
             "thresholds": prepared.thresholds,
             "longest": prepared.longest,
             "points": paths.points,
-            "untried": paths.untried,
-            "unequal": paths.unequal,
+            "unverified": paths.unverified,
+            "mismatched": paths.mismatched,
             "sources": write_sources(prepared.sources),
             "rotary": [asdict(finding) for finding in prepared.found.findings],
         },

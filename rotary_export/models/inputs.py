@@ -10,9 +10,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from rotary_export.bundle.dims import BATCH, PAST, SEQ
 from rotary_export.errors import RotaryExportError
 
-BATCH, SEQ, PAST = "batch_size", "seq_len", "past_seq_len"
 Dims = tuple[int | str, ...]
 
 

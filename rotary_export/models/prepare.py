@@ -10,15 +10,27 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rotary_export.bundle.dims import PAST, SEQ, TOTAL
+from rotary_export.bundle.manifest import TensorInfo
 from rotary_export.errors import CheckFailedError, RotaryExportError
-from rotary_export.manifest import TensorInfo
-from rotary_export.models.cases import TRACED, Case, Source, choose_source, make_case, make_cases
-from rotary_export.models.inputs import PAST, SEQ, FlatModel, name_dims, read_arguments, read_sizes
-from rotary_export.models.paths import TOTAL, Paths
-from rotary_export.models.preserve import Snapshot, copy_as, preserve
-from rotary_export.models.replace import Replacement, find_replacement
-from rotary_export.models.stateless import find_longest, find_thresholds, make_traceable
-from rotary_export.models.trace import describe
+from rotary_export.models.find.replace import Replacement, find_replacement
+from rotary_export.models.inputs import FlatModel, name_dims, read_arguments, read_sizes
+from rotary_export.models.trace.program import describe
+from rotary_export.models.trace.size_limits import SizeConstraints
+from rotary_export.models.trace.snapshot import Snapshot, copy_as, preserve
+from rotary_export.models.trace.trace_patches import (
+    find_longest,
+    find_thresholds,
+    patch_for_tracing,
+)
+from rotary_export.proof.model_cases import (
+    TRACED,
+    Case,
+    Source,
+    choose_source,
+    make_case,
+    make_cases,
+)
 
 Progress = Callable[[str], None]
 
@@ -50,14 +62,14 @@ class Prepared:
     longest: int | None
 
     @property
-    def runs_at_most(self) -> dict[str, int]:
+    def max_run_size(self) -> dict[str, int]:
         """By name of a size, what the model itself runs at, at most, where that is known."""
         if self.longest is None:
             return {}
         past, seq = self.sizes.get(PAST, 0), self.sizes.get(SEQ, 1) + 1
         return {SEQ: self.longest - past, PAST: self.longest - seq, TOTAL: self.longest}
 
-    def make_cases(self, paths: Paths) -> list[Case]:
+    def make_cases(self, paths: SizeConstraints) -> list[Case]:
         """Make what it will be proven with."""
         cases = make_cases(
             self.inputs,
@@ -65,7 +77,7 @@ class Prepared:
             self.sizes,
             self.thresholds,
             self.longest,
-            paths.at_most,
+            paths.max_size,
             paths.points,
         )
         return [self.example, *cases]
@@ -122,7 +134,7 @@ def prepare(
         with torch.no_grad():
             flat(*example.tensors)
         snapshot.restore_state()
-        with make_traceable(model):
+        with patch_for_tracing(model):
             found = find_replacement(model, lambda: flat(*traced.tensors))
     except RotaryExportError:
         raise

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rotary_export.errors import RotaryExportError
-from rotary_export.models.trace import describe
+from rotary_export.models.trace.program import describe
 
 _EXAMPLE_SHAPE = (2, 7)
 
@@ -169,9 +169,9 @@ def _load_config(path: Path) -> Source:
 
 def _check_rope(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse a rope type that is unknown or lacks keys, or a base, in clearer words than theirs."""
-    from rotary_export.scaling import read_rope
-    from rotary_export.scaling.families import BASE_KEYS
-    from rotary_export.scaling.fields import Fields
+    from rotary_export.rope import read_rope
+    from rotary_export.rope.families import BASE_KEYS
+    from rotary_export.rope.fields import Fields
 
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config

@@ -11,12 +11,12 @@ import onnx
 import torch
 from onnxscript import ir, optimizer
 
+from rotary_export.bundle.manifest import GraphInfo
+from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.onnx import strip_metadata, translate_op
-from rotary_export.exporters.program import quiet_torch
-from rotary_export.manifest import GraphInfo
-from rotary_export.models.trace import describe
-from rotary_export.op.onnx_function import Form, add_functions
+from rotary_export.models.trace.program import describe
+from rotary_export.op.onnx_function import FunctionSignature, add_functions
 from rotary_export.op.onnx_schema import register_schema
 
 # One file of protobuf ends at 2 GiB; the graph itself needs some of it.
@@ -31,7 +31,7 @@ def write_onnx(
     path: Path,
     opset: int,
     max_inline_bytes: int,
-) -> list[Form]:
+) -> list[FunctionSignature]:
     """Write a traced model as ONNX.
 
     Args:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from rotary_export.errors import RotaryExportError
+from rotary_export.op import library as op_library  # standard library only
 from rotary_export.op import spec
-from rotary_export.runtime import native  # standard library only
 
 _TYPES = {  # ONNX's numbers
     torch.float32: 1,
@@ -84,7 +84,7 @@ def _find_openmp() -> ctypes.CDLL | None:
 def _find_library() -> ctypes.CDLL | None:
     """Return the op library; None: it was not built, or can't be loaded here."""
     try:
-        return native.load_library()
+        return op_library.load_library()
     except RotaryExportError:
         return None
 

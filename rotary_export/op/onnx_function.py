@@ -1,6 +1,7 @@
 """The op's bodies in standard ONNX: what runs where our op library does not.
 
-A body is written for its node (`Form`): the types, ranks and optional inputs it has. Float32 and
+A body is written for its node (`FunctionSignature`): the types, ranks and optional inputs that it
+has. Float32 and
 the half types at opset >= 23 become `ai.onnx::RotaryEmbedding`, once for X and once for key, which
 execution providers run with kernels of their own; float64 and older opsets become primitives.
 """
@@ -32,7 +33,7 @@ Dim = int | str | None
 
 
 @dataclass(frozen=True)
-class Form:
+class FunctionSignature:
     """What a body depends on.
 
     Attributes:
@@ -88,7 +89,7 @@ class _Body:
         return self.add("Constant", value_ints=values)
 
 
-def build_function(form: Form, overload: str = "") -> FunctionProto:
+def build_function(form: FunctionSignature, overload: str = "") -> FunctionProto:
     """Write the body of one form.
 
     Args:
@@ -149,7 +150,7 @@ def _drop_unused(nodes: list[NodeProto]) -> list[NodeProto]:
     return kept[::-1]
 
 
-def _write_ids(body: _Body, form: Form, batch: str) -> str:
+def _write_ids(body: _Body, form: FunctionSignature, batch: str) -> str:
     """Write (B, S) ids, as ORT's own op wants them; "" where the node has none."""
     if form.ids == "none":
         return ""
@@ -166,7 +167,13 @@ def _write_ids(body: _Body, form: Form, batch: str) -> str:
 
 
 def _write_native(
-    body: _Body, form: Form, x: str, heads: int, tables: Sequence[str], ids: str, out: str | None
+    body: _Body,
+    form: FunctionSignature,
+    x: str,
+    heads: int,
+    tables: Sequence[str],
+    ids: str,
+    out: str | None,
 ) -> str:
     """Write one `ai.onnx::RotaryEmbedding`; the scale goes into its tables."""
     cos, sin = tables[:2]
@@ -182,7 +189,13 @@ def _write_native(
 
 
 def _write_primitive(
-    body: _Body, form: Form, x: str, heads: int, tables: Sequence[str], ids: str, out: str | None
+    body: _Body,
+    form: FunctionSignature,
+    x: str,
+    heads: int,
+    tables: Sequence[str],
+    ids: str,
+    out: str | None,
 ) -> str:
     """Write the rotation with Mul, Add and Sub, in eager's order: the same bits in float32."""
     if ids:
@@ -230,7 +243,7 @@ def _write_primitive(
     return body.add("Reshape", joined, body.ints(0, 0, heads * form.head_dim), out=out)
 
 
-def read_form(node: NodeProto, values: dict[str, ValueInfoProto], opset: int) -> Form:
+def read_form(node: NodeProto, values: dict[str, ValueInfoProto], opset: int) -> FunctionSignature:
     """Find out what body a node needs.
 
     Args:
@@ -270,7 +283,7 @@ def read_form(node: NodeProto, values: dict[str, ValueInfoProto], opset: int) ->
     else:
         expand_tables = cos_shape[0] is None or cos_shape[0] != x_shape[0]
     rotary_dim = 2 * cos_shape[-1]
-    return Form(
+    return FunctionSignature(
         x_type=values[given["X"]].type.tensor_type.elem_type,
         table_type=values[given["cos_cache"]].type.tensor_type.elem_type,
         x_rank=len(x_shape),
@@ -288,7 +301,7 @@ def read_form(node: NodeProto, values: dict[str, ValueInfoProto], opset: int) ->
     )
 
 
-def add_functions(model: ModelProto) -> list[Form]:
+def add_functions(model: ModelProto) -> list[FunctionSignature]:
     """Give every `rotary_export::RotaryEmbedding` node of a model its body, in place.
 
     Nodes in subgraphs (If, Loop, Scan) are included. Bodies that an earlier call added are
@@ -342,5 +355,5 @@ def _walk_graphs(
                 yield from _walk_graphs(subgraph, values)
 
 
-def _name_overload(form: Form, forms: list[Form]) -> str:
+def _name_overload(form: FunctionSignature, forms: list[FunctionSignature]) -> str:
     return "" if len(forms) == 1 else f"form{forms.index(form)}"

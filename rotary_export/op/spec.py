@@ -3,7 +3,7 @@
 The op is a strict superset of `ai.onnx::RotaryEmbedding-23`: any node of that op is valid here once
 its domain is changed. What must agree (torch op, ONNX function bodies, `onnx.reference`
 implementation, exporter) reads this file; `csrc/rotary_check.cc` says the same in the same words,
-and `tests/test_op_library.py` holds the two against each other. Pure Python: no torch, no onnx.
+and `tests/op/test_op_library.py` holds the two against each other. Pure Python: no torch, no onnx.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Shape = Sequence[int]
 
 
 @dataclass(frozen=True)
-class Problem:
+class CallSizes:
     """The sizes of one call, checked.
 
     Attributes:
@@ -85,7 +85,7 @@ def check_inputs(
     rotary_embedding_dim: int = 0,
     num_heads: int = 0,
     kv_num_heads: int = 0,
-) -> Problem:
+) -> CallSizes:
     """Check the shapes of one call and return its sizes.
 
     Args:
@@ -148,7 +148,7 @@ def check_inputs(
                 f"got {(key_batch, key_len, key_dim)} and {(batch, seq_len, head_dim)}"
             )
     rows = cos_cache[0] if position_ids is not None else 0
-    return Problem(batch, seq_len, heads, kv_heads, head_dim, rotary_dim, rows)
+    return CallSizes(batch, seq_len, heads, kv_heads, head_dim, rotary_dim, rows)
 
 
 def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:

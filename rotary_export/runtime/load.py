@@ -6,8 +6,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from rotary_export.bundle.manifest import (
+    DATA_SUFFIX,
+    SUFFIXES,
+    Manifest,
+    check_files,
+    read_manifest,
+)
 from rotary_export.errors import RotaryExportError
-from rotary_export.manifest import DATA_SUFFIX, SUFFIXES, Manifest, check_files, read_manifest
 from rotary_export.runtime.session import Session
 
 RUNTIMES = {
@@ -104,7 +110,7 @@ def open_session(
     from rotary_export.runtime.torch_runtime import TorchSession
 
     if runtime == "aoti":
-        from rotary_export.runtime.machine import find_refusal
+        from rotary_export.runtime.compiled import find_refusal
 
         refusal = find_refusal(manifest.compiled_for)
         if refusal:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from rotary_export.bundle.manifest import GraphInfo, TensorInfo
 from rotary_export.errors import RotaryExportError
-from rotary_export.manifest import GraphInfo, TensorInfo
-from rotary_export.runtime import native
+from rotary_export.op import library as op_library
 from rotary_export.runtime.providers import (
     CUDA,
     check_version,
@@ -57,7 +57,7 @@ class OrtSession(Session):
         options.log_severity_level = 3
         try:
             if fused:
-                options.register_custom_ops_library(str(native.op_library_path()))
+                options.register_custom_ops_library(str(op_library.op_library_path()))
             self._session = ort.InferenceSession(str(file), options, providers=chosen)
         except Exception as error:  # ORT's own exceptions share no base class
             raise RotaryExportError(f"ONNX Runtime can't load {file.name}: {error}") from None
@@ -76,7 +76,7 @@ class OrtSession(Session):
         if not graph.rotary_nodes:
             kernel_path = "primitive"
         else:
-            kernel_path = f"fused ({_name_kernel(chosen[0])})" if fused else graph.portable
+            kernel_path = f"fused ({_name_kernel(chosen[0])})" if fused else graph.function_body
         super().__init__(graph_name, graph, got, kernel_path)
 
     def _run(self, inputs: Tensors, sizes: Mapping[str, int], wants_torch: bool) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class OrtSession(Session):
 
 
 def _name_kernel(provider: str) -> str:
-    return "cuda" if provider == CUDA else native.instruction_set()
+    return "cuda" if provider == CUDA else op_library.instruction_set()
 
 
 def _describe(buffer: Any) -> tuple[str, int, Any, tuple[int, ...], int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rotary_export.errors import RotaryExportError
-from rotary_export.runtime import native
+from rotary_export.op import library as op_library
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -110,7 +110,7 @@ def choose_providers(requested: str | Sequence[str]) -> list[str]:
 def library_refusal(providers: Sequence[str], use_op_library: bool | str) -> str | None:
     """Say why our op library is not to be registered.
 
-    A registered kernel wins over the portable body, wherever it runs: a CPU kernel would pull
+    A registered kernel wins over the function body, wherever it runs: a CPU kernel would pull
     nodes off the accelerator that would have run the body. So the library is registered only
     where it has a kernel for the first provider, which is the one that takes the node. Its CUDA
     kernel is opt-in until it has been run on a GPU: only True registers it.
@@ -132,10 +132,10 @@ def library_refusal(providers: Sequence[str], use_op_library: bool | str) -> str
     if use_op_library is False:
         return "the op library is switched off (use_op_library=False)"
     try:
-        native.op_library_path()
+        op_library.op_library_path()
     except RotaryExportError as error:
         return str(error)
-    kernels = native.library_providers()
+    kernels = op_library.library_providers()
     if providers[0] not in kernels:
         return (
             f"the op library has kernels for {', '.join(kernels)}, and the first provider is "

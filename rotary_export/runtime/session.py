@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from rotary_export.bundle.manifest import GraphInfo, TensorInfo
 from rotary_export.errors import RotaryExportError
-from rotary_export.manifest import GraphInfo, TensorInfo
 from rotary_export.op.spec import bad_id_message
 
 Tensors = Mapping[str, Any]  # numpy arrays, or torch tensors
@@ -129,7 +129,7 @@ def check_session_inputs(name: str, graph: GraphInfo, inputs: Tensors) -> dict[s
         _check_shape(info, tuple(value.shape), sizes)
         if info.limits is not None:
             _check_limits(info, value)
-    for dim, largest in graph.at_most.items():
+    for dim, largest in graph.max_size.items():
         if sizes.get(dim, 0) > largest:
             raise RotaryExportError(f"{dim} must be <= {largest}, got {sizes[dim]}")
     return sizes

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rotary_export.bundle.manifest import GraphInfo
+from rotary_export.compat.quiet import quiet_loaders
 from rotary_export.errors import RotaryExportError
-from rotary_export.manifest import GraphInfo
 from rotary_export.runtime.session import Session, Tensors, is_torch, make_bfloat16
 
 try:
@@ -21,23 +19,6 @@ except ImportError:
     raise RotaryExportError(
         "the runtimes 'torchscript', 'program' and 'aoti' need torch: pip install torch"
     ) from None
-
-
-@contextmanager
-def quiet_loaders() -> Iterator[None]:
-    """Silence that TorchScript is deprecated, and that a `.pt2` names sizes it has no use for.
-
-    Errors are exceptions.
-    """
-    logger = logging.getLogger("torch._export.serde.serialize")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 class TorchSession(Session):

@@ -9,8 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from rotary_export.bundle.manifest import (
+    GraphInfo,
+    Manifest,
+    TensorInfo,
+    find_main_graph,
+    read_manifest,
+)
 from rotary_export.errors import RotaryExportError
-from rotary_export.manifest import GraphInfo, Manifest, TensorInfo, find_main_graph, read_manifest
 from rotary_export.runtime.load import load
 from rotary_export.runtime.session import check_session_inputs, make_bfloat16
 
@@ -87,7 +93,7 @@ class ServedModel:
         self._info = self._session.graph
         self._inputs = {info.name: info for info in self._info.inputs}
         self._axes = find_batch_axes(manifest, self._info)
-        self.max_batch_size = min(max_batch_size, self._info.at_most.get(BATCH, max_batch_size))
+        self.max_batch_size = min(max_batch_size, self._info.max_size.get(BATCH, max_batch_size))
         self.batches = self._axes is not None and self.max_batch_size > 1
         self.kernel_path = self._session.kernel_path
         self.providers = self._session.providers

@@ -9,8 +9,8 @@ from rotary_export.serving.core import ServedModel
 
 # Of `serve --engine`: each module has a `serve(options, say)`.
 ENGINES = {
-    "mlserver": "rotary_export.serving.mlserver_engine",
-    "ray": "rotary_export.serving.ray_engine",
+    "mlserver": "rotary_export.serving.mlserver.engine",
+    "ray": "rotary_export.serving.ray.engine",
 }
 
 

@@ -1,0 +1,1 @@
+"""The command line, `rotary-export`: one file per group of commands."""

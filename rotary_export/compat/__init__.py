@@ -1,0 +1,1 @@
+"""Every private name of torch, transformers and the servers that the package touches."""

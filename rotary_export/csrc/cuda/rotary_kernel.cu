@@ -1,0 +1,130 @@
+// The CUDA kernels: thread_index.h on a GPU's memory. Compiled to device code alone (a fatbin),
+// which cuda_driver.cc carries and cuda_rotate.cc launches by the names given here.
+#include "cuda/thread_index.h"
+
+namespace rotary_export {
+namespace cuda {
+namespace {
+
+// Moves `kWidth` elements in pieces as wide as they come, 16 bytes at most. What is read here may
+// be what is written (Y in X's place), so it must not go through the read-only cache.
+struct Device {
+  template <typename T, int kWidth>
+  __device__ __forceinline__ void Read(const T* from, T (&to)[kWidth]) const {
+    constexpr int kBytes = sizeof to;
+    if constexpr (kBytes % 16 == 0) {
+      Pieces<uint4, kBytes / 16> pieces;
+#pragma unroll
+      for (int i = 0; i < kBytes / 16; ++i) {
+        pieces.piece[i] = reinterpret_cast<const uint4*>(from)[i];
+      }
+      memcpy(to, &pieces, kBytes);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) to[i] = from[i];
+    }
+  }
+
+  template <typename T, int kWidth>
+  __device__ __forceinline__ void Write(const T (&from)[kWidth], T* to) const {
+    constexpr int kBytes = sizeof from;
+    if constexpr (kBytes % 16 == 0) {
+      Pieces<uint4, kBytes / 16> pieces;
+      memcpy(&pieces, from, kBytes);
+#pragma unroll
+      for (int i = 0; i < kBytes / 16; ++i) {
+        // A plain assignment is split into four stores where nvcc loses sight of the alignment.
+        __stwb(reinterpret_cast<uint4*>(to) + i, pieces.piece[i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) to[i] = from[i];
+    }
+  }
+
+  // Tables are never written: the read-only cache serves the heads that share them.
+  template <typename T, int kWidth>
+  __device__ __forceinline__ void ReadTable(const T* from, T (&to)[kWidth]) const {
+    constexpr int kBytes = sizeof to;
+    using Piece = PieceOf<kBytes % 16 == 0 ? 16 : kBytes>;
+    constexpr int kPieces = kBytes / sizeof(Piece);
+    Pieces<Piece, kPieces> pieces;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      pieces.piece[i] = __ldg(reinterpret_cast<const Piece*>(from) + i);
+    }
+    memcpy(to, &pieces, kBytes);
+  }
+
+  // One instruction each, without the headers of the half types. Rounding is to nearest even,
+  // subnormals are kept, a NaN stays a NaN.
+  __device__ __forceinline__ float Widen(float value) const { return value; }
+  __device__ __forceinline__ double Widen(double value) const { return value; }
+  __device__ __forceinline__ float Widen(BFloat16 value) const {
+    return __uint_as_float(uint32_t{value.bits} << 16);
+  }
+  __device__ __forceinline__ float Widen(Float16 value) const {
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+    return wide;
+  }
+  __device__ __forceinline__ void Narrow(float value, float* to) const { *to = value; }
+  __device__ __forceinline__ void Narrow(double value, double* to) const { *to = value; }
+  __device__ __forceinline__ void Narrow(float value, BFloat16* to) const {
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(value));
+  }
+  __device__ __forceinline__ void Narrow(float value, Float16* to) const {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(value));
+  }
+
+ private:
+  template <typename Piece, int kCount>
+  struct Pieces {
+    Piece piece[kCount];
+  };
+  template <int kBytes>
+  struct PieceType;
+  template <int kBytes>
+  using PieceOf = typename PieceType<kBytes>::Type;
+};
+
+template <>
+struct Device::PieceType<16> {
+  using Type = uint4;
+};
+template <>
+struct Device::PieceType<8> {
+  using Type = uint2;
+};
+template <>
+struct Device::PieceType<4> {
+  using Type = uint32_t;
+};
+template <>
+struct Device::PieceType<2> {
+  using Type = uint16_t;
+};
+
+template <typename T, typename Table, int kWidth>
+__device__ __forceinline__ void Rotate(const Launch& launch) {
+  const ThreadIndex index = {blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y};
+  RotateThread<T, Table, kWidth>(launch, index, Device());
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace rotary_export
+
+// __grid_constant__: the argument is read where it is, not copied to each thread's own memory.
+#define ROTARY_EXPORT_KERNEL(name, T, Table, width)                                \
+  extern "C" __global__ void __launch_bounds__(rotary_export::kThreadsPerBlock, 3) \
+      name(const __grid_constant__ rotary_export::Launch launch) {                 \
+    using namespace rotary_export::cuda;                                           \
+    Rotate<T, Table, width>(launch);                                               \
+  }
+#define ROTARY_EXPORT_KERNELS(T, Table)                                              \
+  ROTARY_EXPORT_KERNEL(Rotate##T##Table##Vector, T, Table,                           \
+                       rotary_export::kVectorBytes / sizeof(rotary_export::cuda::T)) \
+  ROTARY_EXPORT_KERNEL(Rotate##T##Table##Scalar, T, Table, 1)
+
+ROTARY_EXPORT_CUDA_TYPES(ROTARY_EXPORT_KERNELS)

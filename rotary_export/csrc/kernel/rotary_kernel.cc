@@ -1,0 +1,346 @@
+// Compiled once per instruction set, each time with its own compiler flags and with
+// ROTARY_EXPORT_ISA_NAMESPACE set to its name. Everything but RotateRows is in an anonymous
+// namespace, and no header with inline functions of external linkage is included: else the linker
+// could keep the AVX-512 copy of a function and hand it to the baseline.
+//
+// Exactness: each product is rounded, then one sum (-ffp-contract=off, which GCC keeps to for
+// vector types). In float32 that gives the bits of eager PyTorch's
+//   x * cos + rotate_half(x) * sin
+// and, with xPos,
+//   (x * cos) * scale + (rotate_half(x) * sin) * scale
+// since a + (-b) and a - b are the same. The half types are computed in float32 and rounded once.
+//
+// Speed is that of memory, so what counts is the order in which it is walked. From the outside in:
+//   RotateRowsOf    a block of rows of one batch entry, a page or two of each head; its tables are
+//                   looked up, converted and laid out once, and stay in the L1 cache for all heads
+//   RotateHeads     the block of every head: along each, memory is contiguous
+//   RotateRun       such a run, to the cache or past it: streaming stores must be aligned and the
+//                   output may be anywhere, so that they may go by way of a small buffer
+//   RotateVector    one head vector: head_dim channels at one position
+#include "kernel/rotary_kernel.h"
+
+#include <cstring>
+#include <type_traits>
+
+#include "kernel/simd.h"
+#include "kernel/table_block.h"
+
+namespace rotary_export {
+namespace ROTARY_EXPORT_ISA_NAMESPACE {
+namespace {
+
+constexpr int64_t kPageBytes = 4 * 1024;
+constexpr int64_t kPrefetchBytes = 4 * 1024;  // How far ahead; the processor stops at each page.
+constexpr int64_t kBurstBytes = 512;          // Longer bursts of streaming stores delay the loads.
+constexpr int64_t kStageBytes = 2 * 1024;     // The longest head vector that is streamed.
+
+// ---- The two layouts
+//
+// Each rotates the channels that one vector of table entries [i, i + kLanes) is for. `x` and `y`
+// point to the first pair of those in the tables. A channel is read before it is written, so y may
+// be x.
+
+// Pairs are (i, i + half). The tables have an entry per pair.
+struct Halves {
+  static constexpr int kEntriesPerPair = 1;
+
+  template <int kLanes, bool kScaled, Stores kStores, typename T, typename C, typename Check>
+  static ROTARY_EXPORT_INLINE void Rotate(const T* x, T* y, const TableRow<C>& table, int64_t i,
+                                          int64_t half, Check* check) {
+    const auto cos = LoadVector<kLanes>(table.cos + i);
+    const auto sin = LoadVector<kLanes>(table.sin + i);
+    const auto x1 = LoadVector<kLanes>(x + i);
+    const auto x2 = LoadVector<kLanes>(x + half + i);
+    auto x1_cos = x1 * cos;
+    auto x2_sin = x2 * sin;
+    auto x2_cos = x2 * cos;
+    auto x1_sin = x1 * sin;
+    if constexpr (kScaled) {
+      const auto scale = LoadVector<kLanes>(table.scale + i);
+      x1_cos = x1_cos * scale;
+      x2_sin = x2_sin * scale;
+      x2_cos = x2_cos * scale;
+      x1_sin = x1_sin * scale;
+    }
+    StoreVector<kLanes, kStores>(x1_cos - x2_sin, y + i, check);
+    StoreVector<kLanes, kStores>(x2_cos + x1_sin, y + half + i, check);
+  }
+};
+
+// Pairs are (2i, 2i + 1). The tables have an entry per channel: (cos, cos), (-sin, sin).
+struct Pairs {
+  static constexpr int kEntriesPerPair = 2;
+
+  template <int kLanes, bool kScaled, Stores kStores, typename T, typename C, typename Check>
+  static ROTARY_EXPORT_INLINE void Rotate(const T* x, T* y, const TableRow<C>& table, int64_t i,
+                                          int64_t, Check* check) {
+    const auto x12 = LoadVector<kLanes>(x + i);
+    auto by_cos = x12 * LoadVector<kLanes>(table.cos + i);
+    auto by_sin = SwapPairs<kLanes>(x12) * LoadVector<kLanes>(table.sin + i);
+    if constexpr (kScaled) {
+      const auto scale = LoadVector<kLanes>(table.scale + i);
+      by_cos = by_cos * scale;
+      by_sin = by_sin * scale;
+    }
+    StoreVector<kLanes, kStores>(by_cos + by_sin, y + i, check);
+  }
+};
+
+// Rotates by table entries [i, count), less than a vector of 2 * kLanes: with ever narrower ones.
+template <typename Layout, bool kScaled, int kLanes, typename T, typename C>
+inline void RotateRest(const T* x, T* y, const TableRow<C>& table, int64_t i, int64_t count,
+                       int64_t half) {
+  if (i + kLanes <= count) {
+    CheckEach check;
+    Layout::template Rotate<kLanes, kScaled, Stores::kPlain>(x, y, table, i, half, &check);
+    i += kLanes;
+  }
+  if constexpr (kLanes > Layout::kEntriesPerPair) {
+    if (i < count) RotateRest<Layout, kScaled, kLanes / 2>(x, y, table, i, count, half);
+  }
+}
+
+// ---- From a block of rows to a head vector
+
+// Elements from one head vector to the next, in one direction.
+struct Axis {
+  int64_t count;
+  int64_t in_step;
+  int64_t out_step;
+  int64_t table_step;
+};
+
+// What is to be done to each head vector: a local copy, since any store to the output could have
+// changed RotaryParams, as far as the compiler knows.
+struct VectorWork {
+  int64_t first;    // The first pair's first channel.
+  int64_t entries;  // Table entries per head vector.
+  int64_t half;     // From a pair's one channel to the other (Halves).
+  int64_t tail;     // The first channel to copy.
+  int64_t head_dim;
+  bool prefetch;
+};
+
+// What a run of head vectors is like.
+enum class Run {
+  kAny,       // There may be a rest, a tail, and something to prefetch.
+  kWhole,     // Whole vectors of entries, and nothing else.
+  kStreamed,  // Whole vectors of entries, stored past the cache; a tail of whole lines.
+};
+
+template <typename Layout, bool kScaled, Run kRun, typename T, typename C>
+ROTARY_EXPORT_INLINE void RotateVector(const VectorWork& work, const T* x, T* y,
+                                       const TableRow<C>& table) {
+  constexpr int kLanes = kWidest<T>;
+  constexpr Stores kStores = kRun == Run::kStreamed ? Stores::kStreaming : Stores::kPlain;
+  if (kRun != Run::kWhole && work.prefetch) {
+    const auto ahead = reinterpret_cast<uintptr_t>(x) + kPrefetchBytes;
+    for (int64_t i = 0; i < work.head_dim * int64_t{sizeof(T)}; i += kLineBytes) {
+      // To read, into the second-level cache: the first level's buffers are busy with the stores.
+      __builtin_prefetch(reinterpret_cast<const void*>(ahead + static_cast<uintptr_t>(i)), 0, 2);
+    }
+  }
+  const T* from = x + work.first;
+  T* to = y + work.first;
+  int64_t i = 0;
+  const auto rotate = [&](auto check) __attribute__((always_inline)) {
+    i = 0;
+#pragma GCC unroll 2  // Where one token is decoded, the loop's own instructions count.
+    for (; i + kLanes <= work.entries; i += kLanes) {
+      Layout::template Rotate<kLanes, kScaled, kStores>(from, to, table, i, work.half, &check);
+    }
+    return check;
+  };
+  if constexpr (kRun == Run::kStreamed && kCanCheckLater<T>) {  // x is still there to do it again.
+    const CheckLater check = rotate(CheckLater());
+    if (__builtin_expect(~check.are_normal != 0, false)) rotate(CheckEach());
+  } else {
+    rotate(CheckEach());
+  }
+  if constexpr (kRun == Run::kAny && kLanes > Layout::kEntriesPerPair) {
+    RotateRest<Layout, kScaled, kLanes / 2>(from, to, table, i, work.entries, work.half);
+  }
+  if (kRun != Run::kWhole && work.tail < work.head_dim && x != y) {
+    const char* tail = reinterpret_cast<const char*>(x + work.tail);
+    char* tail_out = reinterpret_cast<char*>(y + work.tail);
+    const int64_t bytes = (work.head_dim - work.tail) * int64_t{sizeof(T)};
+    if constexpr (kRun == Run::kStreamed) {
+      StreamLines(tail, tail_out, bytes);
+    } else {
+      CopyBytes(tail, tail_out, bytes);
+    }
+  }
+}
+
+// Small structs, by value in cache, to stay in registers. Measured: bfloat16 gains 15%, float32 5%;
+// past the cache, where the order of loads and stores is all, it is as often slower.
+template <Run kRun, typename V>
+using Argument = std::conditional_t<kRun == Run::kWhole, const V, const V&>;
+
+// Rotates the head vectors along `axis`.
+template <typename Layout, bool kScaled, Run kRun, typename T, typename C>
+inline void RotateVectors(Argument<kRun, VectorWork> work, const T* x, T* y, TableRow<C> table,
+                          Argument<kRun, Axis> axis) {
+  for (int64_t i = 0; i < axis.count; ++i) {
+    RotateVector<Layout, kScaled, kRun>(work, x, y, table);
+    x += axis.in_step;
+    y += axis.out_step;
+    table = Advance(table, axis.table_step);
+  }
+}
+
+// The same, past the cache, for an output without gaps, which may begin anywhere: head vectors are
+// put in a small buffer, and whole lines taken out.
+template <typename Layout, bool kScaled, typename T, typename C>
+inline void StreamVectors(const VectorWork& work, const T* x, T* y, TableRow<C> table,
+                          const Axis& axis) {
+  alignas(kLineBytes) char stage[kStageBytes + 2 * kLineBytes];
+  const int64_t vector_bytes = work.head_dim * int64_t{sizeof(T)};
+  char* out = reinterpret_cast<char*>(y);
+  int64_t waiting = 0;  // Bytes in the buffer.
+  Axis part = axis;
+  part.count = vector_bytes < kBurstBytes ? kBurstBytes / vector_bytes : 1;
+  for (int64_t done = 0; done < axis.count; done += part.count) {
+    if (part.count > axis.count - done) part.count = axis.count - done;
+    RotateVectors<Layout, kScaled, Run::kAny>(work, x, reinterpret_cast<T*>(stage + waiting), table,
+                                              part);
+    x += part.count * axis.in_step;
+    table = Advance(table, part.count * axis.table_step);
+    waiting += part.count * vector_bytes;
+    const int64_t written = StreamLines(stage, out, waiting);
+    out += written;
+    waiting -= written;
+    std::memmove(stage, stage + written, kLineBytes);
+  }
+  CopyBytes(stage, out, waiting);
+}
+
+template <typename T>
+bool IsWholeLines(int64_t elements) {
+  return elements * int64_t{sizeof(T)} % kLineBytes == 0;
+}
+
+template <typename Layout, bool kScaled, typename T, typename C>
+void RotateRun(const RotaryParams& params, const Block& block, const T* x, T* y,
+               const TableRow<C>& table, const Axis& axis) {
+  const int64_t half = params.rotary_dim / 2;
+  const int64_t entries = block.pairs * Layout::kEntriesPerPair;
+  const int64_t tail = block.first_pair == 0 ? params.rotary_dim : params.head_dim;
+  const int64_t first = block.first_pair * Layout::kEntriesPerPair;
+  const VectorWork work = {first, entries, half, tail, params.head_dim, params.large};
+  const bool whole = entries % kWidest<T> == 0;
+  const bool stream = kCanStream && params.large && x != y && block.pairs == half &&
+                      axis.out_step == params.head_dim;
+  // The buffer costs more than it is worth, but where a vector's two halves are all there is to
+  // wait for: it puts their stores in order.
+  constexpr bool kDirect = Layout::kEntriesPerPair == 2 || sizeof(T) < sizeof(C);
+  if (kDirect && stream && whole && IsWholeLines<T>(params.head_dim) &&
+      IsWholeLines<T>(params.rotary_dim) && reinterpret_cast<uintptr_t>(y) % kLineBytes == 0) {
+    RotateVectors<Layout, kScaled, Run::kStreamed>(work, x, y, table, axis);
+  } else if (stream && params.head_dim <= kStageBytes / int64_t{sizeof(T)}) {
+    StreamVectors<Layout, kScaled>(work, x, y, table, axis);
+  } else if (whole && tail == params.head_dim && !params.large) {
+    RotateVectors<Layout, kScaled, Run::kWhole>(work, x, y, table, axis);
+  } else {
+    RotateVectors<Layout, kScaled, Run::kAny>(work, x, y, table, axis);
+  }
+}
+
+template <typename Layout, typename T, typename C>
+void RotateHeads(const RotaryParams& params, const Block& block, const TableBlock<C>& tables,
+                 const Heads& heads) {
+  if (heads.count == 0) return;  // The pointers may be null.
+  const HeadStrides& from = heads.in_strides;
+  const HeadStrides& to = heads.out_strides;
+  const Axis along_rows = {block.rows, from.row, to.row, tables.width};
+  const Axis along_heads = {heads.count, from.head, to.head, 0};
+  const bool rows_inside = block.rows > 1 && to.row < to.head;
+  const Axis& inner = rows_inside ? along_rows : along_heads;
+  const Axis& outer = rows_inside ? along_heads : along_rows;
+  const T* x = static_cast<const T*>(heads.in) + block.batch * from.batch + block.row * from.row;
+  T* y = static_cast<T*>(heads.out) + block.batch * to.batch + block.row * to.row;
+  const auto rotate =
+      tables.scaled ? RotateRun<Layout, true, T, C> : RotateRun<Layout, false, T, C>;
+  for (int64_t i = 0; i < outer.count; ++i) {
+    const TableRow<C> table = Advance(tables.first, i * outer.table_step);
+    rotate(params, block, x + i * outer.in_step, y + i * outer.out_step, table, inner);
+  }
+}
+
+// ---- Rows
+
+// Rotates one block of every query and key head; they share the tables.
+template <typename Layout, typename T, typename Table, typename C>
+void RotateBlock(const RotaryParams& params, const Block& block, TableBlock<C>* tables) {
+  FillTables<Layout, T, Table>(params, block, tables);
+  RotateHeads<Layout, T>(params, block, *tables, params.query);
+  if (params.key.count == 0) return;
+  if (tables->scaled) {
+    // xPos scales keys by the reciprocal, rounded once, as eager's `scale ** -1` is.
+    for (int64_t i = 0; i < block.rows * tables->width; ++i)
+      tables->scale[i] = 1 / tables->scale[i];
+  }
+  RotateHeads<Layout, T>(params, block, *tables, params.key);
+}
+
+// How many rows a block has at most: two pages of each head, since each run starts anew in the eyes
+// of the processor, but one only if a table is then more than the loop leaves in the L1 cache. (The
+// entries of an interleaved half type are twice as long as its channels: one page fits
+// kTableBytes.)
+template <typename Layout, typename T>
+int64_t ChooseMaxRows(const RotaryParams& params) {
+  constexpr auto kPairBytes = int64_t{sizeof(Wide<T>)} * Layout::kEntriesPerPair;
+  const int64_t page = kPageBytes / (params.head_dim * int64_t{sizeof(T)});
+  const int64_t table_page = kPageBytes / (params.rotary_dim / 2 * kPairBytes);
+  const int64_t rows = table_page < page ? page : table_page < 2 * page ? table_page : 2 * page;
+  return rows > 1 ? rows : 1;
+}
+
+template <typename Layout, typename T, typename Table>
+void RotateRowsOf(const RotaryParams& params, int64_t begin, int64_t end) {
+  TableBlock<Wide<T>> tables;
+  const int64_t half = params.rotary_dim / 2;
+  const int64_t max_pairs = tables.kEntries / Layout::kEntriesPerPair;
+  const int64_t max_rows = ChooseMaxRows<Layout, T>(params);
+  while (begin < end) {
+    Block block = {begin / params.seq_len, begin % params.seq_len, end - begin, 0, 0};
+    if (block.rows > params.seq_len - block.row) block.rows = params.seq_len - block.row;
+    if (block.rows > max_rows) block.rows = max_rows;
+    for (; block.first_pair < half; block.first_pair += block.pairs) {
+      const int64_t left = half - block.first_pair;
+      block.pairs = left < max_pairs ? left : max_pairs;
+      RotateBlock<Layout, T, Table>(params, block, &tables);
+    }
+    begin += block.rows;
+  }
+  if (params.large) FinishStreaming();
+}
+
+template <typename T, typename Table>
+void RotateRowsOf(const RotaryParams& params, int64_t begin, int64_t end) {
+  const auto rotate =
+      params.interleaved ? RotateRowsOf<Pairs, T, Table> : RotateRowsOf<Halves, T, Table>;
+  rotate(params, begin, end);
+}
+
+}  // namespace
+
+void RotateRows(const RotaryParams& params, int64_t begin, int64_t end) {
+  const bool float_tables = params.table_type == DataType::kFloat32;
+  switch (params.x_type) {
+    case DataType::kFloat32:
+      return RotateRowsOf<float, float>(params, begin, end);
+    case DataType::kFloat16:
+      return float_tables ? RotateRowsOf<Float16, float>(params, begin, end)
+                          : RotateRowsOf<Float16, Float16>(params, begin, end);
+    case DataType::kBFloat16:
+      return float_tables ? RotateRowsOf<BFloat16, float>(params, begin, end)
+                          : RotateRowsOf<BFloat16, BFloat16>(params, begin, end);
+    case DataType::kFloat64:
+      return float_tables ? RotateRowsOf<double, float>(params, begin, end)
+                          : RotateRowsOf<double, double>(params, begin, end);
+  }
+}
+
+}  // namespace ROTARY_EXPORT_ISA_NAMESPACE
+}  // namespace rotary_export

@@ -1,0 +1,122 @@
+// The tables of a block of rows, looked up and laid out once for all heads. Included once per
+// instruction set, hence the anonymous namespace (see rotary_kernel.cc).
+#ifndef ROTARY_EXPORT_KERNEL_TABLE_BLOCK_H_
+#define ROTARY_EXPORT_KERNEL_TABLE_BLOCK_H_
+
+#include <cstdint>
+#include <type_traits>
+
+#include "kernel/rotary_kernel.h"
+#include "kernel/simd.h"
+
+namespace rotary_export {
+namespace {
+
+constexpr int64_t kTableBytes = 8 * 1024;  // At most, of each of three tables, in the L1 cache.
+
+template <typename C>
+struct TableRow {
+  const C* cos;
+  const C* sin;
+  const C* scale;  // Not read without xPos.
+};
+
+template <typename C>
+ROTARY_EXPORT_INLINE TableRow<C> Advance(const TableRow<C>& table, int64_t entries) {
+  return {table.cos + entries, table.sin + entries, table.scale + entries};
+}
+
+// The tables of a block of rows: `width` entries per row, in the order of the layout and, of
+// bfloat16, of EvenOdd. They lie in the arrays below; cos and sin where the caller has them, if
+// they are so already.
+template <typename C>
+struct TableBlock {
+  static constexpr int64_t kEntries = kTableBytes / sizeof(C);
+  int64_t width;
+  bool scaled;
+  TableRow<C> first;
+  alignas(64) C cos[kEntries];
+  alignas(64) C sin[kEntries];
+  alignas(64) C scale[kEntries];
+};
+
+// Rows [row, row + rows) of one batch entry, and pairs [first_pair, first_pair + pairs) of them:
+// all there are, unless one row alone is too much for a TableBlock.
+struct Block {
+  int64_t batch;
+  int64_t row;
+  int64_t rows;
+  int64_t first_pair;
+  int64_t pairs;
+};
+
+int64_t FindTableRow(const RotaryParams& params, int64_t batch, int64_t row) {
+  const int64_t first = batch * params.table_batch_step + row * params.table_row_step;
+  if (params.position_ids == nullptr) return first;
+  return first + params.position_ids[batch * params.id_batch_stride + row * params.id_row_stride];
+}
+
+// Lays out `count` entries from entry `i` on, in the order of one row of a TableBlock. The first of
+// the two entries of a pair is multiplied by `sign`.
+template <typename Layout, int kLanes, typename Table, typename C>
+inline void LayOutEntries(const Table* row, int64_t i, int64_t count, C sign, C* out) {
+  using V = Vector<C, kLanes>;
+  for (; i + kLanes <= count; i += kLanes) {
+    if constexpr (Layout::kEntriesPerPair == 1) {
+      StoreVector<kLanes>(__builtin_convertvector(LoadVector<kLanes>(row + i), V), out + i);
+    } else {
+      const auto doubled = Double<kLanes>(LoadVector<kLanes / 2>(row + i / 2));
+      V signs;
+      for (int lane = 0; lane < kLanes; ++lane) signs[lane] = lane % 2 == 0 ? sign : 1;
+      StoreVector<kLanes>(__builtin_convertvector(doubled, V) * signs, out + i);
+    }
+  }
+  if constexpr (kLanes > Layout::kEntriesPerPair) {
+    if (i < count) LayOutEntries<Layout, kLanes / 2>(row, i, count, sign, out);
+  }
+}
+
+// Whether the rows of a block are whole and follow one another in the caller's tables.
+bool AreConsecutive(const RotaryParams& params, const Block& block) {
+  const int64_t first = FindTableRow(params, block.batch, block.row);
+  for (int64_t i = 1; i < block.rows; ++i) {
+    if (FindTableRow(params, block.batch, block.row + i) != first + i) return false;
+  }
+  return block.pairs == params.rotary_dim / 2;
+}
+
+template <typename Layout, typename T, typename Table, typename C>
+void FillTables(const RotaryParams& params, const Block& block, TableBlock<C>* tables) {
+  tables->width = block.pairs * Layout::kEntriesPerPair;
+  tables->scaled = params.scale_cache != nullptr;
+  tables->first = {tables->cos, tables->sin, tables->scale};
+  const auto lay_out = [width = tables->width](const Table* row, C sign, C* out) {
+    LayOutEntries<Layout, kVectorBytes / sizeof(C)>(row, 0, width, sign, out);
+    if constexpr (kIsEvenOdd<C, kWidest<T>>) SplitEvenOdd<kWidest<T>>(out, width);
+  };
+  const auto* cos = static_cast<const Table*>(params.cos_cache);
+  const auto* sin = static_cast<const Table*>(params.sin_cache);
+  const auto* scale = static_cast<const Table*>(params.scale_cache);
+  bool are_ready = false;
+  if constexpr (std::is_same_v<Table, C> && Layout::kEntriesPerPair == 1 &&
+                !kIsEvenOdd<C, kWidest<T>>) {
+    const int64_t first = FindTableRow(params, block.batch, block.row) * tables->width;
+    are_ready = AreConsecutive(params, block);
+    if (are_ready) tables->first = {cos + first, sin + first, tables->scale};
+  }
+  for (int64_t i = 0; i < block.rows; ++i) {
+    const int64_t row = FindTableRow(params, block.batch, block.row + i);
+    const int64_t first = row * (params.rotary_dim / 2) + block.first_pair;
+    const int64_t at = i * tables->width;
+    if (!are_ready) {
+      lay_out(cos + first, 1, tables->cos + at);
+      lay_out(sin + first, -1, tables->sin + at);
+    }
+    if (tables->scaled) lay_out(scale + first, 1, tables->scale + at);
+  }
+}
+
+}  // namespace
+}  // namespace rotary_export
+
+#endif  // ROTARY_EXPORT_KERNEL_TABLE_BLOCK_H_

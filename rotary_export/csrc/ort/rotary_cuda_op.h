@@ -1,0 +1,14 @@
+// The op for ONNX Runtime's CUDA provider (rotary_cuda_op.cc), for register_ops.cc.
+#ifndef ROTARY_EXPORT_ORT_ROTARY_CUDA_OP_H_
+#define ROTARY_EXPORT_ORT_ROTARY_CUDA_OP_H_
+
+#include "ort/rotary_op.h"
+
+namespace rotary_export {
+
+void DescribeCudaOp(const ort::OrtApi* api, ort::ElementType x_type, ort::ElementType table_type,
+                    Op* op);
+
+}  // namespace rotary_export
+
+#endif  // ROTARY_EXPORT_ORT_ROTARY_CUDA_OP_H_

@@ -1,0 +1,115 @@
+// What a graph takes and gives, from signature.txt, and a check of its inputs.
+#ifndef ROTARY_EXPORT_SIGNATURE_H_
+#define ROTARY_EXPORT_SIGNATURE_H_
+
+#include <ATen/Tensor.h>
+
+#include <fstream>
+#include <map>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+struct Input {
+  std::string name, dtype, shape;  // shape: "(batch_size, 4, seq_len, 24)"
+  std::vector<std::string> dims;
+  int64_t low = 0, high = -1;  // smallest and largest legal value, where there is a limit
+};
+
+struct Signature {
+  std::vector<Input> inputs;
+  std::vector<std::string> outputs;
+  std::map<std::string, int64_t> max_size;  // largest legal size of a dynamic axis
+};
+
+// Lines: "input NAME DTYPE DIM... [in LOW HIGH]", "output NAME", "max_size DIM SIZE".
+inline Signature ReadSignature(const std::string& path) {
+  std::ifstream file(path);
+  if (!file) throw std::runtime_error(path + " can't be read");
+  Signature signature;
+  for (std::string line; std::getline(file, line);) {
+    std::istringstream words(line);
+    std::string kind, word;
+    Input input;
+    words >> kind >> input.name >> input.dtype;
+    if (kind == "output") {
+      signature.outputs.push_back(input.name);
+      continue;
+    }
+    if (kind == "max_size") {
+      signature.max_size[input.name] = std::stoll(input.dtype);
+      continue;
+    }
+    while (words >> word && word != "in") input.dims.push_back(word);
+    words >> input.low >> input.high;
+    for (const auto& dim : input.dims) input.shape += (input.shape.empty() ? "" : ", ") + dim;
+    input.shape = "(" + input.shape + ")";
+    signature.inputs.push_back(input);
+  }
+  if (signature.outputs.empty()) throw std::runtime_error(path + " is no signature");
+  return signature;
+}
+
+// "2 + seq_len" is written "2+seq_len"; a name that is not known yet gets the size that is there.
+inline int64_t ResolveDim(const std::string& dim, std::map<std::string, int64_t>& sizes,
+                          int64_t got) {
+  const size_t plus = dim.find('+');
+  if (plus != std::string::npos) {
+    return ResolveDim(dim.substr(0, plus), sizes, 0) + ResolveDim(dim.substr(plus + 1), sizes, 0);
+  }
+  if (dim.find_first_not_of("0123456789") == std::string::npos) return std::stoll(dim);
+  return sizes.emplace(dim, got).first->second;
+}
+
+inline void CheckInput(const Input& input, const at::Tensor& value,
+                       std::map<std::string, int64_t>& sizes) {
+  std::ostringstream said;
+  const std::map<std::string, at::ScalarType> types = {
+      {"float32", at::kFloat},     {"float64", at::kDouble}, {"float16", at::kHalf},
+      {"bfloat16", at::kBFloat16}, {"int64", at::kLong},     {"int32", at::kInt},
+      {"bool", at::kBool},
+  };
+  if (types.at(input.dtype) != value.scalar_type()) {
+    said << " must be " << input.dtype << ", got " << value.scalar_type();
+    throw std::invalid_argument(input.name + said.str());
+  }
+  bool fits = value.dim() == static_cast<int64_t>(input.dims.size());
+  for (int64_t axis = 0; fits && axis < value.dim(); ++axis) {
+    fits = ResolveDim(input.dims[axis], sizes, value.size(axis)) == value.size(axis);
+  }
+  if (!fits) {
+    said << " must have shape " << input.shape;
+    for (const auto& [name, size] : sizes) said << ", " << name << "=" << size;
+    said << ", got " << value.sizes();
+    throw std::invalid_argument(input.name + said.str());
+  }
+  if (input.low > input.high || value.numel() == 0) return;
+  const auto [smallest, largest] = value.aminmax();
+  const int64_t low = smallest.item<int64_t>(), high = largest.item<int64_t>();
+  if (low < input.low || high > input.high) {
+    said << " must be in [" << input.low << ", " << input.high << "], got "
+         << (low < input.low ? low : high);
+    throw std::invalid_argument(input.name + said.str());
+  }
+}
+
+// Compiled graphs check nothing: another shape or type would be read out of bounds.
+inline void CheckInputs(const Signature& signature, const std::vector<at::Tensor>& tensors) {
+  std::map<std::string, int64_t> sizes;
+  for (const bool sums : {false, true}) {  // a sum is known once the other shapes are
+    for (size_t i = 0; i < signature.inputs.size(); ++i) {
+      const Input& input = signature.inputs[i];
+      const bool has_sum = input.shape.find('+') != std::string::npos;
+      if (has_sum == sums) CheckInput(input, tensors[i], sizes);
+    }
+  }
+  for (const auto& [dim, largest] : signature.max_size) {
+    if (sizes[dim] > largest) {
+      throw std::invalid_argument(dim + " must be <= " + std::to_string(largest) + ", got " +
+                                  std::to_string(sizes[dim]));
+    }
+  }
+}
+
+#endif  // ROTARY_EXPORT_SIGNATURE_H_

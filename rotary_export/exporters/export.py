@@ -1,0 +1,253 @@
+"""`export`: a folder with every graph in every format, proven before it is there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from rotary_export.bundle.manifest import (
+    DEFAULT_FORMATS,
+    FILE_NAME,
+    SUFFIXES,
+    GraphInfo,
+    Manifest,
+    hash_file,
+    read_manifest,
+)
+from rotary_export.bundle.staging import make_staging, move_into_place
+from rotary_export.embedding import RotaryEmbedding
+from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.exporters.aoti import check_compiler, compile_program
+from rotary_export.exporters.onnx import check_opset, export_onnx, minimum_onnxruntime
+from rotary_export.exporters.program import export_program
+from rotary_export.exporters.torchscript import export_torchscript
+from rotary_export.graphs.graphs import (
+    TRACED_SIZES,
+    Graph,
+    check_config,
+    make_buffers,
+    make_graphs,
+)
+from rotary_export.package import __version__
+from rotary_export.proof.parity import Report, compare_bundle
+from rotary_export.rope import ScaledRotaryEmbedding
+from rotary_export.runtime.compiled import COMPILED_FOR
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was exported.
+
+    Attributes:
+        path: Its folder; a Bundle is accepted wherever a path is.
+        manifest: What is in it.
+        report: The proof.
+    """
+
+    path: Path
+    manifest: Manifest
+    report: Report
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def export(
+    module: RotaryEmbedding | ScaledRotaryEmbedding,
+    out: str | os.PathLike[str],
+    *,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    interleaved: bool = False,
+    max_seq_len: int | None = None,
+    batch_size: int | None = None,
+    static: bool = False,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    opset: int = 23,
+    dtype: torch.dtype = torch.float32,
+    force: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Bundle:
+    """Export a rotary embedding as a bundle of two graphs, and prove it equal to eager.
+
+    `tables`: seq_len -> freqs, scale; of a `ScaledRotaryEmbedding` cos_cache, sin_cache.
+    `rotate`: query, key, position_ids -> query_out, key_out, with dynamic batch and sequence; with
+    `static`: query, key, seq_len.
+
+    Args:
+        module: The embedding, with the buffers that it has now.
+        out: The folder to write; it must not exist, or be a bundle and `force` be given.
+        num_heads: Heads of query; None: a dynamic axis.
+        num_kv_heads: Heads of key; default: as num_heads.
+        head_dim: H, >= module.dim; default: module.dim, or the config's. Channels past module.dim
+            are copied.
+        interleaved: True: pairs (2i, 2i + 1); False: pairs (i, i + dim/2).
+        max_seq_len: Rows of the tables; default: module.max_seq_len, or what the config says.
+        batch_size: Of a static export.
+        static: query and key have max_seq_len rows, of which the first seq_len are rotated.
+        formats: Of "onnx", "torchscript", "program", and "aoti": the program, compiled for the
+            CPU by AOTInductor, which takes a C++ compiler.
+        opset: Of ai.onnx; from 23 on the function body is ORT's own rotary kernel.
+        dtype: Of query and key; float32, float16, bfloat16 or float64. Tables stay float32.
+        force: Replace an existing bundle.
+        progress: Called with what is being done.
+
+    Returns:
+        The bundle, with its manifest and proof.
+
+    Raises:
+        RotaryExportError: An argument is wrong or `out` is in the way. Nothing is left behind, and
+            an existing bundle is as it was; so too for:
+        CheckFailedError: The proof failed.
+    """
+    config = check_config(
+        module,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        interleaved=interleaved,
+        max_seq_len=max_seq_len,
+        batch_size=batch_size,
+        static=static,
+        dtype=dtype,
+    )
+    check_opset(opset)
+    check_formats(formats)
+    path = find_out(out)
+    say = progress or (lambda _: None)
+
+    with stage(path, force) as staging:
+        graphs = {}
+        buffers = module.state_dict() if config.rope is None else make_buffers(config)
+        state = {name: buffer.cpu() for name, buffer in buffers.items()}
+        for graph in make_graphs(config, state):
+            graphs[graph.name] = _write_graph(graph, staging, formats, opset, say)
+        manifest = Manifest(
+            name=path.name,
+            config=config.to_dict(),
+            dtype=config.dtype,
+            opset=opset,
+            graphs=graphs,
+            minimum_onnxruntime=minimum_onnxruntime(opset),
+            producers={"rotary_export": __version__}
+            | {name: version(name) for name in ("torch", "onnx", "onnxscript")},
+            files={file.name: hash_file(file) for file in sorted(staging.iterdir())},
+            compiled_for=COMPILED_FOR if "aoti" in formats else {},
+        )
+        report = compare_bundle(staging, manifest, lambda what: say(f"verify {what}"), state)
+        return finish(staging, path, manifest, report, force)
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Refuse what is not a list of formats."""
+    known = ", ".join(SUFFIXES)
+    if isinstance(formats, str) or not isinstance(formats, Sequence):
+        raise RotaryExportError(f"formats must be a list, of {known}, got {formats!r}")
+    for kind in formats:
+        if kind not in SUFFIXES:
+            raise RotaryExportError(f"formats must be of {known}, got {kind!r}")
+    if not formats:
+        raise RotaryExportError("formats must name at least one format, got none")
+    if "aoti" in formats:
+        if "program" not in formats:
+            raise RotaryExportError(
+                "the format 'aoti' is compiled from 'program', which formats must name too, got "
+                f"{', '.join(formats)}"
+            )
+        check_compiler()
+
+
+def find_out(out: str | os.PathLike[str]) -> Path:
+    """Return where a bundle is to be written, or refuse what is no path."""
+    if not isinstance(out, (str, os.PathLike)):
+        raise RotaryExportError(f"out must be a path, got {out!r}")
+    return Path(out).absolute()
+
+
+def check_out(path: Path, force: bool) -> None:
+    """Refuse to touch what is there, but for a bundle that is to be replaced."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    try:
+        manifest = read_manifest(path)
+    except RotaryExportError as error:
+        raise RotaryExportError(
+            f"{path} exists and is not a bundle; it is left as it is ({error})"
+        ) from None
+    if not force:
+        raise RotaryExportError(f"{path} exists; force=True (--force) replaces it")
+    for file in path.iterdir():
+        if file.name not in (FILE_NAME, *manifest.files):
+            raise RotaryExportError(
+                f"{path} holds {file.name!r}, which is not of the bundle and would be lost"
+            )
+
+
+def _write_graph(
+    graph: Graph, folder: Path, formats: Sequence[str], opset: int, say: Callable[[str], None]
+) -> GraphInfo:
+    """Write one graph in every format."""
+    example = graph.make_inputs(TRACED_SIZES, seq_len=2)
+    files = {kind: f"{graph.name}{SUFFIXES[kind]}" for kind in formats}
+    rotary_nodes, function_body = int(graph.name == "rotate"), "primitive"
+    for kind, file in files.items():
+        if kind == "aoti":
+            continue  # compiled once the program is there
+        say(f"export {file}")
+        if kind == "onnx":
+            forms = export_onnx(graph, example, folder / file, opset)
+            if forms and all(form.is_native for form in forms):
+                function_body = "native"
+        elif kind == "torchscript":
+            export_torchscript(graph, example, folder / file)
+        elif kind == "program":
+            export_program(graph, example, folder / file)
+    if "aoti" in files:
+        say(f"compile {files['aoti']}")
+        compile_program(folder / files["program"], example, folder / files["aoti"])
+    return GraphInfo(graph.inputs, graph.outputs, files, rotary_nodes, function_body)
+
+
+def check_report(report: Report) -> None:
+    """Refuse a bundle that is not what eager computes."""
+    failed = [row for row in report.rows if not row.passed]
+    if failed:
+        row = failed[0]
+        oracle = f" and {row.oracle.max_ulp:.3g} ulp off the oracle at {row.oracle.worst}"
+        raise CheckFailedError(
+            f"the export is not equal to eager, nothing was written: {row.graph}.{row.output} by "
+            f"{row.runtime} is {row.eager.max_ulp:.3g} ulp off eager at {row.eager.worst}"
+            f"{'' if row.oracle_tolerance is None else oracle}"
+        )
+
+
+@contextmanager
+def stage(path: Path, force: bool) -> Iterator[Path]:
+    """Give a folder to write a bundle in, gone at the end unless it was moved to `path`.
+
+    Raises:
+        RotaryExportError: `path` is in the way, or can't be written.
+    """
+    with make_staging(path, lambda: check_out(path, force)) as staging:
+        yield staging
+
+
+def finish(staging: Path, path: Path, manifest: Manifest, report: Report, force: bool) -> Bundle:
+    """Write the manifest, proof included, and put the bundle in its place.
+
+    Raises:
+        CheckFailedError: The proof failed.
+    """
+    check_report(report)
+    skipped = dict.fromkeys(report.skipped, "was not on the exporting machine")
+    manifest = replace(manifest, parity=report.to_dict() | {"skipped": skipped})
+    (staging / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    move_into_place(staging, path, force)
+    return Bundle(path, manifest, report)

@@ -1,0 +1,1 @@
+"""A model before and after, compared by running both."""

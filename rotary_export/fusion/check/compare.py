@@ -1,0 +1,290 @@
+"""Run a model before and after, and compare its outputs and what every rotary call gives.
+
+One session is open at a time, with the weights mapped from a file where they are large: never
+more than two copies of them in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnxscript import ir
+
+from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.fusion.check.feeds import SHAPES, Array, Shape, make_feeds
+from rotary_export.op import library as op_library
+from rotary_export.op.onnx_reference import RotaryEmbedding as ReferenceRotaryEmbedding
+from rotary_export.proof.oracle import compute_ulp
+from rotary_export.proof.parity import TOLERANCES, Error, compare
+from rotary_export.runtime.providers import CPU, import_onnxruntime, library_refusal
+
+# A rotary call differs by TOLERANCES["native"] ulp. What follows it (softmax, norms, products with
+# weights, layer after layer) enlarges that, as it does any rounding: by this much at most.
+GROWTH = {"float64": 64, "float32": 64, "float16": 8, "bfloat16": 8}
+
+Outputs = dict[str, Array]
+Run = Outputs | str  # or why it did not run
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One way to run the fused model, at one shape.
+
+    Attributes:
+        shape: Batch, new tokens, tokens in the cache.
+        runtime: What ran the fused model.
+        against: How the model ran before: "as it is", or "row by row" where it can't run a batch.
+        error: The largest, in ulp of the largest magnitude of its vector or output.
+        output: Where it is.
+        allowed: The limit.
+    """
+
+    shape: Shape
+    runtime: str
+    against: str
+    error: Error
+    output: str
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within its limit."""
+        return self.error.max_ulp <= self.allowed
+
+
+@dataclass
+class Check:
+    """What was compared.
+
+    Attributes:
+        comparisons: One per shape and runtime.
+        skipped: Shapes and runtimes that were not, and why.
+    """
+
+    comparisons: list[Comparison] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def compare_models(
+    before: ir.Model,
+    after: onnx.ModelProto,
+    observed: Sequence[str],
+    folder: Path | None,
+    shapes: Sequence[Shape] = SHAPES,
+    feeds: Sequence[Mapping[str, Array]] = (),
+) -> Check:
+    """Run a model before and after at several shapes.
+
+    Args:
+        before: The model as it was.
+        after: The fused one, with its function bodies.
+        observed: Values of both, compared besides the outputs.
+        folder: Of their external data, if they have any.
+        shapes: What to run at.
+        feeds: Inputs to run with instead.
+
+    Returns:
+        What was compared, all within its limit.
+
+    Raises:
+        CheckFailedError: Something differs, or the fused model does not run where it did before.
+        RotaryExportError: The model runs at no shape before.
+    """
+    cases = [
+        make_feeds(before.graph, shape, seed, feeds[seed] if seed < len(feeds) else None)
+        for seed, shape in enumerate(shapes)
+    ]
+    check = Check()
+    made = {output.name for node in before.graph for output in node.outputs}
+    inside = [name for name in observed if name not in made]
+    if inside:
+        check.skipped.append(
+            f"{', '.join(inside)}: inside a subgraph, compared by the model's outputs alone, and "
+            "not at all in a branch that is not taken"
+        )
+    old = _observe(ir.serde.serialize_model(before), observed)
+    runs, hows = _run_before(old, folder, cases, shapes, check)
+    new = _observe(after, observed)
+    if all(isinstance(run, str) for run in runs):
+        reason = runs[0]
+        runs, hows = _run_reference(old, cases), ["by onnx.reference"] * len(cases)
+        if all(isinstance(run, str) for run in runs):
+            raise RotaryExportError(f"the model can't be verified, it runs at no shape: {reason}")
+    for name, library in _find_runtimes(check):
+        results = _run_session(new, folder, cases, shapes, hows, library)
+        if all(isinstance(r, str) for r in results) and hows[0] == "by onnx.reference":
+            name, results = "onnx.reference", _run_reference(new, cases)
+        for shape, want, got, how in zip(shapes, runs, results, hows, strict=True):
+            if isinstance(want, str):
+                continue
+            if isinstance(got, str):
+                raise CheckFailedError(
+                    f"the fused model does not run at batch {shape.batch}, length {shape.length} "
+                    f"({name}), the model did before: {got}"
+                )
+            check.comparisons.append(_compare(want, got, shape, name, how, observed))
+    for row in check.comparisons:
+        if not row.passed:
+            raise CheckFailedError(
+                f"the fused model is not equal to the model, nothing was written: {row.output} "
+                f"differs by {row.error.max_ulp:.3g} ulp of its largest magnitude at "
+                f"{row.error.worst} ({row.allowed:g} are allowed; batch {row.shape.batch}, length "
+                f"{row.shape.length}, {row.runtime})"
+            )
+    return check
+
+
+def _find_runtimes(check: Check) -> list[tuple[str, bool]]:
+    runtimes = [("ONNX Runtime, function body", False)]
+    refusal = library_refusal([CPU], "auto")
+    if refusal:
+        check.skipped.append(f"ONNX Runtime, op library: {refusal}")
+    else:
+        runtimes.append(("ONNX Runtime, op library", True))
+    return runtimes
+
+
+def _observe(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """Return a model with more outputs; the weights are shared where they are external."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    there = {value.name for value in copy.graph.output}
+    made = {name for node in copy.graph.node for name in node.output}
+    known = {value.name: value for value in copy.graph.value_info}
+    for name in names:
+        if name in made and name not in there:
+            output = copy.graph.output.add(name=name)
+            if name in known:
+                element = known[name].type.tensor_type.elem_type
+                output.type.tensor_type.elem_type = element
+    return copy
+
+
+def _open(model: onnx.ModelProto, folder: Path | None, library: bool) -> Any:
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_prepacking", "1")  # a copy of the weights
+    if folder is not None:
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, str(folder))
+    if library:
+        options.register_custom_ops_library(str(op_library.op_library_path()))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=[CPU])
+
+
+def _run_session(
+    model: onnx.ModelProto,
+    folder: Path | None,
+    cases: Sequence[Mapping[str, Array]],
+    shapes: Sequence[Shape],
+    hows: Sequence[str],
+    library: bool,
+) -> list[Run]:
+    """Run the fused model; row by row where the model itself did not run the batch, nor it does."""
+    try:
+        session = _open(model, folder, library)
+    except Exception as error:  # ORT's own exceptions share no base class
+        return [_describe(error)] * len(cases)
+    runs = []
+    for case, shape, how in zip(cases, shapes, hows, strict=True):
+        run = _run_case(session, case)
+        if isinstance(run, str) and how == "row by row":
+            run = _run_rows(session, case, shape.batch) or run
+        runs.append(run)
+    return runs
+
+
+def _run_case(session: Any, case: Mapping[str, Array]) -> Run:
+    names = [value.name for value in session.get_outputs()]
+    try:
+        return dict(zip(names, session.run(names, dict(case)), strict=True))
+    except Exception as error:  # ORT's own exceptions share no base class
+        return _describe(error)
+
+
+def _describe(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _run_before(
+    model: onnx.ModelProto,
+    folder: Path | None,
+    cases: Sequence[Mapping[str, Array]],
+    shapes: Sequence[Shape],
+    check: Check,
+) -> tuple[list[Run], list[str]]:
+    """Run the model as it was; a batch that it can't run, one row at a time."""
+    try:
+        session = _open(model, folder, library=False)
+    except Exception as error:  # ORT's own exceptions share no base class
+        return [_describe(error)] * len(cases), [""] * len(cases)
+    runs, hows = [], []
+    for case, shape in zip(cases, shapes, strict=True):
+        run, how = _run_case(session, case), "as it is"
+        if isinstance(run, str) and shape.batch > 1:
+            rows = _run_rows(session, case, shape.batch)
+            if rows is not None:
+                run, how = rows, "row by row"
+        if isinstance(run, str):
+            check.skipped.append(
+                f"batch {shape.batch}, length {shape.length}, past {shape.past}: the model does "
+                f"not run there before: {run}"
+            )
+        runs.append(run)
+        hows.append(how)
+    return runs, hows
+
+
+def _run_rows(session: Any, case: Mapping[str, Array], batch: int) -> Outputs | None:
+    parts = []
+    for row in range(batch):
+        cut = {
+            name: value[row : row + 1] if value.ndim and value.shape[0] == batch else value
+            for name, value in case.items()
+        }
+        run = _run_case(session, cut)
+        if isinstance(run, str):
+            return None
+        parts.append(run)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _run_reference(model: onnx.ModelProto, cases: Sequence[Mapping[str, Array]]) -> list[Run]:
+    from onnx.reference import ReferenceEvaluator
+
+    names = [value.name for value in model.graph.output]
+    try:
+        evaluator = ReferenceEvaluator(model, new_ops=[ReferenceRotaryEmbedding])
+        results: list[Any] = [evaluator.run(None, dict(case)) for case in cases]
+    except Exception as error:  # whatever its operators raise
+        return [_describe(error)] * len(cases)
+    return [dict(zip(names, result, strict=True)) for result in results]
+
+
+def _compare(
+    want: Outputs, got: Outputs, shape: Shape, runtime: str, how: str, observed: Sequence[str]
+) -> Comparison:
+    """Compare all outputs of one run; keep the one that is nearest to its limit."""
+    worst = Comparison(shape, runtime, how, Error(), "", TOLERANCES["native"].max_ulp)
+    for name, value in want.items():
+        dtype = value.dtype.name
+        if dtype not in GROWTH:
+            same = got[name].shape == value.shape and np.array_equal(got[name], value)
+            error = Error() if same else Error(np.inf, np.inf, exact=False)
+            allowed = 0.0
+        else:
+            wide = np.abs(value.astype(np.float64))
+            axis = -1 if name in observed and value.ndim else None
+            largest = wide.max(axis, keepdims=True) if value.size else np.ones((1,) * value.ndim)
+            error = compare(got[name], value, compute_ulp(largest, dtype))
+            allowed = TOLERANCES["native"].max_ulp * GROWTH[dtype]
+        row = Comparison(shape, runtime, how, error, name, allowed)
+        if error.max_ulp / max(allowed, 1e-9) >= worst.error.max_ulp / max(worst.allowed, 1e-9):
+            worst = row
+    return worst

@@ -1,0 +1,125 @@
+"""Bring any exporter's graph into the form that the rules read: flat, folded, with known shapes.
+
+The TorchScript exporter, and with it optimum, writes no shapes and computes every size at run time;
+torch's newer one writes both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir.passes.common as passes
+from onnxscript import ir, optimizer
+from onnxscript.rewriter import pattern
+
+from rotary_export.fusion.symbolic.polynomials import read_constant, read_dims, read_ints
+from rotary_export.fusion.symbolic.shapes import clear_generated_dims, fill_shapes
+from rotary_export.op import spec
+
+Op = Any
+Result = Any
+
+_MAX_STEPS = 8
+
+
+class SizeRule(pattern.RewriteRuleClassBase):
+    """One static size of a shape is a constant; halves are cut at size / 2."""
+
+    def __init__(self) -> None:
+        super().__init__(remove_nodes=False)
+
+    def pattern(self, op: Op, x: Any, index: Any) -> Any:
+        return op.Gather(op.Shape(x, _outputs=["shape"]), index, _outputs=["size"])
+
+    def check(
+        self, context: Any, x: ir.Value, shape: ir.Value, index: ir.Value, size: ir.Value
+    ) -> Result:
+        dims, at, node = read_dims(x), read_constant(index), shape.producer()
+        if dims is None or at is None or at.ndim or node is None or node.attributes:
+            return pattern.MatchResult().fail("not one size of a shape", size)
+        self.size = dims[int(at)]
+        if not isinstance(self.size, int):
+            return pattern.MatchResult().fail("the size is not static", x)
+        return pattern.MatchResult()
+
+    def rewrite(self, op: Op, **_: Any) -> ir.Value:
+        value: ir.Value = op.Constant(value_int=self.size)
+        return value
+
+
+class RepeatRule(pattern.RewriteRuleClassBase):
+    """Channels that torch's old exporter repeats without knowing how many there are.
+
+    It brings them to the front, repeats them along a new axis, picks with GatherND and moves them
+    back. Once their number is known, that is one Gather.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(remove_nodes=False)
+
+    def pattern(self, op: Op, front: Any, axes: Any, shape: Any, picked: Any) -> Any:
+        wide = op.Expand(op.Unsqueeze(front, axes), shape, _outputs=["wide"])
+        return op.Transpose(op.GatherND(wide, picked, _outputs=["rows"]), _outputs=["back"])
+
+    def check(
+        self,
+        context: Any,
+        front: ir.Value,
+        axes: ir.Value,
+        wide: ir.Value,
+        picked: ir.Value,
+        rows: ir.Value,
+        back: ir.Value,
+        **_: Any,
+    ) -> Result:
+        dims, sizes, indices = read_dims(front), read_dims(wide), read_constant(picked)
+        gather, transpose = rows.producer(), back.producer()
+        assert gather is not None
+        assert transpose is not None
+        if dims is None or sizes is None or indices is None:
+            return pattern.MatchResult().fail("a size is not known", wide)
+        batch, perm = gather.attributes.get("batch_dims"), transpose.attributes.get("perm")
+        is_pair = indices.ndim == 2 and indices.shape[1] == 2 and not (batch and batch.as_int())
+        is_same = None not in dims and [*sizes[:1], *sizes[2:]] == dims
+        if read_ints(axes) != [1] or not is_pair or not is_same:
+            return pattern.MatchResult().fail("more than one axis is repeated", wide)
+        if perm is None or perm.as_ints()[-1] != 0:
+            return pattern.MatchResult().fail("it is not the channels that are repeated", back)
+        self.perm = list(perm.as_ints())
+        self.channels = [int(i) for i in indices[:, 0]]
+        return pattern.MatchResult()
+
+    def rewrite(self, op: Op, front: ir.Value, **_: Any) -> ir.Value:
+        moved = op.Transpose(front, perm=self.perm)
+        value: ir.Value = op.Gather(moved, op.Constant(value_ints=self.channels), axis=-1)
+        return value
+
+
+def _is_short_filling(node: ir.Node) -> bool | None:
+    """Fold what onnxscript would keep: a vector of a few equal numbers is part of a shape."""
+    if node.op_type != "ConstantOfShape" or node.domain:
+        return None
+    dims = read_dims(node.outputs[0])
+    is_short = dims is not None and len(dims) == 1 and isinstance(dims[0], int) and dims[0] <= 512
+    return True if is_short else None
+
+
+def prepare(model: ir.Model) -> None:
+    """Inline functions, infer shapes, fold constants, share what is computed twice; in place."""
+    for identifier in list(model.functions):
+        if identifier[:2] == (spec.DOMAIN, spec.OP_TYPE):
+            del model.functions[identifier]  # a node of ours stays a node
+    if model.functions:
+        passes.InlinePass()(model)
+    for step in range(_MAX_STEPS):  # sizes fold into constants, which make more sizes known
+        clear_generated_dims(model)
+        passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        changed = fill_shapes(model)
+        for rule in (SizeRule, RepeatRule):
+            changed |= rule.rule().apply_to_model(model) > 0
+        optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_is_short_filling)
+        if step and not changed:
+            break
+    passes.RemoveUnusedNodesPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.NameFixPass()(model)

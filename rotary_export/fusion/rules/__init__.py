@@ -1,0 +1,1 @@
+"""The rewrite rules, and the nodes that they write."""

@@ -1,0 +1,1 @@
+"""What each channel of a value is computed from, and whether that is a rotation."""

@@ -1,0 +1,1 @@
+"""What is exported of a plain embedding: the graphs `tables` and `rotate`, dynamic and static."""

@@ -1,0 +1,1 @@
+"""How long it takes: timing on a noisy machine, and `bench`."""

@@ -1,0 +1,1 @@
+"""Where a model applies a rotary embedding, and the op in its place."""

@@ -1,0 +1,116 @@
+"""A model as it was: modes, buffers, submodules and the attributes that its modules keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotary_export.models.find.calls import is_rotary_name
+
+_OF_TORCH = vars(nn.Module()).keys()  # modes, parameters, buffers, modules and hooks
+_MAX_COPIED = 2**22  # elements of a buffer that is kept as a copy; larger ones only by reference
+
+
+class Snapshot:
+    """What a run or a trace may change in a model; its parameters are not copied.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._contents: list[tuple[Any, Any]] = []  # of dicts, lists and sets, one level deep
+        self._registries: list[tuple[Any, Any]] = []
+        for module in model.modules():
+            buffers = [b for b in module._buffers.values() if b is not None and _can_copy(b)]
+            self._buffers += [(buffer, buffer.detach().clone()) for buffer in buffers]
+            plain = {name: v for name, v in vars(module).items() if name not in _OF_TORCH}
+            self._attributes.append((module, plain))
+            kept = [v for v in plain.values() if type(v) in (dict, list, set)]
+            self._contents += [(v, v.copy()) for v in (module._buffers, *kept)]
+            registries = [v for name, v in vars(module).items() if name in _OF_TORCH]
+            self._registries += [(v, v.copy()) for v in registries if isinstance(v, (dict, set))]
+
+    def restore_state(self) -> None:
+        """Put buffers and attributes back: some rotary modules remember the longest input."""
+        with torch.no_grad():
+            for buffer, copy in self._buffers:
+                if buffer.shape != copy.shape:
+                    buffer.resize_(copy.shape)
+                if not torch.equal(buffer, copy):
+                    buffer.copy_(copy)
+        for module, plain in self._attributes:
+            for name in vars(module).keys() - _OF_TORCH - plain.keys():
+                del vars(module)[name]
+            vars(module).update(plain)
+        for value, copy in self._contents:
+            _refill(value, copy)
+
+    def restore(self) -> None:
+        """Put everything back, submodules, parameters and hooks by reference."""
+        self.restore_state()
+        for value, copy in self._registries:
+            _refill(value, copy)
+
+
+def _can_copy(buffer: Tensor) -> bool:
+    return buffer.layout == torch.strided and not buffer.is_meta and buffer.numel() <= _MAX_COPIED
+
+
+def _refill(value: Any, copy: Any) -> None:
+    """Put into a container what it held."""
+    value.clear()
+    (value.extend if isinstance(value, list) else value.update)(copy)
+
+
+@contextmanager
+def preserve(model: nn.Module) -> Iterator[Snapshot]:
+    """Leave a model as it was, after an error too; meanwhile it is in eval mode.
+
+    Args:
+        model: Any module.
+
+    Yields:
+        The snapshot; `restore_state` makes modules forget earlier inputs.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()  # may do more than to set a mode, which `train` then takes back
+        snapshot = Snapshot(model)
+        try:
+            yield snapshot
+        finally:
+            snapshot.restore()
+    finally:
+        for module, training in modes:
+            if module.training != training:
+                module.train(training)  # its children too, whose turn comes later
+
+
+def copy_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Copy a model into another floating type; the tables' frequencies stay float32.
+
+    Args:
+        model: Any module.
+        dtype: The type of its parameters and activations.
+    """
+    from copy import deepcopy
+
+    copied = deepcopy(model)
+    kept = [
+        (module, name, buffer)
+        for module in copied.modules()
+        if is_rotary_name(type(module).__name__)
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.dtype == torch.float32
+    ]
+    copied.to(dtype)
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer
+    return copied

@@ -1,0 +1,19 @@
+"""The installed package: its version and its folders. Standard library only."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+
+def package_folders() -> list[Path]:
+    """Return the folders of the package.
+
+    An editable install has two: one of sources, one of built files.
+    """
+    spec = find_spec("rotary_export")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return [Path(folder).resolve() for folder in spec.submodule_search_locations]

@@ -1,0 +1,77 @@
+"""What the files of a bundle store: tables by format, and rotary nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+
+from rotary_export.bundle.manifest import GraphInfo
+from rotary_export.compat.quiet import quiet_torch
+from rotary_export.errors import CheckFailedError
+from rotary_export.graphs.graphs import ZETA
+from rotary_export.op.spec import DOMAIN, OP_TYPE
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+STORED = ("inv_freq", "scale", "cos_cache", "sin_cache", "scale_cache")
+
+
+def read_constants(path: Path, info: GraphInfo) -> dict[str, dict[str, Array]]:
+    """Read the tables that a graph's files store.
+
+    Args:
+        path: The bundle's folder.
+        info: The graph.
+
+    Returns:
+        By format, but for `aoti`, arrays by buffer name.
+    """
+    constants: dict[str, dict[str, Array]] = {}
+    for kind, file in info.files.items():
+        if kind == "aoti":
+            continue  # machine code; the program that it was compiled from is there too
+        if kind == "onnx":
+            initializers = onnx.load(path / file).graph.initializer
+            arrays = {t.name: numpy_helper.to_array(t) for t in initializers}
+            if ZETA in arrays:
+                arrays["scale"] = arrays[ZETA]
+        elif kind == "torchscript":
+            with quiet_torch():
+                module = torch.jit.load(path / file)
+            arrays = {name: buffer.numpy() for name, buffer in module.named_buffers()}
+        else:
+            with quiet_torch():
+                program = torch.export.load(path / file)
+            tensors = {**program.state_dict, **program.constants}
+            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        constants[kind] = {name: arrays[name].copy() for name in STORED if name in arrays}
+    return constants
+
+
+def check_rotary_nodes(path: Path, info: GraphInfo) -> None:
+    """Compare what a manifest says of the rotary nodes of a graph with its ONNX file.
+
+    Args:
+        path: The bundle's folder.
+        info: The graph.
+
+    Raises:
+        CheckFailedError: There are more or fewer of them, or their bodies are of the other kind.
+    """
+    if "onnx" not in info.files:
+        return
+    model = onnx.load(path / info.files["onnx"], load_external_data=False)
+    bodies = [f for f in model.functions if (f.domain, f.name) == (DOMAIN, OP_TYPE)]
+    nodes = sum((node.domain, node.op_type) == (DOMAIN, OP_TYPE) for node in model.graph.node)
+    is_native = bool(bodies) and all(OP_TYPE in [n.op_type for n in f.node] for f in bodies)
+    found = (nodes, "native" if is_native else "primitive")
+    if found != (info.rotary_nodes, info.function_body):
+        raise CheckFailedError(
+            f"{info.files['onnx']} has {found[0]} rotary nodes of {found[1]} bodies, the manifest "
+            f"says {info.rotary_nodes} of {info.function_body}"
+        )

@@ -1,0 +1,1 @@
+"""MLServer: the embedded server, and a bundle as one of its runtimes."""

@@ -1,0 +1,1 @@
+"""Ray Serve: the embedded server, and a bundle as an application."""

@@ -1,0 +1,266 @@
+"""A bundle as an application of Ray Serve: HTTP and gRPC requests, run in batches by replicas.
+
+`rotary-export serve --engine ray` starts it on one machine; on a cluster a config file does, with
+`build_app` (the kit that `rotary-export deploy ray` writes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from ray import serve
+from ray.util.metrics import Gauge, Histogram
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from tritonclient.grpc import service_pb2 as pb
+
+from rotary_export.errors import RotaryExportError
+from rotary_export.package import __version__
+from rotary_export.serving.batcher import Batcher
+from rotary_export.serving.core import ServedModel
+from rotary_export.serving.messages import (
+    HEADER_LENGTH,
+    read_grpc,
+    read_http,
+    write_grpc,
+    write_http,
+)
+
+SERVER = {"name": "rotary_export", "version": __version__}
+EXTENSIONS = ["binary_tensor_data"]
+MAX_REQUEST_MIB = 64
+ONGOING = 256  # requests that a replica takes at a time, so that they can run together
+
+
+class RefusedError(RotaryExportError):
+    """A request that gets an answer of its own kind: (HTTP status, gRPC status, message)."""
+
+    def __init__(self, http: int, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.http = http
+        self.code = code
+
+
+class OpenInference:
+    """One replica: the model, and the Open Inference Protocol around it.
+
+    Args:
+        bundle_dir: The bundle's folder, on the replica's machine.
+        max_request_mib: Of a request's body over HTTP; one that is larger is refused.
+        max_batch_delay_ms: As `Options`.
+        **options: As `ServedModel`.
+    """
+
+    def __init__(
+        self,
+        bundle_dir: str,
+        max_request_mib: int = MAX_REQUEST_MIB,
+        max_batch_delay_ms: float = 0,
+        **options: Any,
+    ) -> None:
+        self._served = ServedModel(bundle_dir, **options)
+        self._largest_body = max_request_mib << 20
+        labels = {
+            "model": self._served.metadata["name"],
+            "kernel_path": self._served.kernel_path,
+        }
+        # Kept, or Ray would forget it. Ray writes ray_ before the names.
+        self._gauge = Gauge(
+            "rotary_export_kernel_path",
+            "What computes the rotary nodes; the value is 1.",
+            tag_keys=tuple(labels),
+        )
+        self._gauge.set(1, tags=labels)
+        together = Histogram(
+            "rotary_export_requests_together",
+            "Requests that were taken from the queue together",
+            boundaries=[1, 2, 4, 8, 16, 32, 64, 128],
+        )
+        self._batcher = Batcher(self._served, together.observe, max_batch_delay_ms / 1000)
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer an HTTP request."""
+        try:
+            return await self._route(request)
+        except RefusedError as error:
+            return _make_error(error.http, str(error))
+        except RotaryExportError as error:
+            return _make_error(400, str(error))
+
+    async def _route(self, request: Request) -> Response:
+        match request.method, request.url.path.strip("/").split("/"):
+            case "GET", ["v2"]:
+                return JSONResponse({**SERVER, "extensions": EXTENSIONS})
+            case "GET", ["v2", "health", "live" | "ready"]:
+                return Response()
+            case "GET", ["v2", "models", name, *rest] if rest in ([], ["versions", "1"]):
+                self._check_name(name)
+                return JSONResponse(self._served.metadata)
+            case "GET", ["v2", "models", name, *rest] if _is_call(rest, "ready"):
+                self._check_name(name)
+                return Response()
+            case "POST", ["v2", "models", name, *rest] if _is_call(rest, "infer"):
+                self._check_name(name)
+                body = await _read_body(request, self._largest_body)
+                call = read_http(self._served, body, request.headers.get(HEADER_LENGTH))
+                content, headers = write_http(
+                    self._served, call, await self._batcher.run(call.inputs)
+                )
+                return Response(content, headers=headers)
+        raise RefusedError(
+            404, grpc.StatusCode.NOT_FOUND, f"there is no {request.method} {request.url.path}"
+        )
+
+    async def answer(self, method: str, request: bytes) -> tuple[Any, grpc.StatusCode, str]:
+        """Answer a call of the protocol's gRPC service.
+
+        Args:
+            method: Its name.
+            request: Its message.
+
+        Returns:
+            The answer (empty if it failed), the status and what is wrong.
+        """
+        parse, respond, empty = METHODS[method]
+        try:
+            return await respond(self, parse(request)), grpc.StatusCode.OK, ""
+        except RefusedError as error:
+            return empty(), error.code, str(error)
+        except RotaryExportError as error:
+            return empty(), grpc.StatusCode.INVALID_ARGUMENT, str(error)
+        except DecodeError:
+            return empty(), grpc.StatusCode.INVALID_ARGUMENT, f"{method} must hold its message"
+
+    async def answer_bytes(self, method: str, request: bytes) -> tuple[bytes, grpc.StatusCode, str]:
+        """Answer as `answer`, with bytes: a message of tritonclient's can't be pickled."""
+        answer, code, details = await self.answer(method, request)
+        return answer.SerializeToString(), code, details
+
+    async def _infer_grpc(self, request: Any) -> Any:
+        self._check_name(request.model_name, request.model_version)
+        call = read_grpc(self._served, request)
+        return write_grpc(self._served, call, await self._batcher.run(call.inputs))
+
+    async def _describe_model(self, request: Any) -> Any:
+        self._check_name(request.name, request.version)
+        return pb.ModelMetadataResponse(**self._served.metadata)
+
+    async def _describe_server(self, _: Any) -> Any:
+        return pb.ServerMetadataResponse(**SERVER, extensions=EXTENSIONS)
+
+    async def _say_live(self, _: Any) -> Any:
+        return pb.ServerLiveResponse(live=True)
+
+    async def _say_ready(self, _: Any) -> Any:
+        return pb.ServerReadyResponse(ready=True)
+
+    async def _say_model_ready(self, request: Any) -> Any:
+        self._check_name(request.name, request.version)
+        return pb.ModelReadyResponse(ready=True)
+
+    def get_kernel_path(self) -> str:
+        """Return what computes the rotary nodes."""
+        return self._served.kernel_path
+
+    def _check_name(self, name: str, version: str = "") -> None:
+        known = self._served.metadata
+        if name != known["name"] or version not in ("", *known["versions"]):
+            version = version and f" version {version}"
+            raise RefusedError(
+                404,
+                grpc.StatusCode.NOT_FOUND,
+                f"there is no model {name!r}{version}; this server has {known['name']!r} version "
+                f"{', '.join(known['versions'])}",
+            )
+
+
+# The protocol's gRPC methods: what reads the message of each, what answers it, and the message of a
+# failure.
+METHODS: dict[str, tuple[Callable[[bytes], Any], Callable[..., Any], Callable[[], Any]]] = {
+    name: (getattr(pb, f"{name}Request").FromString, respond, getattr(pb, f"{name}Response"))
+    for name, respond in {
+        "ServerLive": OpenInference._say_live,
+        "ServerReady": OpenInference._say_ready,
+        "ModelReady": OpenInference._say_model_ready,
+        "ServerMetadata": OpenInference._describe_server,
+        "ModelMetadata": OpenInference._describe_model,
+        "ModelInfer": OpenInference._infer_grpc,
+    }.items()
+}
+
+
+def add_open_inference(servicer: Any, server: Any) -> None:
+    """Add the protocol's service to a gRPC server; a config file names it for Ray's own proxy.
+
+    Messages stay bytes until a replica reads them.
+    """
+    methods = {
+        name: grpc.unary_unary_rpc_method_handler(getattr(servicer, name)) for name in METHODS
+    }
+    handler = grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods)
+    server.add_generic_rpc_handlers((handler,))
+
+
+def build_app(args: Mapping[str, Any], num_replicas: int = 1) -> serve.Application:
+    """Return the application, for `serve.run` or a config file.
+
+    Args:
+        args: `bundle_dir`, and what else `OpenInference` takes.
+        num_replicas: A config file overrides it.
+    """
+    deployment = serve.deployment(
+        OpenInference,
+        max_ongoing_requests=ONGOING,
+        ray_actor_options={"num_cpus": 1},
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.2,
+    )
+    return deployment.options(num_replicas=num_replicas).bind(**args)
+
+
+def _make_proxy_method(name: str) -> Callable[[OpenInference, Any, Any], Awaitable[Any]]:
+    """Make the method that Ray's own gRPC proxy finds by the name of a call."""
+
+    async def call(self: OpenInference, request: bytes, grpc_context: Any) -> Any:
+        answer, code, details = await self.answer(name, request)
+        if code is not grpc.StatusCode.OK:
+            grpc_context.set_code(code)
+            grpc_context.set_details(details)
+        return answer
+
+    return call
+
+
+for _name in METHODS:
+    setattr(OpenInference, _name, _make_proxy_method(_name))
+
+
+def _is_call(path: list[str], call: str) -> bool:
+    return path in ([call], ["versions", "1", call])
+
+
+def _make_error(status: int, message: str) -> Response:
+    # After a body that was not read there may be no other request.
+    headers = {"Connection": "close"} if status in (413, 415) else None
+    return JSONResponse({"error": message}, status, headers)
+
+
+async def _read_body(request: Request, largest: int) -> bytes:
+    """Return the body; one that is too large, or says that it will be, is refused early."""
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise RefusedError(415, grpc.StatusCode.INVALID_ARGUMENT, "the body must not be compressed")
+    too_large = RefusedError(
+        413, grpc.StatusCode.RESOURCE_EXHAUSTED, f"the body must be <= {largest} bytes"
+    )
+    if int(request.headers.get("content-length", 0)) > largest:
+        raise too_large
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > largest:
+            raise too_large
+    return bytes(body)

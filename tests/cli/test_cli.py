@@ -1,0 +1,271 @@
+"""The commands: output for people, pipes and programs, exit codes, one line per mistake."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from rotary_export.cli.main import cli
+
+EXPORT = ["export", "--dim", "8", "--use-xpos", "--max-seq-len", "16", "--num-heads", "2"]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "bundle"
+    result = call(*EXPORT, "--out", out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_export_prints_the_proof_in_plain_lines(tmp_path):
+    result = call(*EXPORT, "--out", tmp_path / "b", "--format", "torchscript")
+    assert result.exit_code == 0
+    assert "proven: " in result.stdout
+    assert "rotate" in result.stdout
+    assert "export rotate.pt\n" in result.stderr
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
+        "manifest.json",
+        "rotate.pt",
+        "tables.pt",
+    ]
+
+
+def test_export_passes_every_flag_on(tmp_path):
+    result = call(
+        *("export", "--dim", 8, "--max-seq-len", 16, "--out", tmp_path / "b"),
+        *("--interpolation-factor", 2, "--base", 500, "--base-rescale-factor", 1.5),
+        *("--use-xpos", "--scale-base", 256, "--num-heads", 4, "--num-kv-heads", 2),
+        *("--head-dim", 16, "--interleaved", "--static", "--batch-size", 3),
+        *("--format", "onnx", "--opset", 21, "--dtype", "float16"),
+    )
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    assert manifest["opset"] == 21
+    assert manifest["config"] == {
+        "embedding": {
+            "dim": 8,
+            "use_xpos": True,
+            "scale_base": 256.0,
+            "interpolation_factor": 2.0,
+            "base": 500.0,
+            "base_rescale_factor": 1.5,
+        },
+        "max_seq_len": 16,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "interleaved": True,
+        "static": True,
+        "batch_size": 3,
+        "dtype": "float16",
+    }
+
+
+def test_force_is_needed_to_replace(bundle):
+    before = (bundle / "manifest.json").read_bytes()
+    result = call(*EXPORT, "--out", bundle)
+    assert result.exit_code == 2
+    assert "--force" in result.stderr
+    assert (bundle / "manifest.json").read_bytes() == before
+
+
+def test_verify(bundle):
+    result = call("verify", bundle)
+    assert result.exit_code == 0
+    assert "within tolerance" in result.stdout
+
+
+def test_verify_json(bundle):
+    result = call("verify", bundle, "--json")
+    report = json.loads(result.stdout)
+    assert report["passed"] is True
+    assert {row["graph"] for row in report["rows"]} == {"tables", "rotate"}
+
+
+def test_verify_of_a_changed_file_exits_1(bundle, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    with (copy / "rotate.pt").open("ab") as file:
+        file.write(b"x")
+    result = call("verify", copy)
+    assert result.exit_code == 1
+    assert "rotate.pt" in result.stderr
+    assert "sha256" in result.stderr
+
+
+def test_run_npy_and_npz(bundle, tmp_path):
+    rng = np.random.default_rng(0)
+    query = rng.standard_normal((3, 2, 5, 8), dtype=np.float32)
+    ids = np.tile(np.arange(5), (3, 1))
+    np.save(tmp_path / "q.npy", query)
+    np.savez(tmp_path / "rest.npz", key=query, position_ids=ids)
+    out = tmp_path / "out.npz"
+    arguments = ("run", bundle, "--input", f"query={tmp_path / 'q.npy'}")
+    arguments += ("--input", tmp_path / "rest.npz", "--out", out)
+
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    with np.load(out) as outputs:
+        assert outputs["query_out"].shape == query.shape
+        np.testing.assert_array_equal(outputs["query_out"].shape, outputs["key_out"].shape)
+        assert not np.array_equal(outputs["query_out"], query)
+    assert not list(tmp_path.glob(".*"))
+
+    again = call(*arguments)
+    assert again.exit_code == 2
+    assert "--force" in again.stderr
+    forced = call(*arguments, "--force", "--json", "--no-op-library")
+    assert json.loads(forced.stdout)["kernel_path"] == "native"
+
+
+def test_run_scalar(bundle, tmp_path):
+    out = tmp_path / "out.npz"
+    result = call("run", bundle, "--graph", "tables", "--input", "seq_len=3", "--out", out)
+    assert result.exit_code == 0, result.output
+    with np.load(out) as outputs:
+        assert outputs["freqs"].shape == (16, 8)
+        assert not outputs["freqs"][3:].any()
+
+
+def test_inspect_bundle_and_onnx(bundle):
+    text = call("inspect", bundle).stdout
+    assert "query: float32(batch_size, 2, seq_len, 8)" in text
+    found = json.loads(call("inspect", bundle / "rotate.onnx", "--json").stdout)
+    assert found["rotary nodes"] == 1
+    assert found["rotary"][0]["op"] == "rotary_export::RotaryEmbedding"
+    assert found["opsets"] == "rotary_export 1, ai.onnx 23"
+
+
+def test_doctor():
+    result = call("doctor", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)["facts"]
+    assert facts["CUDA"].startswith("no: ")
+    assert facts["on the CPU"].startswith("fused (")
+
+
+MISTAKES = {
+    "no-command": (["nope"], "No such command 'nope'"),
+    "no-dim": (["export", "--max-seq-len", "4", "--out", "x"], "--dim"),
+    "odd-dim": (["export", "--dim", "7", "--max-seq-len", "4", "--out", "x"], "got 7"),
+    "bad-dtype": ([*EXPORT, "--dtype", "int8", "--out", "x"], "int8"),
+    "bad-opset": ([*EXPORT, "--opset", "12", "--out", "x"], "opset must be in [18, 25], got 12"),
+    "not-a-bundle": (["verify", "."], "it has no manifest.json"),
+    "no-file": (["inspect", "nope.onnx"], "nope.onnx does not exist"),
+    "not-onnx": (["inspect", "text.onnx"], "text.onnx is not an ONNX file"),
+    "no-input-file": (["run", "B", "--input", "query=no.npy", "--out", "o.npz"], "no.npy"),
+    "not-npy": (["run", "B", "--input", "query=text.onnx", "--out", "o.npz"], "text.onnx"),
+    "no-name": (["run", "B", "--input", "q.npy", "--out", "o.npz"], "--input NAME=q.npy"),
+    "not-npz": (["run", "B", "--input", "zip.npz", "--out", "o.npz"], "zip.npz is not a plain"),
+    "objects": (["run", "B", "--input", "objects.npz", "--out", "o.npz"], "objects.npz is not a"),
+    "not-an-integer": (
+        ["run", "B", "--input", "seq_len=--5", "--out", "o.npz"],
+        "--5 does not",
+    ),
+    "twice": (
+        ["run", "B", "--input", "query=q.npy", "--input", "query=q.npy", "--out", "o.npz"],
+        "'query' is given twice",
+    ),
+    "missing-input": (["run", "B", "--input", "query=q.npy", "--out", "o.npz"], "'key'"),
+    "no-folder": (
+        ["run", "B", "--graph", "tables", "--input", "seq_len=3", "--out", "no/o.npz"],
+        "no/o.npz can't be written",
+    ),
+    "no-graph": (["run", "B", "--graph", "x", "--input", "a=1", "--out", "o.npz"], "'x'"),
+    "no-cuda": (
+        ["run", "B", "--provider", "CUDAExecutionProvider", "--input", "a=1", "--out", "o.npz"],
+        "CUDAExecutionProvider can't run here",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_gets_one_line_and_exit_code_2(name, bundle, tmp_path, monkeypatch):
+    arguments, message = MISTAKES[name]
+    monkeypatch.chdir(tmp_path)
+    Path("text.onnx").write_text("this is text")
+    np.save("q.npy", np.zeros((1, 2, 1, 8), np.float32))
+    np.savez("objects.npz", a=np.array([{}], dtype=object))
+    Path("zip.npz").write_bytes(b"PK\x03\x04 and no more")
+    before = sorted(os.listdir())
+    result = call(*[bundle if a == "B" else a for a in arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    assert sorted(os.listdir()) == before
+
+
+def test_mistake_in_json(tmp_path):
+    result = call("verify", tmp_path, "--json")
+    assert result.exit_code == 2
+    assert "it has no manifest.json" in json.loads(result.stdout)["error"]
+
+
+def test_a_closed_pipe_is_no_error(bundle):
+    command = f"{sys.executable} -P -m rotary_export inspect {bundle} | head -n 1"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "bundle: bundle\n"
+    assert done.stderr == ""
+
+
+def test_sigterm_leaves_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "rotary_export", *EXPORT, "--out", tmp_path / "b"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if line.startswith("export rotate.onnx"):
+            assert list(tmp_path.iterdir())
+            process.send_signal(signal.SIGTERM)
+            break
+    process.stderr.close()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_terminal_gets_a_table_and_a_spinner(bundle):
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "rotary_export", "verify", str(bundle)],
+        stdout=child,
+        stderr=child,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "160"},
+    )
+    os.close(child)
+    chunks = []
+    try:
+        while chunk := os.read(parent, 65536):
+            chunks.append(chunk)
+    except OSError:  # the other end is closed
+        pass
+    os.close(parent)
+    assert process.wait() == 0
+    text = b"".join(chunks).decode()
+    assert "┃" in text
+    assert "verify" not in text.splitlines()[-1]
+    assert "proven: " in text
+
+
+def test_missing_click_is_said(tmp_path):
+    blocker = "import sys; sys.modules['click'] = None\n"
+    code = f"{blocker}from rotary_export.__main__ import main\nmain()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr == "the command line needs click: pip install 'rotary_export[cli]'\n"

@@ -1,0 +1,88 @@
+"""`deploy`: the folder it writes, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from helpers.bundles import check_refused, copy_bundle, get_bundle, read_tree, run_eager
+from helpers.target_runs import get_model_bundle
+
+from rotary_export.bundle.manifest import check_files, read_manifest
+from rotary_export.cli.main import cli
+from rotary_export.deploy.deploy import KITS, deploy
+from rotary_export.deploy.targets import TARGETS, Target
+
+
+@pytest.fixture
+def target(monkeypatch, tmp_path):
+    kits = tmp_path / "kits"
+    (kits / "some").mkdir(parents=True)
+    (kits / "some" / "README.md").write_text("read me")
+    monkeypatch.setattr("rotary_export.deploy.deploy.KITS", kits)
+    monkeypatch.setitem(TARGETS, "some", Target("some machine", "onnx"))
+
+
+def test_every_target_has_a_kit_with_a_page():
+    assert {kit.name for kit in KITS.iterdir() if kit.is_dir()} == TARGETS.keys()
+    for name in TARGETS:
+        assert (KITS / name / "README.md").is_file()
+
+
+@pytest.mark.usefixtures("target")
+def test_writes_the_kit_the_bundle_and_an_example(tmp_path):
+    out = deploy("some", get_bundle("plain"), tmp_path / "out")
+    assert (out / "README.md").read_text() == "read me"
+    check_files(out / "bundle", read_manifest(out / "bundle"))
+    kit = json.loads((out / "kit.json").read_text())
+    assert kit["graph"] == "rotate"
+    inputs = {name: np.load(out / "example" / f"{name}.npy") for name in kit["inputs"]}
+    assert inputs["query"].shape[2] > 1
+    for name, want in run_eager("plain", inputs).items():
+        np.testing.assert_array_equal(np.load(out / "example/expected" / f"{name}.npy"), want)
+
+
+@pytest.mark.usefixtures("target")
+def test_takes_a_whole_model_and_prints_json(tmp_path):
+    bundle, out = get_model_bundle().path, tmp_path / "out"
+    result = CliRunner().invoke(cli, ["deploy", "some", str(bundle), "--out", str(out), "--json"])
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["graph"] == "model"
+    assert "example/expected/logits.npy" in said["files"]
+
+
+@pytest.mark.usefixtures("target")
+def test_replaces_only_what_deploy_wrote(tmp_path):
+    out = deploy("some", get_bundle("plain"), tmp_path / "out")
+    check_refused("--force", lambda: deploy("some", get_bundle("plain"), out), tmp_path)
+    (out / "old").touch()
+    deploy("some", get_bundle("plain"), out, force=True)
+    assert not (out / "old").exists()
+    (out / "kit.json").unlink()
+    act = lambda: deploy("some", get_bundle("plain"), out, force=True)  # noqa: E731
+    check_refused("deploy did not write it", act, tmp_path)
+
+
+@pytest.mark.usefixtures("target")
+def test_refusals(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    check_refused("target must be one of", lambda: deploy("x", get_bundle("plain"), out), tmp_path)
+    broken = copy_bundle("plain", tmp_path)
+    (broken / "rotate.pt").write_bytes(b"")
+    check_refused("sha256 differs", lambda: deploy("some", broken, out), tmp_path)
+    monkeypatch.setitem(TARGETS, "other", Target("", "torchscript"))
+    act = lambda: deploy("other", get_bundle("opset18"), out)  # noqa: E731
+    check_refused("other needs the format 'torchscript'", act, tmp_path)
+
+
+@pytest.mark.usefixtures("target")
+def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(TARGETS, "some", Target("", "onnx", fail))
+    before = read_tree(tmp_path)
+    with pytest.raises(ValueError, match="No space left"):
+        deploy("some", get_bundle("plain"), tmp_path / "out")
+    assert read_tree(tmp_path) == before

@@ -1,0 +1,336 @@
+"""Files in and out of `fuse`: safe writing, external data, bad input, the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from helpers.fuse_graphs import Graph, H, add_query_key, find_rotary, half, make_feeds, run
+from onnx import TensorProto, numpy_helper
+
+import rotary_export
+from rotary_export.cli.main import cli
+from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.fusion import fuse as fuse_module
+from rotary_export.fusion.check import compare, feeds
+
+
+def make_model(weights: int = 0) -> onnx.ModelProto:
+    g = Graph()
+    half(g)
+    if weights:
+        big = g.const(np.random.default_rng(0).normal(size=(H, weights)).astype("f"))
+        g.output(g.op("MatMul", g.op("Identity", "query"), big), "wide")
+    return g.model()
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "in.onnx"
+    onnx.save(make_model(), path)
+    return path
+
+
+def list_names(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# ---- writing
+
+
+def test_the_command_writes_a_file_that_runs_with_and_without_the_library(file, tmp_path):
+    before = file.read_bytes()
+    result = CliRunner().invoke(cli, ["fuse", str(file), str(tmp_path / "out.onnx")])
+    assert result.exit_code == 0, result.output
+    assert "2      primitives, half" in result.stdout
+    assert "out.onnx: 2 rotary calls fused into 1 nodes, 0 left" in result.stdout
+    assert list_names(tmp_path) == {"in.onnx", "out.onnx"}
+    assert file.read_bytes() == before
+    fused = onnx.load(tmp_path / "out.onnx")
+    case = make_feeds(3, 7)
+    for got, want in zip(run(fused, case), run(onnx.load(file), case), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
+def test_the_command_prints_json(file, tmp_path):
+    out = str(tmp_path / "out.onnx")
+    options = ["--json", "--shape", "2", "3", "0"]
+    result = CliRunner().invoke(cli, ["fuse", str(file), out, *options])
+    report = json.loads(result.stdout)
+    assert (report["calls_fused"], report["nodes"], report["calls_left"]) == (2, 1, 0)
+    assert {(r["batch"], r["length"], r["past"]) for r in report["compared"]} == {(2, 3, 0)}
+
+
+def test_a_file_is_replaced_only_if_asked_for(file, tmp_path):
+    out = tmp_path / "out.onnx"
+    out.write_text("mine")
+    result = CliRunner().invoke(cli, ["fuse", str(file), str(out)])
+    assert (result.exit_code, out.read_text()) == (2, "mine")
+    assert result.stderr.endswith("out.onnx exists; force=True (--force) replaces it\n")
+    assert CliRunner().invoke(cli, ["fuse", str(file), str(out), "--force"]).exit_code == 0
+    assert len(find_rotary(onnx.load(out))) == 1
+
+
+def test_the_input_is_never_replaced(tmp_path):
+    source, data = tmp_path / "in.onnx", tmp_path / "out.onnx.data"
+    save_external(source, data.name)
+    (tmp_path / "link.onnx").symlink_to(source)
+    before = source.read_bytes(), data.read_bytes()
+    result = rotary_export.fuse(source)
+    for out, file in (("in.onnx", "in.onnx"), ("link.onnx", "link.onnx"), ("out.onnx", data.name)):
+        with pytest.raises(RotaryExportError, match=f"{file} is read from: the input is never"):
+            result.save(tmp_path / out, force=True)
+        command = ["fuse", str(source), str(tmp_path / out), "--force"]
+        assert CliRunner().invoke(cli, command).exit_code == 2
+    assert (source.read_bytes(), data.read_bytes()) == before
+    assert list_names(tmp_path) == {"in.onnx", "link.onnx", "out.onnx.data"}
+
+
+def test_what_can_t_be_written_leaves_nothing(file, tmp_path):
+    result = rotary_export.fuse(file)
+    for out, message in (
+        (tmp_path / "no" / "out.onnx", "can't be written: No such file or directory"),
+        (tmp_path, "is a folder"),
+    ):
+        with pytest.raises(RotaryExportError, match=message):
+            result.save(out, force=True)
+    assert list_names(tmp_path) == {"in.onnx"}
+
+
+# ---- external data
+
+
+def save_external(path, location="weights.bin") -> None:
+    onnx.save(
+        make_model(4096), path, save_as_external_data=True, location=location,
+        size_threshold=1024,
+    )  # fmt: skip
+
+
+def test_external_data_is_read_and_written_as_such(tmp_path):
+    source, out = tmp_path / "a" / "in.onnx", tmp_path / "b" / "out.onnx"
+    source.parent.mkdir()
+    out.parent.mkdir()
+    save_external(source)
+    data = (source.parent / "weights.bin").read_bytes()
+    result = rotary_export.fuse(source)
+    assert result.folder == source.parent
+    assert len(result.model.SerializeToString()) < 30_000
+    result.save(out)
+    assert list_names(out.parent) == {"out.onnx", "out.onnx.data"}
+    assert (source.parent / "weights.bin").read_bytes() == data
+    case = make_feeds(2, 5)
+    for got, want in zip(run(onnx.load(out), case), run(onnx.load(source), case), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_external_data_must_be_there(tmp_path, damage):
+    save_external(tmp_path / "in.onnx")
+    if damage == "missing":
+        (tmp_path / "weights.bin").unlink()
+    else:
+        os.truncate(tmp_path / "weights.bin", 100)
+    words = {"missing": "is missing", "short": "is cut off"}[damage]
+    result = CliRunner().invoke(cli, ["fuse", str(tmp_path / "in.onnx"), str(tmp_path / "o.onnx")])
+    assert result.exit_code == 2
+    assert f"the external data of {tmp_path / 'in.onnx'} {words}" in result.stderr
+    assert result.stderr.count("\n") == len(result.stderr.splitlines())
+    assert not (tmp_path / "o.onnx").exists()
+
+
+def test_a_proto_without_its_data_is_refused(tmp_path):
+    save_external(tmp_path / "in.onnx")
+    proto = onnx.load(tmp_path / "in.onnx", load_external_data=False)
+    with pytest.raises(RotaryExportError, match="which a ModelProto does not locate: give its"):
+        rotary_export.fuse(proto)
+
+
+def test_large_weights_are_mapped_while_the_model_is_run(monkeypatch):
+    folders = []
+
+    def look(model, folder, library):
+        folders.append(folder)
+        assert not any(t.raw_data and len(t.raw_data) > 1024 for t in model.graph.initializer)
+        return opened(model, folder, library)
+
+    opened = compare._open
+    monkeypatch.setattr(compare, "_open", look)
+    monkeypatch.setattr(fuse_module, "LARGE", 2**10)
+    model = make_model(4096)
+    result = rotary_export.fuse(model)
+    assert None not in folders
+    assert not folders[0].exists()
+    assert result.folder is None
+    sizes = {len(numpy_helper.to_array(t).tobytes()) for t in result.model.graph.initializer}
+    assert H * 4096 * 4 in sizes
+
+
+# ---- bad input
+
+
+def damage_opset(model):
+    model.opset_import[0].version = 99
+
+
+def damage_ir(model):
+    model.ir_version = 99
+
+
+def damage_old(model):
+    model.opset_import[0].version = 17
+
+
+def damage_nodes(model):
+    del model.graph.node[:]
+
+
+def damage_version(model):
+    model.opset_import.append(onnx.helper.make_opsetid("rotary_export", 7))
+
+
+def damage_twice(model):
+    model.graph.node.append(model.graph.node[0])
+
+
+def damage_input(model):
+    model.graph.node[0].input[0] = "nobody"
+
+
+def damage_type(model):
+    model.graph.initializer[0].data_type = 99
+
+
+def damage_cycle(model):
+    model.graph.node[0].input[0] = model.graph.node[-1].output[0]
+
+
+def damage_attribute(model):
+    node = model.graph.node[0]
+    node.CopyFrom(onnx.helper.make_node("Transpose", node.input[:1], node.output, perm="long"))
+
+
+BAD = {
+    "newer-opset": (damage_opset, r"has opset 99 and IR version 10; the installed onnx .* knows"),
+    "newer-ir": (damage_ir, r"has opset 18 and IR version 99; the installed onnx"),
+    "older-opset": (damage_old, r"has opset 17, it must be >= 18: onnx.version_converter raises"),
+    "newer-op": (damage_version, r"has version 7 of rotary_export, this release knows up to 1"),
+    "twice": (damage_twice, r"the model is damaged: ValueError: Output .* is redeclared"),
+    "dangling": (damage_input, r"damaged: no node before Unsqueeze computes its input nobody"),
+    "no-type": (damage_type, r"the model is damaged: ValueError: 99 is not a valid DataType"),
+    "cycle": (damage_cycle, r"damaged: no node before Unsqueeze computes its input v9_0_out"),
+    "attribute": (damage_attribute, r"the model can't be fused: TypeError: .*perm"),
+    "no-nodes": (damage_nodes, r"is not an ONNX model: it has no ai.onnx opset or no nodes"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BAD.values(), ids=BAD)
+def test_a_model_that_can_t_be_fused_says_why(damage, message):
+    model = make_model()
+    damage(model)
+    with pytest.raises(RotaryExportError, match=message):
+        rotary_export.fuse(model)
+
+
+ARGUMENTS = {
+    "model": (lambda: rotary_export.fuse(b"model"), "model must be an onnx.ModelProto or a path"),
+    "no-shapes": (lambda: rotary_export.fuse(make_model(), shapes=[]), "at least one shape"),
+    "two-sizes": (lambda: rotary_export.fuse(make_model(), shapes=[(1, 2)]), r"got \(1, 2\)"),
+    "negative": (lambda: rotary_export.fuse(make_model(), shapes=[(1, 2, -1)]), r"got \(1, 2, -1"),
+    "inputs": (lambda: rotary_export.fuse(make_model(), inputs={"x": 1}), "a sequence of dicts"),
+    "long-name": (lambda: rotary_export.fuse(make_model()).save("a" * 300), "can't be written"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_bad_arguments_are_one_clear_error(call, message):
+    with pytest.raises(RotaryExportError, match=message):
+        call()
+
+
+def test_data_of_constants_is_not_replaced_either(tmp_path):
+    save_external(tmp_path / "in.onnx")
+    model = onnx.load(tmp_path / "in.onnx", load_external_data=False)
+    tensor = numpy_helper.from_array(np.ones(4096, "f"), "apart")
+    onnx.external_data_helper.set_external_data(tensor, "out.onnx.data", offset=0, length=4 * 4096)
+    tensor.ClearField("raw_data")
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["unused"], value=tensor))
+    onnx.save(model, tmp_path / "in.onnx")
+    (tmp_path / "out.onnx.data").write_bytes(np.ones(4096, "f").tobytes())
+    source = fuse_module.read_model(tmp_path / "in.onnx")
+    names = {path.name for path in fuse_module.list_files(tmp_path / "in.onnx", source)}
+    assert names == {"in.onnx", "weights.bin", "out.onnx.data"}
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", None])
+def test_an_unreadable_file_is_one_line(tmp_path, content):
+    file = tmp_path / "in.onnx"
+    if content is not None:
+        file.write_bytes(content)
+    result = CliRunner().invoke(cli, ["fuse", str(file), str(tmp_path / "out.onnx")])
+    assert result.exit_code == 2
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("rotary-export: ")
+    assert str(file) in message
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_model_without_rotary_is_exit_code_1(tmp_path):
+    g = Graph()
+    query, _ = add_query_key(g)
+    g.output(g.op("Tanh", query), "out")
+    onnx.save(g.model(), tmp_path / "in.onnx")
+    out = tmp_path / "out.onnx"
+    result = CliRunner().invoke(cli, ["fuse", str(tmp_path / "in.onnx"), str(out), "--json"])
+    assert result.exit_code == 1
+    assert "the model has no rotary embedding" in json.loads(result.stdout)["error"]
+    assert not out.exists()
+
+
+def test_fusing_twice_says_so(file):
+    result = rotary_export.fuse(file)
+    with pytest.raises(CheckFailedError, match="is fused already: 1 node"):
+        rotary_export.fuse(result.model)
+
+
+def test_a_model_that_never_runs_is_not_fused():
+    g = Graph()
+    half(g)
+    g.output(g.op("NoSuchOp", "query", domain="com.microsoft"), "bad")
+    with pytest.raises(RotaryExportError, match="can't be verified, it runs at no shape"):
+        rotary_export.fuse(g.model())
+
+
+# ---- inputs
+
+
+def test_inputs_mean_something_to_a_decoder():
+    g = Graph()
+    ids = g.input("input_ids", ["batch_size", "sequence_length"], TensorProto.INT64)
+    mask = g.input("attention_mask", ["batch_size", "past_sequence_length + sequence_length"], 7)
+    position = g.input("position_ids", ["batch_size", "sequence_length"], TensorProto.INT64)
+    past = g.input("past_key_values.0.key", ["batch_size", 2, "past_sequence_length", H])
+    flag = g.input("use_cache", [1], TensorProto.BOOL)
+    table = g.const(np.zeros((11, 4), "f"))
+    g.output(g.op("Gather", table, ids), "out")
+    for name in (mask, position, past, flag):
+        g.output(name, f"{name}_out")
+    model = fuse_module.read_model(g.model())
+    made = feeds.make_feeds(model.graph, feeds.Shape(3, 4, 5))
+    assert made["input_ids"].shape == (3, 4)
+    assert made["input_ids"].max() < 11
+    assert made["attention_mask"].shape == (3, 9)
+    assert made["attention_mask"].all()
+    np.testing.assert_array_equal(made["position_ids"][1], [5, 6, 7, 8])
+    assert made["past_key_values.0.key"].shape == (3, 2, 5, H)
+    assert made["use_cache"].all()
+
+
+def test_given_inputs_are_used():
+    case = {"position_ids": np.array([[0, 1, 2, 39]])}
+    result = rotary_export.fuse(make_model(), shapes=[(1, 4, 0)], inputs=[case])
+    assert {row.shape.length for row in result.check.comparisons} == {4}

@@ -1,0 +1,261 @@
+"""Files as optimum and onnxruntime-genai write them, and decoders with a key/value cache.
+
+`tools/coverage/other_exporters.py` makes the real files and fuses them; here is what is particular
+to them. optimum runs torch's old exporter, on transformers' modules; these are cut out of them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from helpers.fuse_graphs import Graph, find_rotary, run
+from helpers.tiny_models import make_cache, make_model
+from onnx import TensorProto
+from torch import Tensor, nn
+
+import rotary_export
+from rotary_export.compat.quiet import quiet_torch
+from rotary_export.errors import CheckFailedError, RotaryExportError
+
+N, NKV, D, R = 4, 2, 16, 8
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
+
+
+def rotate_pairs(x: Tensor) -> Tensor:
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+def repeat_channels(x: Tensor) -> Tensor:
+    """What optimum puts in the place of `repeat_interleave(2, dim=-1)`."""
+    counts = torch.full((x.shape[-1],), 2, dtype=torch.int64)
+    front = x.transpose(0, -1)
+    wide = front.unsqueeze(1).expand(-1, counts.max(), *front.shape[1:])
+    return wide[torch.arange(counts.max()) < counts.unsqueeze(1)].transpose(0, -1)
+
+
+class Attention(nn.Module):
+    """Rotated query and key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.key = nn.Embedding(50, N * D), nn.Linear(N * D, NKV * D)
+        self.register_buffer("inv_freq", 10000.0 ** -(torch.arange(0, R, 2) / R))
+        angles = torch.arange(64)[:, None] * self.inv_freq
+        self.register_buffer("sincos", torch.cat((angles.sin(), angles.cos()), dim=-1))
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        batch, length = input_ids.shape
+        x = self.embed(input_ids)
+        query = x.view(batch, length, N, D).transpose(1, 2)
+        key = self.key(x).view(batch, length, NKV, D).transpose(1, 2)
+        return self.rotate(query, position_ids), self.rotate(key, position_ids)
+
+    def compute_angles(self, position_ids: Tensor) -> Tensor:
+        inv_freq = self.inv_freq[None, :, None].expand(position_ids.shape[0], -1, 1)
+        return (inv_freq @ position_ids[:, None, :].float()).transpose(1, 2)
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor, turned: Tensor) -> Tensor:
+        return torch.cat((x[..., :R] * cos + turned * sin, x[..., R:]), dim=-1)
+
+
+class Cohere(Attention):
+    """Angles repeated: ConstantOfShape, Expand, GatherND between two Transpose."""
+
+    def rotate(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        angles = repeat_channels(self.compute_angles(position_ids))
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return self.turn(x, cos, sin, rotate_pairs(x[..., :R]))
+
+
+class Glm(Attention):
+    """Repeated in every layer, and cut where the tables end, whose width it computes."""
+
+    def rotate(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        angles = self.compute_angles(position_ids)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        cos, sin = (repeat_channels(t[..., : t.shape[-1] // 2]) for t in (cos, sin))
+        width = cos.shape[-1]
+        head, tail = x[..., :width], x[..., width:]
+        return torch.cat((head * cos + rotate_pairs(head) * sin, tail), dim=-1)
+
+
+class GptJ(Attention):
+    """A table repeated over the batch (Tile), of which GatherElements picks rows."""
+
+    def rotate(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        table = self.sincos.repeat(position_ids.shape[0], 1, 1)
+        rows = position_ids[..., None].repeat(1, 1, table.shape[-1])
+        sin, cos = torch.gather(table, 1, rows).chunk(2, dim=-1)
+        sin, cos = (torch.repeat_interleave(t[:, :, None, :], 2, 3) for t in (sin, cos))
+        x = x.transpose(1, 2)
+        return self.turn(x, cos, sin, rotate_pairs(x[..., :R])).transpose(1, 2)
+
+
+class Esm(Attention):
+    """Tables of the whole length, cut to that of x."""
+
+    def rotate(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        steps = torch.arange(x.shape[-2]).type_as(self.inv_freq)
+        angles = torch.einsum("i,j->ij", steps, self.inv_freq)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = (t[None, None][:, :, : x.shape[-2], :] for t in (angles.cos(), angles.sin()))
+        return self.turn(x, cos, sin, rotate_half(x[..., :R]))
+
+
+@pytest.mark.parametrize("kind", [Cohere, Glm, GptJ, Esm], ids=lambda kind: kind.__name__)
+def test_what_optimum_writes(tmp_path, kind):
+    model, file = kind().eval(), tmp_path / "in.onnx"
+    names = ["input_ids", "position_ids"]
+    ids, positions = torch.ones(2, 5, dtype=torch.int64), torch.arange(5).repeat(2, 1)
+    with quiet_torch():
+        torch.onnx.export(
+            model, (ids, positions), file, dynamo=False, opset_version=18, input_names=names,
+            dynamic_axes={name: {0: "batch_size", 1: "sequence_length"} for name in names},
+        )  # fmt: skip
+    result = rotary_export.fuse(file)
+    nodes = 2 if kind is Esm else 1  # each of its calls computes its own tables
+    assert (len(result.fused), result.nodes, result.left) == (2, nodes, ())
+    feeds = {"input_ids": torch.randint(0, 50, (3, 11)), "position_ids": torch.randint(64, (3, 11))}
+    given = {i.name for i in result.model.graph.input}
+    got = run(result.model, {name: feeds[name].numpy() for name in given})
+    with torch.no_grad():
+        want = model(*feeds.values())
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=2e-6)
+
+
+class WithPast(nn.Module):
+    """A decoder of transformers with the tensors of its cache as inputs and outputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, mask: Tensor, position_ids: Tensor, *past: Tensor):
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=make_cache(past),
+            use_cache=True,
+        )
+        layers = out.past_key_values.layers
+        return (out.logits, *(t for layer in layers for t in (layer.keys, layer.values)))
+
+
+@pytest.mark.parametrize("dynamo", [True, False], ids=["new exporter", "old exporter"])
+def test_a_decoder_with_a_cache(tmp_path, dynamo):
+    model, file = WithPast(make_model("llama")).eval(), tmp_path / "in.onnx"
+    past = [torch.randn(2, 2, 5, 16) for _ in range(4)]
+    mask = torch.ones(2, 8, dtype=torch.int64)
+    inputs = (torch.ones(2, 3, dtype=torch.int64), mask, torch.arange(5, 8).repeat(2, 1), *past)
+    caches = [f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}" for i in range(4)]
+    names = ["input_ids", "attention_mask", "position_ids", *caches]
+    with quiet_torch():
+        if dynamo:
+            batch, seq, rows = (torch.export.Dim(name) for name in ("batch", "seq", "past"))
+            shapes = [{0: batch, 1: seq}, {0: batch, 1: torch.export.Dim.DYNAMIC}]
+            shapes += [{0: batch, 1: seq}, tuple({0: batch, 2: rows} for _ in past)]
+            program = torch.onnx.export(
+                model, inputs, dynamo=True, dynamic_shapes=tuple(shapes), input_names=names,
+                opset_version=23, verbose=False,
+            )  # fmt: skip
+            program.save(file)
+        else:
+            axes = {name: {0: "batch", 1: "seq"} for name in names[:3]}
+            axes["attention_mask"] = {0: "batch", 1: "total"}
+            axes |= {name: {0: "batch", 2: "past"} for name in caches}
+            torch.onnx.export(
+                model, inputs, file, dynamo=False, opset_version=18, input_names=names,
+                dynamic_axes=axes,
+            )  # fmt: skip
+    result = rotary_export.fuse(file)
+    assert (len(result.fused), result.nodes, result.left) == (4, 2, ())
+    tried = {(c.shape.batch, c.shape.length, c.shape.past) for c in result.check.comparisons}
+    assert tried == {(1, 7, 0), (3, 13, 5), (2, 1, 19)}
+    # One token after nine, at another batch than the traced one.
+    past = [torch.randn(3, 2, 9, 16) for _ in range(4)]
+    feeds = (torch.tensor([[5], [6], [7]]), torch.ones(3, 10, dtype=torch.int64))
+    feeds = (*feeds, torch.full((3, 1), 9), *past)
+    got = run(result.model, {n: t.numpy() for n, t in zip(names, feeds, strict=True)})
+    with torch.no_grad():
+        want = model(*feeds)
+    for ours, theirs in zip(got, want, strict=True):
+        largest = theirs.abs().max().item()
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5 * largest)
+
+
+def write_genai(do_rotary: bool = False, half: int = D // 2) -> onnx.ModelProto:
+    """A layer of onnxruntime-genai's builder: for DirectML it has nodes of their own for rope."""
+    rng = np.random.default_rng(0)
+    g = Graph(22, TensorProto.FLOAT16)
+    ids = g.input("input_ids", ["batch_size", "sequence_length"], TensorProto.INT64)
+    mask = g.input("attention_mask", ["batch_size", "total_sequence_length"], TensorProto.INT64)
+    if not do_rotary:
+        g.input("position_ids", ["batch_size", "sequence_length"], TensorProto.INT64)
+    dims = ["batch_size", NKV, "past_sequence_length", "kv_cache_dim"]
+    past = [g.input(f"past_key_values.0.{name}", dims) for name in ("key", "value")]
+    lengths = g.op("Sub", g.op("ReduceSum", mask, g.ints(1), keepdims=0), g.ints(1))
+    total = g.op("Gather", g.op("Shape", mask), g.const(np.int64(1)), axis=0)
+    lengths, total = (g.op("Cast", v, to=TensorProto.INT32) for v in (lengths, total))
+    x = g.op("Gather", g.const(rng.normal(size=(50, 64)).astype(np.float16)), ids)
+    q, k, v = (
+        g.op("MatMul", x, g.const(rng.normal(size=(64, heads * D)).astype(np.float16) / 8))
+        for heads in (N, NKV, NKV)
+    )
+    angles = np.outer(np.arange(64), 10000.0 ** -np.linspace(0, 0.9, half))
+    tables = [g.const(f(angles).astype(np.float16)) for f in (np.cos, np.sin)]
+    partial = half < D // 2
+    if not do_rotary:
+        q, k = (
+            g.op(
+                "RotaryEmbedding", x, "position_ids", *tables, domain="com.microsoft",
+                interleaved=0, num_heads=heads if partial else 0,
+                rotary_embedding_dim=2 * half if partial else 0,
+            )
+            for x, heads in ((q, N), (k, NKV))
+        )  # fmt: skip
+    outputs = g.op(
+        "GroupQueryAttention", q, k, v, *past, lengths, total, *(tables if do_rotary else ()), n=3,
+        domain="com.microsoft", num_heads=N, kv_num_heads=NKV, do_rotary=int(do_rotary), scale=0.25,
+    )  # fmt: skip
+    for value, name in zip(outputs, ("out", "present.0.key", "present.0.value"), strict=True):
+        g.output(value, name)
+    model = g.model()  # it writes shapes, too
+    for name, heads in ((q, N), (k, NKV)):
+        dims = ["batch_size", "sequence_length", heads * D]
+        model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, g.element, dims))
+    return model
+
+
+@pytest.mark.parametrize("half", [D // 2, D // 4], ids=["full", "partial"])
+def test_what_onnxruntime_genai_writes(half):
+    """Its attention runs several new tokens after a cache for one row only, before and after."""
+    result = rotary_export.fuse(write_genai(half=half))
+    assert (len(result.fused), result.nodes, result.left) == (2, 1, ())
+    assert {c.against for c in result.check.comparisons} == {"as it is", "row by row"}
+    (node,) = find_rotary(result.model)
+    attributes = {a.name: a.i for a in node.attribute}
+    assert attributes.pop("rotary_embedding_dim", D) == 2 * half
+    assert attributes == {"num_heads": N, "kv_num_heads": NKV}
+
+
+def test_rotation_inside_attention_stays_there():
+    with pytest.raises(CheckFailedError, match="GroupQueryAttention rotates inside"):
+        rotary_export.fuse(write_genai(do_rotary=True))
+
+
+def test_a_file_whose_outputs_nobody_computes():
+    """onnxruntime-genai 0.18 writes such files for float32 on CUDA and DirectML."""
+    model = write_genai()
+    model.graph.output.append(onnx.helper.make_tensor_value_info("present.1.key", 10, None))
+    message = "the model is damaged: no node computes its output present.1.key"
+    with pytest.raises(RotaryExportError, match=message):
+        rotary_export.fuse(model)

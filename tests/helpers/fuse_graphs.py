@@ -1,0 +1,152 @@
+"""Small models with a rotary embedding, written as exporters write it; for `test_fuse_*`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from rotary_export.op import spec
+
+H = 8  # head_dim
+
+
+class Graph:
+    """Writes nodes in order; a value is its name."""
+
+    def __init__(self, opset: int = 18, element: int = TensorProto.FLOAT) -> None:
+        self.opset, self.element = opset, element
+        self.nodes: list[Any] = []
+        self.inputs: list[Any] = []
+        self.outputs: list[Any] = []
+        self.stored: list[Any] = []
+        self.extra = [helper.make_opsetid("com.microsoft", 1)]
+
+    def input(self, name: str, dims: list[Any], element: int | None = None) -> str:
+        self.inputs.append(helper.make_tensor_value_info(name, element or self.element, dims))
+        return name
+
+    def const(self, value: Any) -> str:
+        name = f"c{len(self.stored)}"
+        self.stored.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def ints(self, *values: int) -> str:
+        return self.const(np.array(values, np.int64))
+
+    def op(self, kind: str, *inputs: str, out: str | None = None, n: int = 1, **more: Any) -> Any:
+        names = [out] if out else [f"v{len(self.nodes)}_{i}" for i in range(n)]
+        self.nodes.append(helper.make_node(kind, inputs, names, **more))
+        return names[0] if n == 1 else names
+
+    def cut(self, x: str, start: int, end: int, step: int = 1, axis: int = -1) -> str:
+        return self.op(
+            "Slice", x, self.ints(start), self.ints(end), self.ints(axis), self.ints(step)
+        )
+
+    def join(self, *parts: str, axis: int = -1) -> str:
+        return self.op("Concat", *parts, axis=axis)
+
+    def unsqueeze(self, x: str, axis: int) -> str:
+        return self.op("Unsqueeze", x, self.ints(axis))
+
+    def output(self, value: str, name: str, element: int | None = None) -> None:
+        self.op("Identity", value, out=name)
+        self.outputs.append(helper.make_tensor_value_info(name, element or self.element, None))
+
+    def model(self) -> ModelProto:
+        graph = helper.make_graph(
+            self.nodes, "test", self.inputs, self.outputs, initializer=self.stored
+        )
+        opsets = [helper.make_opsetid("", self.opset), *self.extra]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def write_angles(g: Graph, half: int = H // 2, batch: Any = "batch") -> str:
+    """position_ids (B, S) -> angles (B, S, half), as transformers computes them."""
+    ids = g.input("position_ids", [batch, "seq"], TensorProto.INT64)
+    wide = g.op("Cast", g.unsqueeze(ids, -1), to=TensorProto.FLOAT)
+    return g.op("Mul", wide, g.const(np.float32(10000.0) ** -np.linspace(0, 0.9, half, dtype="f")))
+
+
+def write_tables(
+    g: Graph, tiling: str = "half", factor: float = 1.0, axis: int = 1, half: int = H // 2
+) -> tuple[str, str]:
+    """Full-width cosines and sines, (B, 1, S, R) or (B, S, 1, R); "none": half-width."""
+    angles = write_angles(g, half)
+    if tiling == "half":
+        angles = g.join(angles, angles)
+    elif tiling == "repeat":
+        pairs = g.op("Expand", g.unsqueeze(angles, -1), g.ints(1, 1, 1, 2))
+        angles = g.op("Reshape", pairs, g.ints(0, 0, 2 * half))
+    tables = []
+    for function in ("Cos", "Sin"):
+        table = g.op(function, angles)
+        if factor != 1.0:
+            table = g.op("Mul", table, g.const(np.float32(factor)))
+        if g.element != TensorProto.FLOAT:
+            table = g.op("Cast", table, to=g.element)
+        tables.append(g.unsqueeze(table, axis))
+    return tables[0], tables[1]
+
+
+def rotate_half(g: Graph, x: str, size: int = H, cut: str = "slice") -> str:
+    if cut == "split":
+        first, second = g.op("Split", x, g.ints(size // 2, size // 2), n=2, axis=-1)
+    else:
+        first, second = g.cut(x, 0, size // 2), g.cut(x, size // 2, 2**63 - 1)
+    return g.join(g.op("Neg", second), first)
+
+
+def rotate_pairs(g: Graph, x: str, size: int = H) -> str:
+    """(x0, x1, x2, x3, ...) -> (-x1, x0, -x3, x2, ...)."""
+    even, odd = g.cut(x, 0, 2**63 - 1, 2), g.cut(x, 1, 2**63 - 1, 2)
+    pairs = g.join(g.unsqueeze(g.op("Neg", odd), -1), g.unsqueeze(even, -1))
+    return g.op("Reshape", pairs, g.ints(0, 0, 0, size))
+
+
+def add_products(g: Graph, x: str, cos: str, rotated: str, sin: str, kind: str = "Add") -> str:
+    return g.op(kind, g.op("Mul", x, cos), g.op("Mul", rotated, sin))
+
+
+def add_query_key(g: Graph, layout: str = "BNS") -> tuple[str, str]:
+    """Query of 4 heads and key of 2."""
+    dims = {"BNS": ["batch", 0, "seq", H], "BSN": ["batch", "seq", 0, H]}[layout]
+    names = []
+    for name, heads in (("query", 4), ("key", 2)):
+        g.input(name, [heads if d == 0 else d for d in dims])
+        names.append(g.op("Identity", name))
+    return names[0], names[1]
+
+
+def run(model: ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, feeds)
+
+
+def half(g: Graph, cut: str = "slice", factor: float = 1.0, axis: int = 1) -> None:
+    cos, sin = write_tables(g, factor=factor, axis=axis)
+    for x in add_query_key(g, "BNS" if axis == 1 else "BSN"):
+        g.output(add_products(g, x, cos, rotate_half(g, x, cut=cut), sin), f"{x}_out")
+
+
+def find_rotary(model: ModelProto) -> list[onnx.NodeProto]:
+    return [n for n in model.graph.node if (n.domain, n.op_type) == (spec.DOMAIN, spec.OP_TYPE)]
+
+
+def make_feeds(batch: int, length: int, layout: str = "BNS") -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(length)
+    order = [0, 1, 2, 3] if layout == "BNS" else [0, 2, 1, 3]
+    feeds = {
+        name: rng.normal(size=(batch, heads, length, H)).astype("f").transpose(order)
+        for name, heads in (("query", 4), ("key", 2))
+    }
+    ids = rng.integers(0, 40, (batch, length))
+    return feeds | {"position_ids": ids}

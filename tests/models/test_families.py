@@ -1,0 +1,36 @@
+"""The families of transformers that README names: every rotary call fused, equal at batch 3."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.tiny_models import FAMILIES, make_inputs, make_model
+
+from rotary_export import export_model
+
+# Calls of one layer, layout and channels, dimensions.
+EXPECTED = dict.fromkeys(FAMILIES, (1, "half, channels 0 to 16", "BNSH"))
+EXPECTED |= {
+    "phi": (1, "half, channels 0 to 8", "BNSH"),
+    "gpt_neox": (1, "half, channels 0 to 4", "BNSH"),
+    "stablelm": (1, "half, channels 0 to 4", "BNSH"),
+    "gptj": (2, "interleaved, channels 0 to 8", "BSNH"),
+    "codegen": (2, "interleaved, channels 0 to 8", "BSNH"),
+    "cohere": (1, "interleaved, channels 0 to 16", "BNSH"),
+    "glm": (1, "interleaved, channels 0 to 8", "BNSH"),
+    "roformer": (1, "interleaved, channels 0 to 16", "BNSH"),
+}
+TWO_KINDS_OF_LAYERS = ("gemma2", "gemma3_text", "modernbert")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(tmp_path, family):
+    layers = 2 if family in TWO_KINDS_OF_LAYERS else 1
+    model = make_model(family, num_hidden_layers=layers)
+    bundle = export_model(model, make_inputs(model), tmp_path / "bundle", formats=["onnx"])
+    calls, what, axes = EXPECTED[family]
+    (finding,) = bundle.manifest.config["rotary"]
+    assert (finding["calls"], finding["fused"]) == (layers * calls, layers * calls)
+    assert finding["what"] == f"{what}, {axes}"
+    assert bundle.manifest.graphs["model"].rotary_nodes == layers * calls
+    assert {row.kernel_path.partition(" ")[0] for row in bundle.report.rows} == {"native", "fused"}
+    assert any(shape.startswith("batch_size 3") for shape in bundle.report.shapes["model"])

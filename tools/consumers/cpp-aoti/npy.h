@@ -1,1 +1,0 @@
-../cpp-libtorch/npy.h

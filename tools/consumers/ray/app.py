@@ -1,7 +1,0 @@
-"""The application that serve.yaml names: the bundle beside this file."""
-
-from pathlib import Path
-
-from rotary_export.serving.ray_app import build_app
-
-app = build_app({"bundle_dir": str(Path(__file__).parent / "bundle")})

@@ -1,1 +1,0 @@
-../openvino/arrays.py

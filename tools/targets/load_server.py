@@ -1,0 +1,224 @@
+"""Load a server of the Open Inference Protocol: many clients, mixed lengths, every reply checked.
+
+  python tools/targets/load_server.py prepare BUNDLE FOLDER
+  python tools/targets/load_server.py run FOLDER --model NAME --http HOST:PORT --grpc HOST:PORT
+
+`prepare` writes requests and what eager PyTorch answers (it needs torch); `run` needs numpy and
+tritonclient alone. Half of the clients use HTTP and half gRPC where both are given.
+
+Exit codes: 0 fine, 1 an error or a wrong answer, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SHAPES = ((1, 1), (1, 7), (2, 1), (1, 33), (3, 12), (1, 100), (4, 1), (2, 64))  # batch, length
+DATATYPES = {"float16": "FP16", "float32": "FP32", "float64": "FP64", "int64": "INT64"}
+MODEL_ALLOWED = 1e-5  # of a whole model, relative to the largest magnitude of an output
+
+Arrays = dict[str, np.ndarray]
+Infer = Callable[[Arrays, list[str]], Arrays]  # inputs, names of the outputs
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Write requests, and eager's answers: those of the bundle's TorchScript, proven equal."""
+    import rotary_export
+    from rotary_export.bundle.manifest import read_manifest
+    from rotary_export.measure.benchmark import find_main_graph, fit_shapes, make_inputs
+
+    manifest = read_manifest(arguments.bundle)
+    graph = find_main_graph(arguments.bundle, manifest)
+    session = rotary_export.load(arguments.bundle, graph, runtime="torchscript")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    for index, (batch, length) in enumerate(fit_shapes(manifest, graph, SHAPES)):
+        inputs = make_inputs(manifest, graph, batch, length)
+        outputs = session(**inputs)
+        arrays = {f"in.{name}": np.asarray(value) for name, value in inputs.items()}
+        arrays |= {f"out.{name}": np.asarray(value) for name, value in outputs.items()}
+        np.savez(arguments.folder / f"{index:02}.npz", **arrays)
+    allowed = 0.0 if graph == "rotate" else MODEL_ALLOWED
+    (arguments.folder / "load.json").write_text(json.dumps({"allowed": allowed}))
+    print(f"{arguments.folder}: {index + 1} requests")
+
+
+def read_requests(folder: Path) -> tuple[list[tuple[Arrays, Arrays]], float]:
+    """Return (inputs, outputs) of every request, and how far an answer may be off."""
+    pairs = []
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path) as arrays:
+            pairs.append(
+                tuple(
+                    {n.partition(".")[2]: arrays[n] for n in arrays.files if n.startswith(kind)}
+                    for kind in ("in.", "out.")
+                )
+            )
+    return pairs, json.loads((folder / "load.json").read_text())["allowed"]
+
+
+def find_mistake(got: Arrays, want: Arrays, allowed: float) -> str:
+    """Return what is wrong with an answer; empty: nothing."""
+    for name, right in want.items():
+        left = got.get(name)
+        if left is None or left.shape != right.shape or left.dtype != right.dtype:
+            return f"{name} has another shape or type"
+        if allowed == 0:
+            if left.tobytes() != right.tobytes():
+                return f"{name} has other bits"
+        elif not np.abs(left - right).max() <= allowed * np.abs(right).max():
+            return f"{name} is off by {np.abs(left - right).max()}"
+    return ""
+
+
+def open_client(protocol: str, address: str, model: str, binary: bool) -> Infer:
+    """Return a function that asks the server; one connection."""
+    if protocol == "http":
+        import tritonclient.http as triton
+
+        client = triton.InferenceServerClient(address, network_timeout=60, connection_timeout=60)
+        options: dict[str, Any] = {"binary_data": binary}
+    else:
+        import tritonclient.grpc as triton
+
+        client = triton.InferenceServerClient(address)
+        options = {}
+
+    def infer(inputs: Arrays, names: list[str]) -> Arrays:
+        asked = []
+        for name, value in inputs.items():
+            tensor = triton.InferInput(name, value.shape, DATATYPES[value.dtype.name])
+            tensor.set_data_from_numpy(value, **options)
+            asked.append(tensor)
+        outputs = [triton.InferRequestedOutput(name, **options) for name in names]
+        result = client.infer(model, asked, outputs=outputs)
+        return {name: result.as_numpy(name) for name in names}
+
+    return infer
+
+
+def load(
+    open_one: list[Callable[[], Infer]],
+    pairs: list[tuple[Arrays, Arrays]],
+    allowed: float,
+    seconds: float,
+) -> dict[str, Any]:
+    """Ask from one thread for each client until the time is over; return what was seen."""
+    latencies: list[float] = []
+    problems: list[str] = []
+    end = time.perf_counter() + seconds
+
+    def work(index: int) -> None:
+        draw = np.random.default_rng(index)
+        infer = open_one[index]()
+        while time.perf_counter() < end:
+            inputs, want = pairs[draw.integers(len(pairs))]
+            start = time.perf_counter()
+            try:
+                got = infer(inputs, list(want))
+            except Exception as error:
+                problems.append(f"error: {error}")
+                time.sleep(0.1)  # a server that is gone refuses at once
+                continue
+            latencies.append(time.perf_counter() - start)
+            if mistake := find_mistake(got, want, allowed):
+                problems.append(f"wrong: {mistake}")
+
+    start = time.perf_counter()
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(open_one))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took = time.perf_counter() - start
+    p50, p99 = np.percentile(latencies, [50, 99]) if latencies else (float("nan"),) * 2
+    return {
+        "clients": len(open_one),
+        "seconds": round(took, 1),
+        "requests": len(latencies),
+        "errors": sum(p.startswith("error") for p in problems),
+        "wrong": sum(p.startswith("wrong") for p in problems),
+        "p50_ms": round(1e3 * p50, 2),
+        "p99_ms": round(1e3 * p99, 2),
+        "per_second": round(len(latencies) / took, 1),
+        "problems": sorted(set(problems))[:5],
+    }
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Load the server and print what was seen."""
+    pairs, allowed = read_requests(arguments.folder)
+    addresses = {"http": arguments.http, "grpc": arguments.grpc}
+    protocols = [(name, address) for name, address in addresses.items() if address]
+    clients = [
+        functools.partial(open_client, *protocol, arguments.model, arguments.binary)
+        for protocol in itertools.islice(itertools.cycle(protocols), arguments.clients)
+    ]
+    allowed = arguments.allowed if arguments.allowed is not None else allowed
+    names = {"http": f"HTTP ({'binary' if arguments.binary else 'JSON'})", "grpc": "gRPC"}
+    found: dict[str, Any] = {"protocols": ", ".join(names[name] for name, _ in protocols)}
+    found |= load(clients, pairs, allowed, arguments.seconds)
+    if arguments.save:
+        name, file = arguments.save
+        saved = json.loads(Path(file).read_text(encoding="utf-8")) | {name: found}
+        Path(file).write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        shown = {name: str(value) for name, value in found.items() if name != "problems"}
+        width = {name: max(len(name), len(value)) for name, value in shown.items()}
+        print("  ".join(name.ljust(width[name]) for name in shown))
+        print("  ".join(value.ljust(width[name]) for name, value in shown.items()))
+        for problem in found["problems"]:
+            print(problem)
+    return int(found["errors"] + found["wrong"] > 0 or not found["requests"])
+
+
+def main() -> int:
+    """Read the command line, prepare or run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("prepare", help="write requests and their answers")
+    command.add_argument("bundle", type=Path)
+    command.add_argument("folder", type=Path)
+    command = commands.add_parser("run", help="load a server")
+    command.add_argument("folder", type=Path, help="that prepare wrote")
+    command.add_argument("--model", required=True)
+    command.add_argument("--http", metavar="HOST:PORT")
+    command.add_argument("--grpc", metavar="HOST:PORT")
+    command.add_argument("--clients", type=int, default=16)
+    command.add_argument("--seconds", type=float, default=60.0)
+    command.add_argument("--binary", action="store_true", help="binary tensors over HTTP")
+    command.add_argument("--allowed", type=float, help="relative error; 0: equal to the bit")
+    command.add_argument("--json", action="store_true")
+    command.add_argument(
+        "--save",
+        nargs=2,
+        metavar=("NAME", "FILE"),
+        help="under a name, in a JSON file that is there",
+    )
+    arguments = parser.parse_args()
+    if arguments.command == "prepare":
+        prepare(arguments)
+        return 0
+    if not arguments.http and not arguments.grpc:
+        parser.error("run needs --http or --grpc")
+    if not (arguments.folder / "load.json").is_file():
+        parser.error(f"{arguments.folder} is not a folder that prepare wrote")
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

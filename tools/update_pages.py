@@ -1,0 +1,196 @@
+"""Fill the tables of documents from the code and from what tools measured, or check them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path += [str(ROOT / "tools" / folder) for folder in ("bench", "coverage", "targets")]
+
+import coverage_report
+import performance_section
+import targets
+
+from rotary_export.bundle.manifest import read_manifest
+from rotary_export.embedding import RotaryEmbedding
+from rotary_export.exporters.onnx import NEWEST_OPSET, minimum_onnxruntime
+from rotary_export.graphs.graphs import DTYPES, find_longest_xpos
+from rotary_export.op.onnx_function import OLDEST_OPSET
+from rotary_export.proof.parity import TOLERANCES
+
+
+def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _read_result(name: str) -> Any:
+    path = ROOT / "tools" / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_tolerances() -> str:
+    """One line per tolerance."""
+    rows = (
+        (f"`{name}`", f"{t.max_ulp:g}" if t.max_ulp else "equal to the bit", t.reason)
+        for name, t in TOLERANCES.items()
+    )
+    return format_table(("tolerance", "ulp", "reason"), rows)
+
+
+def write_minimum_onnxruntime() -> str:
+    """One line per range of opsets that agree."""
+    ranges: list[tuple[list[int], dict[str, str]]] = []
+    for opset in range(OLDEST_OPSET, NEWEST_OPSET + 1):
+        minimum = minimum_onnxruntime(opset)
+        if ranges and ranges[-1][1] == minimum:
+            ranges[-1][0].append(opset)
+        else:
+            ranges.append(([opset], minimum))
+    rows = (
+        (f"{o[0]} to {o[-1]}" if len(o) > 1 else o[0], m["fused"], m["portable"]) for o, m in ranges
+    )
+    return format_table(("opset", "fused", "portable"), rows)
+
+
+def write_xpos_lengths() -> str:
+    """The longest export with xPos, per type."""
+    rope = RotaryEmbedding(64, use_xpos=True)
+    rows = ((name, f"{find_longest_xpos(rope, dtype):,}") for name, dtype in DTYPES.items())
+    return format_table(("dtype of query and key", "longest max_seq_len"), rows)
+
+
+def write_proof() -> str:
+    """The parity report of exported/xpos, but for the stored tables."""
+    parity = read_manifest(ROOT / "exported" / "xpos").parity
+    rows = (
+        (
+            f"{row['graph']}.{row['output']}",
+            row["runtime"],
+            f"{row['eager']['max_abs']:.2g}",
+            f"{row['eager']['max_ulp']:.2g}",
+            "equal to the bit" if row["eager"]["exact"] else "",
+            f"{row['oracle']['max_ulp']:.2f}",
+        )
+        for row in parity["rows"]
+        if not row["runtime"].startswith("stored")
+    )
+    headers = ("output", "runtime", "max abs error", "ulp", "against eager", "ulp to float64")
+    return format_table(headers, rows)
+
+
+def write_performance() -> str:
+    """Rope's share of a model first, then the ratios, from tools/results/bench.json."""
+    found = performance_section.read_results()
+    shares = format_table(*performance_section.tabulate_shares(found))
+    ratios = format_table(*performance_section.tabulate_ratios(found))
+    return "\n\n".join((performance_section.describe_conditions(found), shares, ratios))
+
+
+def write_coverage() -> str:
+    """What tools/coverage/coverage.py found, from tools/results/coverage.json."""
+    found = json.loads(coverage_report.RESULTS.read_text(encoding="utf-8"))
+    return coverage_report.describe_summary(found["summary"])
+
+
+def write_targets() -> str:
+    """Where a bundle ran, from tools/results/targets.json."""
+    return format_table(*targets.tabulate(json.loads(targets.RESULTS.read_text(encoding="utf-8"))))
+
+
+def write_load() -> str:
+    """What tools/targets/load_server.py saw of the servers, from tools/results/load.json."""
+    found = _read_result("load")
+    names = ("protocols", "clients", "seconds", "requests", "errors", "wrong")
+    headers = ("server", *names, "p50, ms", "p99, ms", "requests per second")
+    rows = (
+        (server, *(row[n] for n in (*names, "p50_ms", "p99_ms", "per_second")))
+        for server, row in found.items()
+    )
+    return format_table(headers, rows)
+
+
+def write_cpp_latency() -> str:
+    """A decode step of the C++ program, from tools/results/cpp_latency.json."""
+    found = json.loads(
+        (ROOT / "tools" / "results" / "cpp_latency.json").read_text(encoding="utf-8")
+    )
+    machine = found["machine"]
+    headers = (
+        "batch_size",
+        "graph",
+        "against `rotary_export.load(...)`",
+        "against onnxruntime's `run_with_iobinding`, bound once",
+    )
+    rows = (
+        (
+            row["batch_size"],
+            row["path"],
+            *(
+                "{} ({} to {})".format(row[f"C++ / {peer}"], *row[f"C++ / {peer}, 95 %"])
+                for peer in ("session", "raw")
+            ),
+        )
+        for row in found["rows"]
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"On {machine['processor']}, {machine['cores']} cores, {versions}.\n\n" + format_table(
+        headers, rows
+    )
+
+
+SECTIONS = {
+    "minimum_onnxruntime": write_minimum_onnxruntime,
+    "xpos_lengths": write_xpos_lengths,
+    "tolerances": write_tolerances,
+    "proof": write_proof,
+    "performance": write_performance,
+    "coverage": write_coverage,
+    "targets": write_targets,
+    "load": write_load,
+}
+DOCUMENTS = {
+    "README.md": SECTIONS,
+    "rotary_export/deploy/kits/cpp-onnxruntime/README.md": {
+        "minimum_onnxruntime": write_minimum_onnxruntime,
+        "cpp_latency": write_cpp_latency,
+    },
+}
+
+
+def fill(document: str, text: str) -> str:
+    """Return a document with its sections filled."""
+    for name, write in DOCUMENTS[document].items():
+        begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        if not pattern.search(text):
+            sys.exit(f"{document} has no section {name}")
+        body = f"{begin}\n{write()}\n{end}"
+        text = pattern.sub(lambda _, body=body: body, text)
+    return text
+
+
+def main() -> None:
+    """Fill, or check."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if outdated")
+    check = parser.parse_args().check
+    for document in DOCUMENTS:
+        path = ROOT / document
+        before = path.read_text(encoding="utf-8")
+        after = fill(document, before)
+        if check and before != after:
+            sys.exit(f"{document} is outdated: run tools/update_pages.py")
+        if not check:
+            path.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
