@@ -7,3 +7,8 @@ class RotaryExportError(ValueError):
 
 class CheckFailedError(RotaryExportError):
     """A bundle is not what it should be: a file's hash or a result's tolerance is broken."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

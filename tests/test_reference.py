@@ -12,7 +12,7 @@ from helpers.cases import FORMS, TYPES, sweep
 from helpers.oracles import assert_same_bits, assert_within, rotate_eagerly
 
 from rotary_export.errors import RotaryExportError
-from rotary_export.proof.parity import TOLERANCES
+from rotary_export.proof.tolerances import TOLERANCES
 from rotary_export.reference import (
     apply_rotary_emb,
     build_freqs,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rotary_export.errors import RotaryExportError
-from rotary_export.runtime.session import make_bfloat16
+from rotary_export.runtime.tensors import make_bfloat16
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

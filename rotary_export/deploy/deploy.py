@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from rotary_export.bundle.atomic import write_folder
 from rotary_export.bundle.manifest import FILE_NAME as MANIFEST
 from rotary_export.bundle.manifest import Manifest, check_files, find_main_graph, read_manifest
-from rotary_export.bundle.staging import make_staging, move_into_place
 from rotary_export.deploy.example import SHAPE, make_example
 from rotary_export.deploy.targets import TARGETS
 from rotary_export.errors import RotaryExportError
-from rotary_export.measure.benchmark import fit_shapes
 from rotary_export.package import __version__
+from rotary_export.proof.sample_inputs import fit_shapes
 from rotary_export.runtime.load import RUNTIMES, open_session
-from rotary_export.runtime.session import is_torch, make_bfloat16
+from rotary_export.runtime.tensors import is_torch, make_bfloat16
 
 # What a kit may have been built into, in a checkout.
 LEFT_BEHIND = ("build", "node_modules", "__pycache__")
@@ -70,7 +70,7 @@ def deploy(
             f"{target} needs the format {needs!r}, but the bundle was exported with "
             f"{', '.join(manifest.graphs[graph].files)}"
         )
-    with make_staging(path, lambda: check_out(path, force)) as staging:
+    with write_folder(path, force, _check_owned) as staging:
         say(f"copy the kit {target}")
         left = shutil.ignore_patterns(*LEFT_BEHIND)
         shutil.copytree(KITS / target, staging, ignore=left, dirs_exist_ok=True)
@@ -85,18 +85,13 @@ def deploy(
             prepare(staging, manifest, graph)
         kit = {"target": target, "rotary_export": __version__, **facts}
         (staging / FILE_NAME).write_text(json.dumps(kit, indent=1) + "\n", encoding="utf-8")
-        move_into_place(staging, path, force)
     return path
 
 
-def check_out(path: Path, force: bool) -> None:
-    """Refuse to touch what is there, but for a kit that is to be replaced."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
+def _check_owned(path: Path) -> None:
+    """Refuse to replace a folder that deploy did not write."""
     if not (path / FILE_NAME).is_file():
         raise RotaryExportError(f"{path} exists and deploy did not write it; it is left as it is")
-    if not force:
-        raise RotaryExportError(f"{path} exists; force=True (--force) replaces it")
 
 
 def _write_example(staging: Path, manifest: Manifest, graph: str) -> dict[str, object]:

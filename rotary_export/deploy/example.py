@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from rotary_export.bundle.manifest import Manifest
-from rotary_export.measure.benchmark import make_inputs
-from rotary_export.runtime.session import is_torch
+from rotary_export.proof.sample_inputs import make_inputs
+from rotary_export.runtime.tensors import is_torch
 
 SHAPE = (2, 7)  # batch_size, seq_len
 

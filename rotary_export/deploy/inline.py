@@ -16,10 +16,10 @@ import numpy as np
 from rotary_export.bundle.manifest import Manifest
 from rotary_export.deploy.example import make_example
 from rotary_export.errors import CheckFailedError, RotaryExportError
-from rotary_export.measure.benchmark import fit_shapes
+from rotary_export.proof.sample_inputs import fit_shapes
 from rotary_export.runtime.load import open_session
 from rotary_export.runtime.providers import CPU
-from rotary_export.runtime.session import is_torch
+from rotary_export.runtime.tensors import is_torch
 
 SHAPES = ((2, 7), (3, 1), (1, 5))  # batch_size, seq_len; compared at
 TRACT_OPSET = 18
@@ -182,8 +182,9 @@ def _compare(staging: Path, manifest: Manifest, graph: str, file: str) -> None:
     Raises:
         CheckFailedError: They differ.
     """
+    from rotary_export.proof.comparison import compare
     from rotary_export.proof.oracle import compute_ulp
-    from rotary_export.proof.parity import TOLERANCES, compare
+    from rotary_export.proof.tolerances import TOLERANCES
 
     shapes = fit_shapes(manifest, graph, SHAPES)
     cases = [make_example(manifest, graph, *shape) for shape in shapes]
@@ -218,11 +219,11 @@ def _run(
     folder: Path, manifest: Manifest, graph: str, cases: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Run every case in one session, which is gone afterwards."""
-    from rotary_export.runtime.ways import to_numpy
+    from rotary_export.proof.comparison import to_comparable
 
     session = open_session(folder, manifest, graph, "onnxruntime", [CPU], use_op_library=False)
     results = []
     for case in cases:
         outputs = session(**case).items()
-        results.append({name: to_numpy(v) if is_torch(v) else v for name, v in outputs})
+        results.append({name: to_comparable(v) if is_torch(v) else v for name, v in outputs})
     return results

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rotary_export.compat.quiet import quiet_loaders, quiet_torch
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import RotaryExportError, first_line
 from rotary_export.runtime.compiled import COMPILED_FOR, find_refusal
 
 _AVX2_BITS = 256
@@ -56,9 +56,9 @@ def compile_program(program: Path, example: tuple[Tensor, ...], path: Path) -> N
             # The sources stay behind: they name places on this machine.
             package_aoti(str(path), [file for file in files if not file.endswith(".cpp")])
     except Exception as error:  # whatever AOTInductor lets through
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise RotaryExportError(
-            f"AOTInductor can't compile {program.name}: {reason}; leave 'aoti' out of formats"
+            f"AOTInductor can't compile {program.name}: {first_line(error)}; leave 'aoti' out of "
+            "formats"
         ) from error
 
 

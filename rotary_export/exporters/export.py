@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from rotary_export.bundle.atomic import write_folder
 from rotary_export.bundle.manifest import (
     DEFAULT_FORMATS,
     FILE_NAME,
@@ -20,9 +21,8 @@ from rotary_export.bundle.manifest import (
     hash_file,
     read_manifest,
 )
-from rotary_export.bundle.staging import make_staging, move_into_place
 from rotary_export.embedding import RotaryEmbedding
-from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.aoti import check_compiler, compile_program
 from rotary_export.exporters.onnx import check_opset, export_onnx, minimum_onnxruntime
 from rotary_export.exporters.program import export_program
@@ -35,9 +35,11 @@ from rotary_export.graphs.graphs import (
     make_graphs,
 )
 from rotary_export.package import __version__
-from rotary_export.proof.parity import Report, compare_bundle
+from rotary_export.proof.plain import compare_plain
+from rotary_export.proof.report import Report, check_report
 from rotary_export.rope import ScaledRotaryEmbedding
 from rotary_export.runtime.compiled import COMPILED_FOR
+from rotary_export.types import Progress, ignore_progress
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def export(
     opset: int = 23,
     dtype: torch.dtype = torch.float32,
     force: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = ignore_progress,
 ) -> Bundle:
     """Export a rotary embedding as a bundle of two graphs, and prove it equal to eager.
 
@@ -103,7 +105,7 @@ def export(
         The bundle, with its manifest and proof.
 
     Raises:
-        RotaryExportError: An argument is wrong or `out` is in the way. Nothing is left behind, and
+        RotaryExportError: An argument is wrong or `out` already exists. Nothing is left behind, and
             an existing bundle is as it was; so too for:
         CheckFailedError: The proof failed.
     """
@@ -121,14 +123,13 @@ def export(
     check_opset(opset)
     check_formats(formats)
     path = find_out(out)
-    say = progress or (lambda _: None)
 
-    with stage(path, force) as staging:
+    with write_bundle(path, force) as staging:
         graphs = {}
         buffers = module.state_dict() if config.rope is None else make_buffers(config)
         state = {name: buffer.cpu() for name, buffer in buffers.items()}
         for graph in make_graphs(config, state):
-            graphs[graph.name] = _write_graph(graph, staging, formats, opset, say)
+            graphs[graph.name] = _write_graph(graph, staging, formats, opset, progress)
         manifest = Manifest(
             name=path.name,
             config=config.to_dict(),
@@ -141,8 +142,8 @@ def export(
             files={file.name: hash_file(file) for file in sorted(staging.iterdir())},
             compiled_for=COMPILED_FOR if "aoti" in formats else {},
         )
-        report = compare_bundle(staging, manifest, lambda what: say(f"verify {what}"), state)
-        return finish(staging, path, manifest, report, force)
+        report = compare_plain(staging, manifest, lambda step: progress(f"verify {step}"), state)
+        return finish_bundle(staging, path, manifest, report)
 
 
 def check_formats(formats: Sequence[str]) -> None:
@@ -171,18 +172,14 @@ def find_out(out: str | os.PathLike[str]) -> Path:
     return Path(out).absolute()
 
 
-def check_out(path: Path, force: bool) -> None:
-    """Refuse to touch what is there, but for a bundle that is to be replaced."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
+def _check_owned(path: Path) -> None:
+    """Refuse to replace a folder that is not a bundle, or contains something else besides."""
     try:
         manifest = read_manifest(path)
     except RotaryExportError as error:
         raise RotaryExportError(
             f"{path} exists and is not a bundle; it is left as it is ({error})"
         ) from None
-    if not force:
-        raise RotaryExportError(f"{path} exists; force=True (--force) replaces it")
     for file in path.iterdir():
         if file.name not in (FILE_NAME, *manifest.files):
             raise RotaryExportError(
@@ -191,7 +188,7 @@ def check_out(path: Path, force: bool) -> None:
 
 
 def _write_graph(
-    graph: Graph, folder: Path, formats: Sequence[str], opset: int, say: Callable[[str], None]
+    graph: Graph, folder: Path, formats: Sequence[str], opset: int, progress: Progress
 ) -> GraphInfo:
     """Write one graph in every format."""
     example = graph.make_inputs(TRACED_SIZES, seq_len=2)
@@ -200,7 +197,7 @@ def _write_graph(
     for kind, file in files.items():
         if kind == "aoti":
             continue  # compiled once the program is there
-        say(f"export {file}")
+        progress(f"export {file}")
         if kind == "onnx":
             forms = export_onnx(graph, example, folder / file, opset)
             if forms and all(form.is_native for form in forms):
@@ -210,37 +207,22 @@ def _write_graph(
         elif kind == "program":
             export_program(graph, example, folder / file)
     if "aoti" in files:
-        say(f"compile {files['aoti']}")
+        progress(f"compile {files['aoti']}")
         compile_program(folder / files["program"], example, folder / files["aoti"])
     return GraphInfo(graph.inputs, graph.outputs, files, rotary_nodes, function_body)
 
 
-def check_report(report: Report) -> None:
-    """Refuse a bundle that is not what eager computes."""
-    failed = [row for row in report.rows if not row.passed]
-    if failed:
-        row = failed[0]
-        oracle = f" and {row.oracle.max_ulp:.3g} ulp off the oracle at {row.oracle.worst}"
-        raise CheckFailedError(
-            f"the export is not equal to eager, nothing was written: {row.graph}.{row.output} by "
-            f"{row.runtime} is {row.eager.max_ulp:.3g} ulp off eager at {row.eager.worst}"
-            f"{'' if row.oracle_tolerance is None else oracle}"
-        )
-
-
-@contextmanager
-def stage(path: Path, force: bool) -> Iterator[Path]:
-    """Give a folder to write a bundle in, gone at the end unless it was moved to `path`.
+def write_bundle(path: Path, force: bool) -> AbstractContextManager[Path]:
+    """Give a folder to write a bundle in, which takes the place of `path` once the block has ended.
 
     Raises:
-        RotaryExportError: `path` is in the way, or can't be written.
+        RotaryExportError: `path` already exists, or can't be written.
     """
-    with make_staging(path, lambda: check_out(path, force)) as staging:
-        yield staging
+    return write_folder(path, force, _check_owned)
 
 
-def finish(staging: Path, path: Path, manifest: Manifest, report: Report, force: bool) -> Bundle:
-    """Write the manifest, proof included, and put the bundle in its place.
+def finish_bundle(staging: Path, path: Path, manifest: Manifest, report: Report) -> Bundle:
+    """Write the manifest, proof included, into the folder of `write_bundle`.
 
     Raises:
         CheckFailedError: The proof failed.
@@ -249,5 +231,4 @@ def finish(staging: Path, path: Path, manifest: Manifest, report: Report, force:
     skipped = dict.fromkeys(report.skipped, "was not on the exporting machine")
     manifest = replace(manifest, parity=report.to_dict() | {"skipped": skipped})
     (staging / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    move_into_place(staging, path, force)
     return Bundle(path, manifest, report)

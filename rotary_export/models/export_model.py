@@ -26,10 +26,9 @@ from rotary_export.exporters.aoti import compile_program
 from rotary_export.exporters.export import (
     Bundle,
     check_formats,
-    check_report,
     find_out,
-    finish,
-    stage,
+    finish_bundle,
+    write_bundle,
 )
 from rotary_export.exporters.onnx import check_opset, minimum_onnxruntime
 from rotary_export.exporters.program import save_program
@@ -57,8 +56,9 @@ from rotary_export.models.trace.snapshot import Snapshot, preserve
 from rotary_export.models.trace.trace_patches import patch_for_tracing
 from rotary_export.models.write import MAX_INLINE_BYTES, write_onnx
 from rotary_export.package import __version__
-from rotary_export.proof.model import GRAPH, Results, compare_model, run_eager, write_sources
+from rotary_export.proof.model import GRAPH, Results, compare_model, run_eager, write_input_values
 from rotary_export.proof.model_cases import Case
+from rotary_export.proof.report import check_report
 from rotary_export.runtime.compiled import COMPILED_FOR
 
 Progress = Callable[[str], None]
@@ -114,7 +114,7 @@ def export_model(
         raise RotaryExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     path = find_out(out)
     say = progress or (lambda _: None)
-    with stage(path, force) as staging:
+    with write_bundle(path, force) as staging:
         if dtype is not None:
             model, example_inputs = convert_model(model, example_inputs, dtype)
         with preserve(model) as snapshot:
@@ -146,7 +146,7 @@ def export_model(
                         ": give that size a fixed one with dynamic_shapes, or change the model "
                         "there"
                     ) from error
-        return finish(staging, path, manifest, report, force)
+        return finish_bundle(staging, path, manifest, report)
 
 
 def _run_eager(prepared: Prepared, cases: Sequence[Case], snapshot: Snapshot) -> Results:
@@ -266,7 +266,7 @@ def _make_manifest(
             "points": paths.points,
             "unverified": paths.unverified,
             "mismatched": paths.mismatched,
-            "sources": write_sources(prepared.sources),
+            "input_values": write_input_values(prepared.sources),
             "rotary": [asdict(finding) for finding in prepared.found.findings],
         },
         dtype=str(parameter.dtype).removeprefix("torch."),

@@ -26,8 +26,8 @@ from rotary_export.models.trace.trace_patches import (
 from rotary_export.proof.model_cases import (
     TRACED,
     Case,
-    Source,
-    choose_source,
+    InputValues,
+    choose_values,
     make_case,
     make_cases,
 )
@@ -53,7 +53,7 @@ class Prepared:
 
     flat: FlatModel
     inputs: tuple[TensorInfo, ...]
-    sources: dict[str, Source]
+    sources: dict[str, InputValues]
     sizes: dict[str, int]
     example: Case
     traced: Case
@@ -122,7 +122,7 @@ def prepare(
         )
         for name, v in tensors.items()
     )
-    sources = {i.name: choose_source(i.name, tensors[i.name], i.limits) for i in inputs}
+    sources = {i.name: choose_values(i.name, tensors[i.name], i.limits) for i in inputs}
     thresholds = find_thresholds(model)
     longest = find_longest(model, thresholds)
     flat = FlatModel(model, arguments, _find_extra(model, example_inputs))
@@ -209,7 +209,7 @@ def _find_limits(model: nn.Module, name: str) -> tuple[int, int] | None:
 
 
 def _choose_sizes(
-    example: Mapping[str, int], inputs: Sequence[TensorInfo], sources: Mapping[str, Source]
+    example: Mapping[str, int], inputs: Sequence[TensorInfo], sources: Mapping[str, InputValues]
 ) -> dict[str, int]:
     """Choose what to trace at: small sizes, all different; the example's where they may matter."""
     sizes: dict[str, int] = {}

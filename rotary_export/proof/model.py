@@ -6,7 +6,6 @@ One session is open at a time, so that there are two copies of the weights at mo
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,54 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from rotary_export.bundle.dims import BATCH, SEQ
-from rotary_export.bundle.manifest import GraphInfo, Manifest, check_files, read_manifest
-from rotary_export.errors import CheckFailedError, RotaryExportError
-from rotary_export.proof import parity
+from rotary_export.bundle.dims import SEQ
+from rotary_export.bundle.manifest import GraphInfo, Manifest
+from rotary_export.errors import CheckFailedError, RotaryExportError, first_line
+from rotary_export.proof.comparison import Error, compare, to_comparable
 from rotary_export.proof.model_cases import (
     LONGEST_CASE,
     Case,
-    Source,
+    InputValues,
     list_unverified,
-    make_case,
     make_cases,
 )
 from rotary_export.proof.oracle import compute_ulp
-from rotary_export.proof.parity import Array, Error, Report, Row, compare
+from rotary_export.proof.report import Report, Row
 from rotary_export.proof.stored import check_rotary_nodes
-from rotary_export.runtime.compiled import find_refusal
-from rotary_export.runtime.load import open_session
-from rotary_export.runtime.providers import CPU, import_onnxruntime, library_refusal
-from rotary_export.runtime.ways import open_reference, to_numpy
+from rotary_export.runtime.ways import REFERENCE, Way, list_ways
+from rotary_export.types import Array, Progress, ignore_progress
 
 GRAPH = "model"
-Progress = Callable[[str], None]
 Results = list[dict[str, Array]]  # per case, by output
-
-
-def verify(bundle_dir: str | os.PathLike[str], progress: Progress | None = None) -> Report:
-    """Compare every graph of a bundle, in every format and runtime present, with eager PyTorch.
-
-    A model is not in its bundle: what its export compared with the model itself is compared here
-    with the first format that is there, of `.pt2`, `.pt` and ONNX without the op library.
-
-    Args:
-        bundle_dir: The bundle's folder.
-        progress: Called with what is being run.
-
-    Returns:
-        The report; `report.passed` says whether it is within the tolerances.
-
-    Raises:
-        RotaryExportError: The bundle is damaged or can't be loaded.
-    """
-    path = Path(bundle_dir)
-    manifest = read_manifest(path)
-    if GRAPH not in manifest.graphs:
-        return parity.verify(path, progress)
-    check_files(path, manifest)
-    cases = read_cases(manifest)
-    return compare_model(path, manifest, cases, None, progress)
 
 
 def read_cases(manifest: Manifest) -> list[Case]:
@@ -75,7 +45,7 @@ def read_cases(manifest: Manifest) -> list[Case]:
     try:
         return make_cases(
             manifest.graphs[GRAPH].inputs,
-            _read_sources(manifest),
+            read_input_values(manifest),
             config["traced"],
             config["thresholds"],
             config["longest"],
@@ -86,30 +56,15 @@ def read_cases(manifest: Manifest) -> list[Case]:
         raise RotaryExportError(f"the manifest's config is damaged: {error!r}") from None
 
 
-def _read_sources(manifest: Manifest) -> dict[str, Source]:
+def read_input_values(manifest: Manifest) -> dict[str, InputValues]:
+    """Return where the values of each input come from, as the manifest of a model has it."""
     return {
-        row["input"]: Source(row["role"], tuple(row["limits"]), row["value"])
-        for row in manifest.config["sources"]
+        row["input"]: InputValues(row["role"], tuple(row["limits"]), row["value"])
+        for row in manifest.config["input_values"]
     }
 
 
-def fit_sizes(manifest: Manifest, shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Lower (batch_size, seq_len) to what a model takes, each once."""
-    max_size = manifest.graphs[GRAPH].max_size
-    rows, length = max_size.get(BATCH, 1 << 30), max_size.get(SEQ, 1 << 30)
-    longest = min(length, manifest.config["longest"] or length)
-    return list(dict.fromkeys((min(batch, rows), min(seq, longest)) for batch, seq in shapes))
-
-
-def make_model_inputs(manifest: Manifest, batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
-    """Make inputs of one size, by name; the other sizes are those that were traced."""
-    infos = manifest.graphs[GRAPH].inputs
-    sizes = manifest.config["traced"] | {BATCH: batch_size, SEQ: seq_len}
-    case = make_case(infos, _read_sources(manifest), sizes)
-    return {info.name: value for info, value in zip(infos, case.tensors, strict=True)}
-
-
-def write_sources(sources: Mapping[str, Source]) -> list[dict[str, Any]]:
+def write_input_values(sources: Mapping[str, InputValues]) -> list[dict[str, Any]]:
     """Return sources as a manifest keeps them."""
     return [{"input": name, **asdict(source)} for name, source in sources.items()]
 
@@ -119,9 +74,9 @@ def compare_model(
     manifest: Manifest,
     cases: Sequence[Case],
     eager: Results | None,
-    progress: Progress | None = None,
+    progress: Progress = ignore_progress,
 ) -> Report:
-    """Run a model's bundle everywhere and compare.
+    """Run a model's bundle in every way and compare.
 
     Args:
         path: The bundle's folder.
@@ -129,37 +84,39 @@ def compare_model(
         cases: What to run it on.
         eager: What the model itself returns; None: compare with the bundle's first format.
         progress: Called with what is being run.
+
+    Raises:
+        CheckFailedError: A format does not run.
     """
     info = manifest.graphs[GRAPH]
     check_rotary_nodes(path, info)
     report = Report(shapes={GRAPH: [case.name for case in cases]})
     report.unverified = _list_unverified(manifest)
-    say = progress or (lambda _: None)
-    for name, options in _list_runs(info, manifest.compiled_for, report.skipped):
-        say(f"{GRAPH}: {name}")
+    ways = list(list_ways(info, manifest.compiled_for, report.skipped))
+    ways = [way for way in ways if way is not REFERENCE]  # slow: only where others can't run it
+    while ways:
+        way = ways.pop(0)
+        progress(f"{GRAPH}: {way.name}")
         try:
-            kernel_path, results = _run_cases(path, manifest, options, cases)
+            kernel_path, results = _run_cases(path, manifest, way, cases)
         except RotaryExportError as error:
-            if manifest.dtype != "bfloat16" or "NOT_IMPLEMENTED" not in str(error):
-                raise CheckFailedError(f"{name} fails: {error}") from error
-            report.skipped[name] = "ONNX Runtime's CPU has no bfloat16 kernel for some operator"
-            name, kernel_path = "onnx.reference", "reference"
-            if any(row.runtime == name for row in report.rows):
-                continue
-            say(f"{GRAPH}: {name}")
-            reference = open_reference(path / info.files["onnx"], info)
-            names = [output.name for output in info.outputs]
-            results = [dict(zip(names, reference.run(c.tensors), strict=True)) for c in cases]
+            unsupported = manifest.dtype == "bfloat16" and "NOT_IMPLEMENTED" in str(error)
+            if not unsupported or way is REFERENCE:
+                raise CheckFailedError(f"{way.name} fails: {error}") from error
+            report.skipped[way.name] = "ONNX Runtime's CPU has no bfloat16 kernel for some operator"
+            if REFERENCE.name not in [row.runtime for row in report.rows]:
+                ways.insert(0, REFERENCE)
+            continue
         gc.collect()  # a session is gone before the next one, cycles of torch.export included
         if eager is None:
             eager = results
-        report.rows += compare_results(info, name, kernel_path, cases, results, eager)
+        report.rows += compare_results(info, way.name, kernel_path, cases, results, eager)
     return report
 
 
 def _list_unverified(manifest: Manifest) -> dict[str, str]:
     """Say what a model's proof leaves out, and why."""
-    config, sources = manifest.config, _read_sources(manifest)
+    config, sources = manifest.config, read_input_values(manifest)
     lengths = list_unverified(sources, config["traced"], config["thresholds"])
     why = f"more than {LONGEST_CASE} or no size named {SEQ}, and no position_ids to reach it with"
     fixed = [name for name, source in sources.items() if source.role == "fixed"]
@@ -177,50 +134,18 @@ def _list_unverified(manifest: Manifest) -> dict[str, str]:
 
 
 def _run_cases(
-    path: Path, manifest: Manifest, options: dict[str, Any], cases: Sequence[Case]
+    path: Path, manifest: Manifest, way: Way, cases: Sequence[Case]
 ) -> tuple[str, Results]:
     """Run every case in one session, which is gone afterwards."""
-    session = open_session(path, manifest, GRAPH, **options)
+    session = way.open(path, manifest, GRAPH)
     results = []
     for case in cases:
         feeds = {i.name: t for i, t in zip(session.graph.inputs, case.tensors, strict=True)}
         try:
-            results.append({name: to_numpy(v) for name, v in session(**feeds).items()})
+            results.append({name: to_comparable(v) for name, v in session(**feeds).items()})
         except Exception as error:  # what the runtimes raise
-            reason = str(error).strip().partition("\n")[0]
-            raise RotaryExportError(f"at {case.name}: {reason}") from error
+            raise RotaryExportError(f"at {case.name}: {first_line(error)}") from error
     return session.kernel_path, results
-
-
-def _list_runs(
-    info: GraphInfo, compiled_for: Mapping[str, str], skipped: dict[str, str]
-) -> list[tuple[str, dict[str, Any]]]:
-    runs: list[tuple[str, dict[str, Any]]] = []
-    if "program" in info.files:
-        runs.append(("torch.export", {"runtime": "program"}))
-    if "torchscript" in info.files:
-        runs.append(("TorchScript", {"runtime": "torchscript"}))
-    if "aoti" in info.files:
-        refusal = find_refusal(compiled_for)
-        if refusal:
-            skipped["AOTInductor"] = refusal
-        else:
-            runs.append(("AOTInductor", {"runtime": "aoti"}))
-    if "onnx" not in info.files:
-        return runs
-    try:
-        import_onnxruntime()
-    except RotaryExportError as error:
-        skipped["ONNX Runtime"] = str(error)
-        return runs
-    options: dict[str, Any] = {"runtime": "onnxruntime", "providers": [CPU]}
-    runs.append(("ONNX Runtime, function body", options | {"use_op_library": False}))
-    refusal = library_refusal([CPU], "auto")
-    if refusal:
-        skipped["ONNX Runtime, op library"] = refusal
-    else:
-        runs.append(("ONNX Runtime, op library", options | {"use_op_library": True}))
-    return runs
 
 
 def compare_results(
@@ -266,6 +191,6 @@ def run_eager(
     for case in cases:
         reset()
         with torch.no_grad():
-            results.append({n: to_numpy(v).copy() for n, v in run(case.tensors).items()})
+            results.append({n: to_comparable(v).copy() for n, v in run(case.tensors).items()})
     reset()
     return results

@@ -19,7 +19,7 @@ LONGEST_CASE = 1024  # longer ones take too long to be run
 
 
 @dataclass(frozen=True)
-class Source:
+class InputValues:
     """Where the values of an input come from.
 
     Attributes:
@@ -49,7 +49,7 @@ class Case:
     keep: Tensor | None = None
 
 
-def choose_source(name: str, value: Tensor, limits: tuple[int, int] | None) -> Source:
+def choose_values(name: str, value: Tensor, limits: tuple[int, int] | None) -> InputValues:
     """Choose how to make more of an example input.
 
     Args:
@@ -58,21 +58,21 @@ def choose_source(name: str, value: Tensor, limits: tuple[int, int] | None) -> S
         limits: Of its ids, if they are known.
     """
     if name.startswith("past."):
-        return Source("past")
+        return InputValues("past")
     if name == "position_ids":
-        return Source("position_ids")
+        return InputValues("position_ids")
     if "mask" in name and value.dim() == 2 and set(value.unique().tolist()) <= {0, 1}:
-        return Source("mask")
+        return InputValues("mask")
     if value.is_floating_point():
-        return Source("values")
+        return InputValues("values")
     if value.dim() == 2 and value.numel() and "grid" not in name:
-        return Source("ids", limits or (int(value.min()), int(value.max())))
-    return Source("fixed", value=value.tolist())
+        return InputValues("ids", limits or (int(value.min()), int(value.max())))
+    return InputValues("fixed", value=value.tolist())
 
 
 def make_case(
     infos: Sequence[TensorInfo],
-    sources: Mapping[str, Source],
+    sources: Mapping[str, InputValues],
     sizes: Mapping[str, int],
     *,
     seed: int = 0,
@@ -145,7 +145,7 @@ def _make_positions(
 
 def make_cases(
     infos: Sequence[TensorInfo],
-    sources: Mapping[str, Source],
+    sources: Mapping[str, InputValues],
     traced: Mapping[str, int],
     thresholds: Sequence[int],
     longest: int | None,
@@ -210,7 +210,7 @@ def make_cases(
 
 
 def list_unverified(
-    sources: Mapping[str, Source], traced: Mapping[str, int], thresholds: Sequence[int]
+    sources: Mapping[str, InputValues], traced: Mapping[str, int], thresholds: Sequence[int]
 ) -> list[int]:
     """Return the thresholds that none of `make_cases` reaches."""
     if not traced or any(source.role == "position_ids" for source in sources.values()):

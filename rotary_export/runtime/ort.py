@@ -19,13 +19,8 @@ from rotary_export.runtime.providers import (
     import_onnxruntime,
     library_refusal,
 )
-from rotary_export.runtime.session import (
-    Session,
-    Tensors,
-    is_torch,
-    make_bfloat16,
-    resolve_shape,
-)
+from rotary_export.runtime.session import Session, Tensors, resolve_shape
+from rotary_export.runtime.tensors import is_torch, make_dtype, name_dtype
 
 _ONNX_BFLOAT16 = 16
 _NO_ELEMENTS = np.zeros(1)
@@ -119,7 +114,7 @@ def _name_kernel(provider: str) -> str:
 def _describe(buffer: Any) -> tuple[str, int, Any, tuple[int, ...], int]:
     """Return device, device id, element type, shape and address, as an IO binding takes them."""
     if is_torch(buffer):
-        name = str(buffer.dtype).removeprefix("torch.")
+        name = name_dtype(buffer.dtype)
         element = _ONNX_BFLOAT16 if name == "bfloat16" else np.dtype(name).type
         device = buffer.device
         # A tensor without elements has a null address, which ORT refuses.
@@ -133,5 +128,4 @@ def _allocate(info: TensorInfo, shape: tuple[int, ...], torch_device: Any) -> An
     if torch_device is not None:
         torch = sys.modules["torch"]
         return torch.empty(shape, dtype=getattr(torch, info.dtype), device=torch_device)
-    dtype = make_bfloat16() if info.dtype == "bfloat16" else np.dtype(info.dtype)
-    return np.empty(shape, dtype=dtype)
+    return np.empty(shape, dtype=make_dtype(info.dtype))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -12,19 +11,9 @@ import numpy as np
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
 from rotary_export.errors import RotaryExportError
 from rotary_export.op.spec import bad_id_message
+from rotary_export.runtime.tensors import is_torch, name_dtype
 
 Tensors = Mapping[str, Any]  # numpy arrays, or torch tensors
-
-
-def is_torch(value: object) -> bool:
-    """Whether value is a torch tensor, without importing torch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
-def get_type_name(value: Any) -> str:
-    """Return the dtype of an array or tensor as manifests write it."""
-    return str(value.dtype).removeprefix("torch.")
 
 
 class Session(ABC):
@@ -124,8 +113,10 @@ def check_session_inputs(name: str, graph: GraphInfo, inputs: Tensors) -> dict[s
             raise RotaryExportError(
                 f"{info.name} must be a numpy array or a torch tensor, got {type(value).__name__}"
             )
-        if get_type_name(value) != info.dtype:
-            raise RotaryExportError(f"{info.name} must be {info.dtype}, got {get_type_name(value)}")
+        if name_dtype(value.dtype) != info.dtype:
+            raise RotaryExportError(
+                f"{info.name} must be {info.dtype}, got {name_dtype(value.dtype)}"
+            )
         _check_shape(info, tuple(value.shape), sizes)
         if info.limits is not None:
             _check_limits(info, value)
@@ -184,19 +175,3 @@ def resolve_shape(info: TensorInfo, sizes: Mapping[str, int]) -> tuple[int, ...]
 def resolve_dim(dim: str, sizes: Mapping[str, int]) -> int:
     """Return a size: that of a dynamic axis, or a sum, "past_seq_len + seq_len"."""
     return sum(int(term) if term.isdigit() else sizes[term] for term in dim.split(" + "))
-
-
-def make_bfloat16() -> np.dtype[Any]:
-    """Return numpy's bfloat16 dtype.
-
-    Raises:
-        RotaryExportError: ml_dtypes is not installed.
-    """
-    try:
-        import ml_dtypes
-    except ImportError:
-        raise RotaryExportError(
-            "bfloat16 numpy arrays need the package ml_dtypes: pip install ml_dtypes"
-        ) from None
-    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-    return dtype

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rotary_export.bundle.manifest import GraphInfo
 from rotary_export.compat.quiet import quiet_loaders
-from rotary_export.errors import RotaryExportError
-from rotary_export.runtime.session import Session, Tensors, is_torch, make_bfloat16
+from rotary_export.errors import RotaryExportError, first_line
+from rotary_export.runtime.session import Session, Tensors
+from rotary_export.runtime.tensors import to_numpy, to_torch
 
 try:
     import torch
@@ -35,13 +34,13 @@ class TorchSession(Session):
                 else:
                     self._module = _load_compiled(file)
         except Exception as error:  # torch's loaders let through what their parsers raise
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
             raise RotaryExportError(
                 f"torch {torch.__version__} can't load {file.name}: {reason}"
             ) from None
 
     def _run(self, inputs: Tensors, sizes: Mapping[str, int], wants_torch: bool) -> dict[str, Any]:
-        tensors = [_to_torch(inputs[info.name]) for info in self.graph.inputs]
+        tensors = [to_torch(inputs[info.name]) for info in self.graph.inputs]
         with torch.no_grad():
             outputs = self._module(*tensors)
         # A scale of 1.0 is a constant of a TorchScript module; outputs are the caller's to change.
@@ -49,7 +48,7 @@ class TorchSession(Session):
         names = [info.name for info in self.graph.outputs]
         if wants_torch:
             return dict(zip(names, outputs, strict=True))
-        return {name: _to_numpy(value) for name, value in zip(names, outputs, strict=True)}
+        return {name: to_numpy(value) for name, value in zip(names, outputs, strict=True)}
 
 
 def _load_compiled(file: Path) -> Callable[..., list[torch.Tensor]]:
@@ -64,20 +63,3 @@ def _load_compiled(file: Path) -> Callable[..., list[torch.Tensor]]:
         return outputs
 
     return run
-
-
-def _to_torch(value: Any) -> torch.Tensor:
-    if is_torch(value):
-        tensor: torch.Tensor = value.contiguous()  # a program may see it as flat
-        return tensor
-    # Contiguous, since torch knows no negative strides; writeable, or it warns of what we don't do.
-    value = np.require(value, requirements=("C", "W"))
-    if value.dtype.name == "bfloat16":
-        return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(value)
-
-
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(make_bfloat16())
-    return tensor.numpy()

@@ -1,118 +1,130 @@
-"""Every way to run a graph of a bundle."""
+"""Every way to run a graph of a bundle, listed once: what it opens, and when it is available.
+
+The proof, `bench` and `fuse` go through this list. torch and onnx are imported only where a way
+needs them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from onnx.reference import ReferenceEvaluator
-from torch import Tensor
-
 from rotary_export.bundle.manifest import GraphInfo, Manifest
 from rotary_export.errors import RotaryExportError
-from rotary_export.graphs.graphs import Graph
-from rotary_export.op.onnx_reference import RotaryEmbedding as ReferenceRotaryEmbedding
-from rotary_export.runtime.compiled import find_refusal
-from rotary_export.runtime.load import open_session
+from rotary_export.runtime.load import RUNTIMES, open_session
 from rotary_export.runtime.providers import CPU, import_onnxruntime, library_refusal
-from rotary_export.runtime.session import make_bfloat16
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-def to_numpy(tensor: Tensor) -> Array:
-    """Return a tensor as numpy; bfloat16 as float32, which holds it exactly."""
-    return tensor.float().numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+from rotary_export.runtime.session import Session
 
 
 @dataclass(frozen=True)
-class Runner:
-    """One way to run a graph.
+class Way:
+    """One way to run a graph, on the CPU.
 
     Attributes:
-        name: For people.
-        kernel_path: As `Session.kernel_path`; "eager" and "reference" besides.
-        run: From the inputs in order to the outputs in order; bfloat16 as float32.
+        name: Human-readable; the key in reports.
+        runtime: As `load` names it; "reference" is onnx.reference.
+        use_op_library: Whether ONNX Runtime runs our kernel or the function body.
+        options: Arguments of `open_session` that follow from the two.
     """
 
     name: str
-    kernel_path: str
-    run: Callable[[tuple[Tensor, ...]], list[Array]]
+    runtime: str
+    use_op_library: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def file_format(self) -> str:
+        """The format of the bundle's files that it opens: a key of SUFFIXES."""
+        return RUNTIMES.get(self.runtime, "onnx")
+
+    @property
+    def computed_by_torch(self) -> bool:
+        """Whether torch computes it, with the Cos, Sin and Pow of eager."""
+        return self.runtime in ("torchscript", "program", "aoti")
+
+    def find_refusal(self, compiled_for: Mapping[str, str] | None = None) -> str | None:
+        """Find out why this way is not available on this machine.
+
+        Args:
+            compiled_for: As in the manifest; for "aoti".
+
+        Returns:
+            The reason, or None.
+        """
+        if self.computed_by_torch and find_spec("torch") is None:
+            return "torch is not installed"
+        if self.runtime == "aoti":
+            from rotary_export.runtime.compiled import find_refusal
+
+            return find_refusal(compiled_for or {})
+        if self.runtime == "reference" and find_spec("onnx") is None:
+            return "onnx is not installed"
+        if self.runtime == "onnxruntime":
+            try:
+                import_onnxruntime()
+            except RotaryExportError as error:
+                return str(error)
+            return library_refusal([CPU], "auto") if self.use_op_library else None
+        return None
+
+    def open(self, path: Path, manifest: Manifest, graph: str) -> Session:
+        """Open one graph of a checked bundle.
+
+        Args:
+            path: The bundle's folder.
+            manifest: Its manifest.
+            graph: The name of the graph, which has a file of this way's format.
+
+        Raises:
+            RotaryExportError: The file can't be loaded.
+        """
+        if self.runtime == "reference":
+            from rotary_export.runtime.reference_session import ReferenceSession
+
+            info = manifest.graphs[graph]
+            return ReferenceSession(path / info.files["onnx"], graph, info)
+        return open_session(path, manifest, graph, self.runtime, **self.options)
 
 
-def open_runners(
-    path: Path, manifest: Manifest, graph: Graph, skipped: dict[str, str]
-) -> Iterator[Runner]:
-    """Open every runtime that is here for every format of a graph.
+PROGRAM = Way("torch.export", "program")
+TORCHSCRIPT = Way("TorchScript", "torchscript")
+AOTI = Way("AOTInductor", "aoti")
+FUNCTION_BODY = Way(
+    "ONNX Runtime, function body",
+    "onnxruntime",
+    options={"providers": [CPU], "use_op_library": False},
+)
+OP_LIBRARY = Way(
+    "ONNX Runtime, op library",
+    "onnxruntime",
+    use_op_library=True,
+    options={"providers": [CPU], "use_op_library": True},
+)
+REFERENCE = Way("onnx.reference", "reference")
+WAYS = (PROGRAM, TORCHSCRIPT, AOTI, FUNCTION_BODY, OP_LIBRARY, REFERENCE)
+
+
+def list_ways(
+    graph: GraphInfo, compiled_for: Mapping[str, str], skipped: dict[str, str]
+) -> Iterator[Way]:
+    """List the ways that can run a graph here.
 
     Args:
-        path: The bundle's folder.
-        manifest: Its manifest.
-        graph: The graph, with eager's module.
-        skipped: Gets the runtimes that are not here, and why.
+        graph: The graph; one without a rotary node is the same with the op library and without.
+        compiled_for: As in the manifest.
+        skipped: Receives the ways that are not available, and why.
 
     Yields:
-        Runners, eager first.
+        Ways, in the order of WAYS.
     """
-    info = manifest.graphs[graph.name]
-
-    def eager(case: tuple[Tensor, ...]) -> list[Array]:
-        with torch.no_grad():
-            return [to_numpy(value) for value in graph.module(*case)]
-
-    def open_runner(name: str, runtime: str, **options: Any) -> Runner:
-        session = open_session(path, manifest, graph.name, runtime, **options)
-
-        def run(case: tuple[Tensor, ...]) -> list[Array]:
-            inputs = {i.name: value for i, value in zip(graph.inputs, case, strict=True)}
-            return [to_numpy(value) for value in session(**inputs).values()]
-
-        return Runner(name, session.kernel_path, run)
-
-    yield Runner("eager", "eager", eager)
-    if "torchscript" in info.files:
-        yield open_runner("TorchScript", "torchscript")
-    if "program" in info.files:
-        yield open_runner("torch.export", "program")
-    if "aoti" in info.files:
-        refusal = find_refusal(manifest.compiled_for)
+    for way in WAYS:
+        if way.file_format not in graph.files or (way is OP_LIBRARY and not graph.rotary_nodes):
+            continue
+        refusal = way.find_refusal(compiled_for)
         if refusal:
-            skipped["AOTInductor"] = refusal
+            skipped[way.name] = refusal
         else:
-            yield open_runner("AOTInductor", "aoti")
-    if "onnx" in info.files:
-        try:
-            import_onnxruntime()
-        except RotaryExportError as error:
-            skipped["ONNX Runtime"] = str(error)
-            yield open_reference(path / info.files["onnx"], graph)
-            return
-        refusal = library_refusal([CPU], "auto")
-        if refusal:
-            skipped["ONNX Runtime, op library"] = refusal
-        elif info.rotary_nodes:
-            yield open_runner("ONNX Runtime, op library", "onnxruntime", providers=[CPU])
-        yield open_runner(
-            "ONNX Runtime, function body", "onnxruntime", providers=[CPU], use_op_library=False
-        )
-        yield open_reference(path / info.files["onnx"], graph)
-
-
-def open_reference(file: Path, graph: Graph | GraphInfo) -> Runner:
-    """Open an ONNX file with onnx.reference, which runs bfloat16 too; it is slow."""
-    evaluator = ReferenceEvaluator(str(file), new_ops=[ReferenceRotaryEmbedding])
-
-    def run(case: tuple[Tensor, ...]) -> list[Array]:
-        feeds = {}
-        for info, value in zip(graph.inputs, case, strict=True):
-            array = to_numpy(value)
-            feeds[info.name] = array.astype(make_bfloat16()) if info.dtype == "bfloat16" else array
-        outputs: Any = evaluator.run(None, feeds)
-        is_half = graph.outputs[0].dtype == "bfloat16"
-        return [o.astype(np.float32) if is_half else np.asarray(o) for o in outputs]
-
-    return Runner("onnx.reference", "reference", run)
+            yield way

@@ -18,7 +18,8 @@ from rotary_export.bundle.manifest import (
 )
 from rotary_export.errors import RotaryExportError
 from rotary_export.runtime.load import load
-from rotary_export.runtime.session import check_session_inputs, make_bfloat16
+from rotary_export.runtime.session import check_session_inputs
+from rotary_export.runtime.tensors import make_bfloat16
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = Mapping[str, Array]

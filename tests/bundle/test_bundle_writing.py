@@ -12,7 +12,8 @@ from rotary_export import RotaryExportError
 from rotary_export.bundle.manifest import GraphInfo, read_manifest
 from rotary_export.errors import CheckFailedError
 from rotary_export.exporters import export as exporter
-from rotary_export.proof.parity import Error, Report, Row
+from rotary_export.proof.comparison import Error
+from rotary_export.proof.report import Report, Row
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def quick(monkeypatch):
         return GraphInfo(graph.inputs, graph.outputs, files)
 
     monkeypatch.setattr(exporter, "_write_graph", write)
-    monkeypatch.setattr(exporter, "compare_bundle", lambda *_: Report())
+    monkeypatch.setattr(exporter, "compare_plain", lambda *_: Report())
     return monkeypatch
 
 
@@ -63,9 +64,9 @@ FAILURES = {
     "write": ("_write_graph", RuntimeError("x")),
     "write-interrupt": ("_write_graph", KeyboardInterrupt()),
     "disk-full": ("_write_graph", OSError(28, "No space left on device")),
-    "prove": ("compare_bundle", RuntimeError("x")),
-    "prove-interrupt": ("compare_bundle", KeyboardInterrupt()),
-    "move": ("move_into_place", PermissionError(13, "Permission denied")),
+    "prove": ("compare_plain", RuntimeError("x")),
+    "prove-interrupt": ("compare_plain", KeyboardInterrupt()),
+    "move": ("finish_bundle", PermissionError(13, "Permission denied")),
     "manifest": ("replace", MemoryError()),
 }
 
@@ -117,8 +118,8 @@ def test_a_bundle_that_fails_its_proof_is_not_left(tmp_path, quick):
     off = Error(0.5, 7.0, exact=False, worst=(1, 2))
     bad = Row("rotate", "key_out", "TorchScript", "primitive", "exact", "oracle-rotate", off)
     good = Row("rotate", "query_out", "eager", "eager", "exact", "oracle-rotate")
-    quick.setattr(exporter, "compare_bundle", lambda *_: Report([good, bad]))
-    wanted = r"rotate\.key_out by TorchScript is 7 ulp off eager at \(1, 2\)"
+    quick.setattr(exporter, "compare_plain", lambda *_: Report([good, bad]))
+    wanted = r"rotate\.key_out by TorchScript differs from eager by 7 ulp at \(1, 2\)"
     with pytest.raises(CheckFailedError, match=wanted):
         export_quick(tmp_path / "b")
     assert read_tree(tmp_path) == {}
@@ -130,7 +131,7 @@ def test_a_bundle_that_came_in_the_meantime_stays(tmp_path, quick):
         (tmp_path / "b" / "theirs").write_text("theirs")
         return Report()
 
-    quick.setattr(exporter, "compare_bundle", compare)
+    quick.setattr(exporter, "compare_plain", compare)
     with pytest.raises(RotaryExportError, match="can't be written: Directory not empty"):
         export_quick(tmp_path / "b")
     assert read_tree(tmp_path) == {"b": None, "b/theirs": b"theirs"}

@@ -35,7 +35,7 @@ from rotary_export.bundle.manifest import read_manifest
 from rotary_export.cli.inspection import inspect_path
 from rotary_export.cli.main import cli
 from rotary_export.deploy.deploy import deploy
-from rotary_export.proof.parity import TOLERANCES
+from rotary_export.proof.tolerances import TOLERANCES
 
 TARGET = "C++, AOTInductor"
 FORMATS = ("torchscript", "program", "aoti")

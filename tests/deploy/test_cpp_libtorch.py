@@ -23,7 +23,7 @@ from helpers.target_runs import (
 from rotary_export.bundle.manifest import TensorInfo
 from rotary_export.deploy.deploy import deploy
 from rotary_export.deploy.signature import write_signature
-from rotary_export.proof.parity import TOLERANCES
+from rotary_export.proof.tolerances import TOLERANCES
 
 TARGET = "C++, libtorch"
 SHAPES = [(1, 1), (3, 7), (2, 31), (5, 200)]  # traced at (2, 2)

@@ -24,7 +24,7 @@ from helpers.target_runs import (
 )
 
 from rotary_export.deploy.deploy import deploy
-from rotary_export.proof.parity import TOLERANCES
+from rotary_export.proof.tolerances import TOLERANCES
 
 NAME = "cpp-onnxruntime"
 NEWEST = "1.31.1"

@@ -31,7 +31,7 @@ from helpers.tiny_models import make_inputs, make_model
 from rotary_export import export_model
 from rotary_export.deploy.deploy import deploy
 from rotary_export.op.spec import OP_TYPE
-from rotary_export.proof.parity import TOLERANCES
+from rotary_export.proof.tolerances import TOLERANCES
 
 SHAPES = ((1, 1), (3, 7), (5, 1), (2, 32), (0, 3), (2, 0))
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}

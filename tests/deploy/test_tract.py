@@ -20,7 +20,7 @@ from helpers.tiny_models import make_inputs
 
 import rotary_export
 from rotary_export.deploy.deploy import deploy
-from rotary_export.proof.parity import TOLERANCES
+from rotary_export.proof.tolerances import TOLERANCES
 
 SHAPES = ((1, 1), (3, 7), (5, 1), (2, 32))
 ROTATE = {"float32": ("plain", "xpos", "opset18"), "float16": ("float16",), "float64": ("float64",)}

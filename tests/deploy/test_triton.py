@@ -27,7 +27,7 @@ from helpers.triton_server import Server
 
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.deploy.deploy import deploy
-from rotary_export.proof.parity import TOLERANCES
+from rotary_export.proof.tolerances import TOLERANCES
 
 TARGET = "Triton, {} backend"
 PROTOCOLS = ("http", "http-binary", "grpc")

@@ -13,7 +13,7 @@ from helpers.bundles import get_bundle, make_arrays, run_eager, to_numpy
 from helpers.target_runs import get_model_bundle, make_model_arrays, require, run_model_eager
 
 from rotary_export.deploy.deploy import deploy
-from rotary_export.proof.parity import TOLERANCES
+from rotary_export.proof.tolerances import TOLERANCES
 
 NEWEST, OLDEST = "1.30.0", "1.24.1"  # of what setup_targets installs
 SHAPES = ((1, 1), (3, 7), (2, 32))  # batch_size, seq_len; none was traced

@@ -20,9 +20,10 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.measure import benchmark, machine
 from rotary_export.measure.timing import Goal, Spread
 from rotary_export.op import library as op_library
+from rotary_export.runtime.ways import AOTI, FUNCTION_BODY, OP_LIBRARY, REFERENCE, WAYS
 
 SMALL = Problem(2, 4, 2, 6, 8)
-RUNS = [run for run in benchmark.RUNS if run != "AOTInductor"]  # of the default formats
+RUNS = [way.name for way in WAYS if way not in (AOTI, REFERENCE)]  # of the default formats
 
 
 # ---- rotary-export bench
@@ -42,16 +43,15 @@ def test_bench_prints_every_run_at_every_shape():
     result = call(get_bundle("plain").path, "--shape", 1, 1, "--shape", 2, 5)
     assert result.exit_code == 0, result.output
     rows = read_table(result.stdout)
-    runs = RUNS
     assert [(row[0], row[1], row[2]) for row in rows] == [
-        (batch, length, run) for batch, length in (("1", "1"), ("2", "5")) for run in runs
+        (batch, length, run) for batch, length in (("1", "1"), ("2", "5")) for run in RUNS
     ]
     isa = op_library.instruction_set()
-    assert [row[3] for row in rows[:4]] == [f"fused ({isa})", "native", "primitive", "primitive"]
+    assert [row[3] for row in rows[:4]] == ["primitive", "primitive", "native", f"fused ({isa})"]
     for row in rows:
         low, middle, high = map(float, row[4:7])
         assert 0 < low <= middle <= high
-    assert [row[7] for row in rows if row[2] == "portable"] == ["1.00", "1.00"]
+    assert [row[7] for row in rows if row[2] == FUNCTION_BODY.name] == ["1.00", "1.00"]
     assert "time batch_size=2, seq_len=5\n" in result.stderr
 
 
@@ -61,9 +61,9 @@ def test_bench_json(name):
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["bundle"] == name
-    assert report["baseline"] == "portable"
+    assert report["baseline"] == FUNCTION_BODY.name
     assert report["machine"]["instruction set"] == op_library.instruction_set()
-    runs = ["fused", "portable"] if name == "opset18" else RUNS
+    runs = [FUNCTION_BODY.name, OP_LIBRARY.name] if name == "opset18" else RUNS
     assert [row["run"] for row in report["rows"]] == runs
     shape = (2, 32) if name == "static" else (1, 3)
     assert {(row["batch_size"], row["seq_len"]) for row in report["rows"]} == {shape}
@@ -96,8 +96,8 @@ def test_a_missing_op_library_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(op_library, "op_library_path", refuse)
     result = call(get_bundle("plain").path, "--shape", 1, 1)
     assert result.exit_code == 0, result.output
-    assert "not run: fused: use_op_library=True: no library here" in result.stdout
-    assert {row[2] for row in read_table(result.stdout)} == set(RUNS) - {"fused"}
+    assert "not run: ONNX Runtime, op library: no library here" in result.stdout
+    assert {row[2] for row in read_table(result.stdout)} == set(RUNS) - {OP_LIBRARY.name}
 
 
 def test_a_changed_bundle_exits_1_and_a_wrong_one_2(tmp_path):

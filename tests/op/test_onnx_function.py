@@ -27,7 +27,7 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.op import spec
 from rotary_export.op.onnx_function import add_functions, read_form
 from rotary_export.op.onnx_schema import register_schema
-from rotary_export.proof.parity import TOLERANCES
+from rotary_export.proof.tolerances import TOLERANCES
 
 OPSETS = range(18, 26)
 DOMAIN_AND_NAME = (spec.DOMAIN, spec.OP_TYPE)

@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from rotary_export.errors import RotaryExportError
 from rotary_export.op.onnx_reference import RotaryEmbedding
-from rotary_export.proof.parity import TOLERANCES
+from rotary_export.proof.tolerances import TOLERANCES
 
 
 def run(case: Case, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:

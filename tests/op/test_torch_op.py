@@ -17,7 +17,7 @@ from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
 from rotary_export.op import spec
 from rotary_export.op.torch_op import rotary_embedding, rotary_embedding_aten
-from rotary_export.proof.parity import TOLERANCES
+from rotary_export.proof.tolerances import TOLERANCES
 
 DOUBLES = [case for case in FORMS if case.types == ("float64", "float64")]
 # One of each: layout, rank, partial, ids form, key, scale; the full product takes minutes.

@@ -11,8 +11,9 @@ from helpers.bundles import get_bundle, make_arrays, make_rope
 
 from rotary_export import RotaryQueryKey
 from rotary_export.graphs.graphs import read_config
+from rotary_export.proof.comparison import Error, compare
 from rotary_export.proof.oracle import Oracle, compute_ulp
-from rotary_export.proof.parity import Error, Report, Row, compare
+from rotary_export.proof.report import Report, Row
 from rotary_export.proof.stored import read_constants
 
 # ---- the comparison

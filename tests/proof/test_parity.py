@@ -23,7 +23,9 @@ from rotary_export import RotaryExportError, export, verify
 from rotary_export.errors import CheckFailedError
 from rotary_export.graphs.graphs import make_graphs, read_config
 from rotary_export.op import library as op_library
-from rotary_export.proof.parity import TOLERANCES, Error, make_cases
+from rotary_export.proof.comparison import Error
+from rotary_export.proof.plain import make_cases
+from rotary_export.proof.tolerances import TOLERANCES
 from rotary_export.rope import RopeParameters, ScaledRotaryEmbedding
 
 RUNTIMES = {

@@ -17,7 +17,7 @@ from helpers.oracles import assert_same_bits
 
 import rotary_export
 from rotary_export import RotaryExportError, load
-from rotary_export.runtime.session import make_bfloat16
+from rotary_export.runtime.tensors import make_bfloat16
 
 MAKE_BARE = (
     "python3 -m venv build/bare && build/bare/bin/pip install numpy onnxruntime && "

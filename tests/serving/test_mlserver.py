@@ -27,7 +27,7 @@ from helpers.target_runs import (
 
 from rotary_export import load
 from rotary_export.deploy.deploy import deploy
-from rotary_export.proof.parity import TOLERANCES
+from rotary_export.proof.tolerances import TOLERANCES
 from rotary_export.serving.ports import find_ports
 
 PROTOCOLS = ("http", "grpc")

@@ -31,7 +31,7 @@ from helpers.target_runs import (
 )
 
 from rotary_export import load
-from rotary_export.proof.parity import TOLERANCES
+from rotary_export.proof.tolerances import TOLERANCES
 
 PROTOCOLS = ("http", "grpc")
 SHAPES = ((1, 1), (3, 7), (2, 32))

@@ -17,7 +17,7 @@ from helpers.target_runs import compare, get_model_bundle, make_model_arrays, ru
 import rotary_export
 from rotary_export import RotaryExportError
 from rotary_export.cli.main import cli
-from rotary_export.proof.parity import TOLERANCES
+from rotary_export.proof.tolerances import TOLERANCES
 from rotary_export.serving.batcher import Batcher
 from rotary_export.serving.core import ServedModel
 from rotary_export.serving.ports import find_ports

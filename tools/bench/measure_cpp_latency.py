@@ -26,10 +26,10 @@ import numpy as np
 import onnxruntime
 
 import rotary_export
-from rotary_export.bundle.manifest import read_manifest
-from rotary_export.measure.benchmark import find_main_graph, make_inputs
+from rotary_export.bundle.manifest import find_main_graph, read_manifest
 from rotary_export.measure.machine import describe_machine
 from rotary_export.measure.timing import Spread, divide
+from rotary_export.proof.sample_inputs import make_inputs
 from rotary_export.runtime import op_library_path
 
 BATCH_SIZES = (1, 16)

@@ -28,8 +28,8 @@ from rotary_export.bundle.manifest import Manifest, check_files, read_manifest
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.deploy.deploy import deploy
 from rotary_export.proof.oracle import compute_ulp
-from rotary_export.proof.parity import Tolerance
 from rotary_export.proof.stored import read_constants
+from rotary_export.proof.tolerances import Tolerance
 
 STORED = Tolerance(1, "another machine's torch may round a cosine or a power the other way")
 EXPORTED = Path(__file__).parents[2] / "exported"

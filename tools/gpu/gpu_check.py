@@ -37,7 +37,7 @@ from gpu_times import SMALL_SHAPES, TIMED_SHAPES, measure
 import rotary_export
 from rotary_export.op import library as op_library
 from rotary_export.op import spec
-from rotary_export.proof.parity import TOLERANCES
+from rotary_export.proof.tolerances import TOLERANCES
 from rotary_export.runtime.providers import CPU, CUDA, find_cuda_problem
 
 NO_GPU = 3

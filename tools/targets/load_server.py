@@ -35,8 +35,8 @@ Infer = Callable[[Arrays, list[str]], Arrays]  # inputs, names of the outputs
 def prepare(arguments: argparse.Namespace) -> None:
     """Write requests, and eager's answers: those of the bundle's TorchScript, proven equal."""
     import rotary_export
-    from rotary_export.bundle.manifest import read_manifest
-    from rotary_export.measure.benchmark import find_main_graph, fit_shapes, make_inputs
+    from rotary_export.bundle.manifest import find_main_graph, read_manifest
+    from rotary_export.proof.sample_inputs import fit_shapes, make_inputs
 
     manifest = read_manifest(arguments.bundle)
     graph = find_main_graph(arguments.bundle, manifest)

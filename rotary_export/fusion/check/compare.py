@@ -19,8 +19,9 @@ from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.fusion.check.feeds import SHAPES, Array, Shape, make_feeds
 from rotary_export.op import library as op_library
 from rotary_export.op.onnx_reference import RotaryEmbedding as ReferenceRotaryEmbedding
+from rotary_export.proof.comparison import Error, compare
 from rotary_export.proof.oracle import compute_ulp
-from rotary_export.proof.parity import TOLERANCES, Error, compare
+from rotary_export.proof.tolerances import TOLERANCES
 from rotary_export.runtime.providers import CPU, import_onnxruntime, library_refusal
 
 # A rotary call differs by TOLERANCES["native"] ulp. What follows it (softmax, norms, products with

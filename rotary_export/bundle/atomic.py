@@ -1,0 +1,125 @@
+"""Write folders and files that appear whole or not at all, whenever the process ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rotary_export.errors import RotaryExportError
+
+
+def check_folder(path: Path, force: bool, check_owned: Callable[[Path], None]) -> None:
+    """Refuse to replace a folder that nobody asked to replace, or that is not of this package.
+
+    Args:
+        path: The folder to write.
+        force: Replace what exists.
+        check_owned: Raises where the folder at `path` contains something else than a bundle or kit.
+
+    Raises:
+        RotaryExportError: `path` exists and must stay.
+    """
+    try:
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+    except OSError as error:
+        raise _describe(error, path) from None
+    check_owned(path)
+    if not force:
+        raise RotaryExportError(f"{path} exists; force=True (--force) replaces it")
+
+
+def check_file(path: Path, force: bool) -> None:
+    """Refuse to replace a file that nobody asked to replace.
+
+    Raises:
+        RotaryExportError: `path` exists, is a folder, or is not a valid name.
+    """
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name that is too long
+        raise _describe(error, path) from None
+    if path.is_dir():
+        raise RotaryExportError(f"{path} is a folder")
+    if exists and not force:
+        raise RotaryExportError(f"{path} exists; force=True (--force) replaces it")
+
+
+@contextmanager
+def write_folder(path: Path, force: bool, check_owned: Callable[[Path], None]) -> Iterator[Path]:
+    """Give a folder to write in, which takes the place of `path` once the block has ended.
+
+    Args:
+        path: Where it goes; the folder is made beside it, or in the nearest parent that exists.
+        force: Replace what exists; it is deleted only after it was replaced.
+        check_owned: As of `check_folder`.
+
+    Raises:
+        RotaryExportError: `path` exists and must stay, or can't be written.
+    """
+    check_folder(path, force, check_owned)
+    try:
+        parent = next(folder for folder in path.parents if folder.exists())
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
+    except OSError as error:
+        raise _describe(error, path) from None
+    try:
+        yield staging
+        _move_into_place(staging, path, force)
+    except OSError as error:
+        raise _describe(error, path) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def write_files(path: Path) -> Iterator[Path]:
+    """Give a folder to write files in, which move beside `path` once the block has ended.
+
+    `path` itself, the file that names the others, moves last.
+
+    Args:
+        path: A file in a folder that exists.
+
+    Raises:
+        RotaryExportError: `path` can't be written.
+    """
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise _describe(error, path) from None
+    try:
+        yield staging
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == path.name):
+            os.replace(file, path.with_name(file.name))
+    except OSError as error:
+        raise _describe(error, path) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _describe(error: OSError, path: Path) -> RotaryExportError:
+    return RotaryExportError(f"{path} can't be written: {error.strerror or error}")
+
+
+def _move_into_place(staging: Path, path: Path, force: bool) -> None:
+    """Rename staging to path; with force, what was there goes only once it is replaced."""
+    staging.chmod(0o755)  # mkdtemp's folder is for its owner alone
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not force or not path.exists():
+        staging.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    try:
+        path.rename(old / path.name)
+        staging.rename(path)
+    except BaseException:  # Ctrl-C as well
+        if not path.exists():
+            (old / path.name).rename(path)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

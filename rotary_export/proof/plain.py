@@ -1,0 +1,190 @@
+"""Prove a plain bundle: every graph, every way to run it, against eager PyTorch and the oracle.
+
+Eager here computes from the tables that the bundle stores, so that the comparison is of the same
+operations on the same numbers on every machine; the stored tables themselves are held against the
+oracle. Errors are counted in ulp of the output's dtype (`oracle.Expected` says which).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotary_export.bundle.manifest import Manifest
+from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.graphs.graphs import (
+    ExportConfig,
+    Graph,
+    make_buffers,
+    make_graphs,
+    read_config,
+)
+from rotary_export.proof.comparison import compare, to_comparable
+from rotary_export.proof.oracle import Expected, Oracle
+from rotary_export.proof.plain_cases import describe_case, make_cases
+from rotary_export.proof.report import Report, Row
+from rotary_export.proof.scaled_oracle import ScaledOracle
+from rotary_export.proof.stored import check_rotary_nodes, read_constants
+from rotary_export.runtime.ways import list_ways
+from rotary_export.types import Array, Arrays, Progress, ignore_progress
+
+Case = tuple[Tensor, ...]  # inputs in order
+Run = Callable[[Case], list[Array]]  # from inputs in order to outputs in order
+
+
+def compare_plain(
+    path: Path,
+    manifest: Manifest,
+    progress: Progress = ignore_progress,
+    state: Mapping[str, Tensor] | None = None,
+) -> Report:
+    """Run a plain bundle in every way and compare.
+
+    Args:
+        path: The bundle's folder.
+        manifest: Its manifest.
+        progress: Called with what is being run.
+        state: State dict of the module that was exported: the files must contain the same.
+
+    Raises:
+        CheckFailedError: The files contain other tables than `state`.
+        RotaryExportError: The manifest is not one of a plain bundle.
+    """
+    config = read_config(manifest.config)
+    if missing := {"tables", "rotate"} - manifest.graphs.keys():
+        raise RotaryExportError(f"the manifest has no graph {', '.join(sorted(missing))}")
+    for info in manifest.graphs.values():
+        check_rotary_nodes(path, info)
+    stored = {name: read_constants(path, info) for name, info in manifest.graphs.items()}
+    if state is not None:
+        _check_state(stored["tables"], state)
+    constants = {name: _pick_constants(by_format) for name, by_format in stored.items()}
+    buffers = make_buffers(config)  # a one-row graph stores none
+    buffers |= {name: torch.from_numpy(value) for name, value in constants["tables"].items()}
+    constants["tables"] = {name: to_comparable(value) for name, value in buffers.items()}
+    make_oracle = Oracle if config.rope is None else ScaledOracle
+    oracle = make_oracle(config, constants["tables"], constants["rotate"])
+    report = Report()
+    for graph in make_graphs(config, buffers):
+        for name, value in constants[graph.name].items():
+            setattr(graph.module, name, torch.from_numpy(value))
+        if graph.name == "rotate":
+            report.rows += _compare_stored(stored["rotate"], constants["rotate"], oracle)
+        _compare_graph(path, manifest, graph, config, oracle, report, progress)
+    return report
+
+
+def _check_state(stored: Mapping[str, Arrays], state: Mapping[str, Tensor]) -> None:
+    for file_format, tables in stored.items():
+        for name, value in tables.items():
+            if not torch.equal(torch.from_numpy(value), state[name]):
+                raise CheckFailedError(f"tables ({file_format}) does not hold the module's {name}")
+
+
+def _compare_graph(
+    path: Path,
+    manifest: Manifest,
+    graph: Graph,
+    config: ExportConfig,
+    oracle: Oracle,
+    report: Report,
+    progress: Progress,
+) -> None:
+    """Compare one graph in every way to run it; adds to the report."""
+    info = manifest.graphs[graph.name]
+    if (info.inputs, info.outputs) != (graph.inputs, graph.outputs):
+        raise RotaryExportError(f"the manifest's graph {graph.name!r} is not of its config")
+    cases = make_cases(graph, config.max_seq_len, oracle.switch_length)
+    report.shapes[graph.name] = [describe_case(graph, case) for case in cases]
+
+    def run_eager(case: Case) -> list[Array]:
+        return [to_comparable(value) for value in graph.module(*case)]
+
+    with torch.no_grad():
+        eager = [run_eager(case) for case in cases]
+        expected = [
+            oracle.run(graph.name, [to_comparable(value) for value in case]) for case in cases
+        ]
+
+    def add_rows(runtime: str, kernel_path: str, by_torch: bool, run: Run) -> None:
+        progress(f"{graph.name}: {runtime}")
+        rows = _make_rows(graph, runtime, kernel_path, by_torch, config, oracle)
+        for case, want, exact in zip(cases, eager, expected, strict=True):
+            _compare_outputs(rows, run(case), want, exact)
+        report.rows.extend(rows)
+
+    with torch.no_grad():
+        add_rows("eager", "eager", True, run_eager)
+    for way in list_ways(info, manifest.compiled_for, report.skipped):
+        session = way.open(path, manifest, graph.name)
+
+        def run(case: Case, session: Any = session) -> list[Array]:
+            inputs = {i.name: value for i, value in zip(graph.inputs, case, strict=True)}
+            return [to_comparable(value) for value in session(**inputs).values()]
+
+        add_rows(way.name, session.kernel_path, way.computed_by_torch, run)
+
+
+def _compare_outputs(
+    rows: Sequence[Row],
+    outputs: Sequence[Array],
+    eager: Sequence[Array],
+    expected: Sequence[Expected],
+) -> None:
+    for row, got, want, exact in zip(rows, outputs, eager, expected, strict=True):
+        row.eager = row.eager.merge(compare(got, want, exact.ulp))
+        row.oracle = row.oracle.merge(compare(got, exact.value, exact.unit))
+
+
+def _pick_constants(stored: Mapping[str, Arrays]) -> dict[str, Array]:
+    """Take each table from the first format that has it; ONNX stores two equal tables as one."""
+    picked: dict[str, Array] = {}
+    for tables in stored.values():
+        picked = {**tables, **picked}
+    return picked
+
+
+def _compare_stored(stored: Mapping[str, Arrays], constants: Arrays, oracle: Oracle) -> list[Row]:
+    """Hold the tables that each format stores against those that eager gets, and the oracle."""
+    rows = []
+    for file_format, tables in stored.items():
+        for name, table in tables.items():
+            expected = oracle.stored(name)
+            tolerance = "oracle-scale" if name == "scale_cache" else "oracle-angle"
+            row = Row("rotate", name, f"stored ({file_format})", "", "exact", tolerance)
+            row.eager = compare(table, constants[name], expected.ulp)
+            row.oracle = compare(table, expected.value, expected.unit)
+            rows.append(row)
+    return rows
+
+
+def _make_rows(
+    graph: Graph,
+    runtime: str,
+    kernel_path: str,
+    by_torch: bool,
+    config: ExportConfig,
+    oracle: Oracle,
+) -> list[Row]:
+    """Make the empty rows of one way to run a graph, with the tolerances that hold for it."""
+    rows = []
+    xpos = config.embedding.get("use_xpos", False)
+    is_half = config.dtype in ("float16", "bfloat16")
+    for info in graph.outputs:
+        if graph.name == "tables":
+            inexact = {"scale": "scale", "cos_cache": "cos-sin", "sin_cache": "cos-sin"}
+            eager = inexact.get(info.name, "exact") if not by_torch else "exact"
+            true = f"oracle-{info.name}" if config.rope is None else "oracle-angle"
+        else:
+            true = "oracle-half" if is_half else "oracle-xpos" if xpos else "oracle-rotate"
+            eager = "exact"
+            if oracle.computes_tables and not by_torch:
+                eager = "native-half" if is_half else "computed"
+            elif kernel_path == "native":
+                eager = "native-half" if is_half else "native-xpos" if xpos else "native"
+        rows.append(Row(graph.name, info.name, runtime, kernel_path, eager, true))
+    return rows

@@ -1,0 +1,109 @@
+"""The report of a proof: one row per graph, output and way to run it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rotary_export.errors import CheckFailedError
+from rotary_export.proof.comparison import Error
+from rotary_export.proof.tolerances import TOLERANCES
+
+
+@dataclass
+class Row:
+    """One line of the report: one output of one graph, run by one runtime.
+
+    Attributes:
+        graph: "tables", "rotate" or "model".
+        output: Its name.
+        runtime: What ran it.
+        kernel_path: As `Session.kernel_path`.
+        eager: Error against eager PyTorch.
+        eager_tolerance: Key of TOLERANCES.
+        oracle_tolerance: Key of TOLERANCES; None: there is no oracle of a whole model.
+        oracle: Error against the float64 oracle (float64 outputs: long double).
+    """
+
+    graph: str
+    output: str
+    runtime: str
+    kernel_path: str
+    eager_tolerance: str
+    oracle_tolerance: str | None
+    eager: Error = field(default_factory=Error)
+    oracle: Error = field(default_factory=Error)
+
+    @property
+    def passed(self) -> bool:
+        """Whether both errors are within their tolerances."""
+        limit = TOLERANCES[self.eager_tolerance].max_ulp
+        close = self.eager.exact if limit == 0 else self.eager.max_ulp <= limit
+        return close and (self.oracle_allowed is None or self.oracle.max_ulp <= self.oracle_allowed)
+
+    @property
+    def oracle_allowed(self) -> float | None:
+        """The largest error against the oracle, in ulp."""
+        if self.oracle_tolerance is None:
+            return None
+        return TOLERANCES[self.oracle_tolerance].max_ulp
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as JSON takes it."""
+        return {
+            **asdict(self),
+            "eager": self.eager.to_dict(),
+            "oracle": self.oracle.to_dict(),
+            "eager_allowed": TOLERANCES[self.eager_tolerance].max_ulp,
+            "oracle_allowed": self.oracle_allowed,
+            "passed": self.passed,
+        }
+
+
+@dataclass
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        rows: One per output, graph and runtime.
+        shapes: What was tried, by graph.
+        skipped: Runtimes that are not here, and why.
+        unverified: Sizes and values of a model that were not compared, and why.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    shapes: dict[str, list[str]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    unverified: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every row is within its tolerances."""
+        return all(row.passed for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON takes it."""
+        return {
+            "passed": self.passed,
+            "rows": [row.to_dict() for row in self.rows],
+            "shapes": self.shapes,
+            "skipped": self.skipped,
+            "unverified": self.unverified,
+        }
+
+
+def check_report(report: Report) -> None:
+    """Refuse a bundle that is not what eager computes.
+
+    Raises:
+        CheckFailedError: A row is out of its tolerances; the message names the first one.
+    """
+    row = next((row for row in report.rows if not row.passed), None)
+    if row is None:
+        return
+    oracle = f" and from the oracle by {row.oracle.max_ulp:.3g} ulp at {row.oracle.worst}"
+    raise CheckFailedError(
+        f"the export is not equal to eager, nothing was written: {row.graph}.{row.output} by "
+        f"{row.runtime} differs from eager by {row.eager.max_ulp:.3g} ulp at {row.eager.worst}"
+        f"{'' if row.oracle_tolerance is None else oracle}"
+    )

@@ -1,0 +1,36 @@
+"""`verify`: prove a bundle again, wherever it was copied."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rotary_export.bundle.manifest import check_files, read_manifest
+from rotary_export.proof.model import GRAPH, compare_model, read_cases
+from rotary_export.proof.plain import compare_plain
+from rotary_export.proof.report import Report
+from rotary_export.types import Progress, ignore_progress
+
+
+def verify(bundle_dir: str | os.PathLike[str], progress: Progress = ignore_progress) -> Report:
+    """Compare every graph of a bundle, in every format and runtime present, with eager PyTorch.
+
+    A model is not in its bundle: what its export compared with the model itself is compared here
+    with the first format that exists, of `.pt2`, `.pt` and ONNX without the op library.
+
+    Args:
+        bundle_dir: The bundle's folder.
+        progress: Called with what is being run.
+
+    Returns:
+        The report; `report.passed` is whether it is within the tolerances.
+
+    Raises:
+        RotaryExportError: The bundle is damaged or can't be loaded.
+    """
+    path = Path(bundle_dir)
+    manifest = read_manifest(path)
+    check_files(path, manifest)
+    if GRAPH in manifest.graphs:
+        return compare_model(path, manifest, read_cases(manifest), None, progress)
+    return compare_plain(path, manifest, progress)

@@ -1,0 +1,33 @@
+"""Sessions that the ONNX reference evaluator runs: slow, every type included, no ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx.reference import ReferenceEvaluator
+
+from rotary_export.bundle.manifest import GraphInfo
+from rotary_export.op.onnx_reference import RotaryEmbedding
+from rotary_export.runtime.session import Session, Tensors
+from rotary_export.runtime.tensors import make_dtype, to_numpy, to_torch
+
+
+class ReferenceSession(Session):
+    """An `.onnx` file, run by onnx.reference with our op in numpy."""
+
+    def __init__(self, file: Path, graph_name: str, graph: GraphInfo) -> None:
+        super().__init__(graph_name, graph, ("onnx.reference",), "reference")
+        self._evaluator = ReferenceEvaluator(str(file), new_ops=[RotaryEmbedding])
+
+    def _run(self, inputs: Tensors, sizes: Mapping[str, int], wants_torch: bool) -> dict[str, Any]:
+        del sizes
+        feeds = {name: to_numpy(value) for name, value in inputs.items()}
+        results: Any = self._evaluator.run(None, feeds)
+        outputs = {}
+        for info, value in zip(self.graph.outputs, results, strict=True):
+            array = np.asarray(value).astype(make_dtype(info.dtype), copy=False)
+            outputs[info.name] = to_torch(array) if wants_torch else array
+        return outputs
