@@ -1,0 +1,142 @@
+"""Each private name of another package, tried on a few lines: a new release shows what it moved."""
+
+import logging
+import warnings
+from collections import OrderedDict
+
+import pytest
+import sympy
+import torch
+from torch import nn
+
+from rotary_export.compat import inductor, modules, pytree, sizes
+from rotary_export.compat import transformers as transformers_names
+from rotary_export.compat.quiet import quiet_loaders, quiet_torch
+
+
+class Halve(nn.Module):
+    """Takes another branch for long inputs, and a minimum of two sizes."""
+
+    def forward(self, x, y):
+        if x.shape[0] > 10:
+            return x * 2
+        return x[: min(x.shape[0], y.shape[0])] / 2
+
+
+@pytest.fixture(scope="module")
+def program():
+    x, y = torch.ones(4, 3), torch.ones(5, 3)
+    auto = torch.export.Dim.AUTO
+    return torch.export.export(Halve(), (x, y), dynamic_shapes=({0: auto}, {0: auto}))
+
+
+@pytest.fixture(scope="module")
+def inputs(program):
+    return [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"]
+
+
+def test_loggers_that_are_silenced_are_those_of_torch():
+    for name in ("torch.onnx", "torch._export.serde.serialize"):
+        __import__(name)
+        with quiet_torch(), quiet_loaders(), warnings.catch_warnings():
+            assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
+
+
+def test_pytree_flattens_and_unflattens():
+    value = {"a": [1, (2, None)], "b": OrderedDict(c=3)}
+    leaves, structure = pytree.flatten(value)
+    assert pytree.unflatten(leaves, structure) == value
+    assert pytree.list_leaves(value) == leaves == [1, 2, None, 3]
+    assert pytree.map_leaves(str, [1, {"x": 2}]) == ["1", {"x": "2"}]
+    paths, _ = pytree.flatten_with_path(value)
+    assert [str(path[0]) for path, _ in paths] == ["['a']", "['a']", "['a']", "['b']"]
+
+
+def test_guards_of_a_trace_name_their_line(inputs):
+    environment = sizes.Environment.find(inputs)
+    assert environment is not None
+    symbol = sizes.get_expression(inputs[0].shape[0])
+    guards = [g for g in environment.list_guards() if "test_compat.py" in g.location]
+    assert guards
+    holds = sizes.compile_condition(environment.simplify(guards[0].expression), [symbol])
+    assert holds(10)
+    assert not holds(11)
+    assert environment.get_traced_sizes()[symbol] == 4
+
+
+def test_a_program_without_fake_tensors_has_no_environment():
+    assert sizes.Environment.find([torch.ones(2)]) is None
+
+
+def test_a_condition_that_divides_by_zero_does_not_hold():
+    size = sympy.Symbol("size", integer=True)
+    holds = sizes.compile_condition(sympy.Eq(sympy.Mod(12, size), 0), [size])
+    assert holds(3)
+    assert not holds(5)
+    assert not holds(0)
+
+
+def test_minima_of_sizes_are_found(program):
+    bounds = sizes.list_bounds(program)
+    assert bounds
+    assert not any(sizes.is_maximum(bound) for bound in bounds)
+
+
+def test_constants_and_ranges_of_sizes(program, inputs):
+    size = inputs[0].shape[0]
+    assert sizes.get_constant(size) is None
+    assert sizes.get_constant(inputs[0].shape[1]) == 3
+    lower = sizes.get_lower_bound(program, size)
+    assert lower is not None
+    sizes.set_lower_bound(program, size, lower + 1)
+    assert sizes.get_lower_bound(program, size) == lower + 1
+    sizes.set_lower_bound(program, size, lower)
+
+
+def test_inductor_compiles_packages_and_loads(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    assert inductor.get_compiler()
+    assert inductor.get_cache_folder() == str(tmp_path / "cache")
+    example = (torch.ones(3),)
+    module = torch.export.export(nn.ReLU(), example).module()
+    options = {"aot_inductor.package": True, "aot_inductor.precompile_headers": False}
+    with quiet_torch():
+        files = inductor.compile_module(module, example, options)
+    inductor.write_package(tmp_path / "relu.pt2", files)
+    (y,) = inductor.load_package(tmp_path / "relu.pt2")(torch.tensor([-1.0, 0.0, 2.0]))
+    assert y.tolist() == [0.0, 0.0, 2.0]
+
+
+def test_a_module_keeps_its_buffers_in_a_registry():
+    module = nn.BatchNorm1d(2)
+    assert modules.get_buffers(module).keys() == dict(module.named_buffers()).keys()
+    modules.get_buffers(module)["running_mean"] = torch.full((2,), 7.0)
+    assert module.running_mean.tolist() == [7.0, 7.0]
+    assert modules.ATTRIBUTES_OF_TORCH >= {"training", "_buffers", "_modules", "_parameters"}
+    module.extra = 1
+    assert vars(module).keys() - modules.ATTRIBUTES_OF_TORCH >= {"extra"}
+
+
+def test_transformers_says_what_a_config_makes():
+    import transformers
+
+    assert transformers_names.has_causal_lm(transformers, transformers.LlamaConfig())
+    assert not transformers_names.has_causal_lm(transformers, transformers.CLIPTextConfig())
+
+
+def test_experts_are_told_which_product_to_use():
+    import transformers
+
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=32,
+        moe_intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_experts=2,
+        vocab_size=8,
+    )
+    model = transformers.Qwen3MoeForCausalLM(config)
+    for kind in (transformers_names.GROUPED, transformers_names.BATCHED):
+        model.set_experts_implementation(kind)
+        assert getattr(model.config, transformers_names.EXPERTS) == kind
