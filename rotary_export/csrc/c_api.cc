@@ -1,4 +1,4 @@
-// The exported functions that need no ONNX Runtime; rotary_export.h documents them.
+// The exported functions that do not need ONNX Runtime. rotary_export.h documents them.
 #include <cinttypes>
 #include <cstdio>
 
@@ -14,18 +14,14 @@ bool Rotate(const RotaryExportCall* call, Message* message) {
   if (selection.rotate_rows == nullptr) return Fail(message, "%s", selection.problem.text);
   if (call == nullptr) return true;
   RotaryParams params;
-  if (!CheckInputs(*call, &params, message) || !CheckOutputs(*call, &params, message) ||
-      !CheckPositions(params, message)) {
-    return false;
-  }
-  const int64_t rows = params.batch_size * params.seq_len;
-  const int64_t part = call->part;
+  if (!CheckCall(*call, &params, message)) return false;
   const int64_t parts = call->parts != 0 ? call->parts : 1;
-  if (part < 0 || part >= parts) {
-    return Fail(message, "part must be in [0, parts), got part=%" PRId64 ", parts=%" PRId64, part,
-                call->parts);
+  if (call->part < 0 || call->part >= parts) {
+    return Fail(message, "part must be in [0, parts), got part=%" PRId64 ", parts=%" PRId64,
+                call->part, call->parts);
   }
-  ChooseRotation (&params)(params, rows* part / parts, rows * (part + 1) / parts);
+  const RotateRowsFunction rotate_rows = ChooseRotation(&params);
+  RotatePart(params, rotate_rows, call->part, parts);
   return true;
 }
 

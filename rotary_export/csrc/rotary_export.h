@@ -1,7 +1,7 @@
-/* The C interface of librotary_export.so: everything it exports.
+/* The C interface of librotary_export.so: everything it exports. Plain C.
  *
- * RegisterCustomOps is what ONNX Runtime looks for in an op library. The rest needs no ONNX
- * Runtime: it is there for other runtimes, for tests and for `rotary-export doctor`. */
+ * ONNX Runtime calls RegisterCustomOps. The other functions do not need ONNX Runtime: other
+ * runtimes, the torch op, tests and `rotary-export doctor` call them. */
 #ifndef ROTARY_EXPORT_ROTARY_EXPORT_H_
 #define ROTARY_EXPORT_ROTARY_EXPORT_H_
 
@@ -17,23 +17,24 @@ extern "C" {
 struct OrtSessionOptions;
 struct OrtStatus;
 
-/* Adds the op to a session's options; `api_base` is what OrtGetApiBase() returns.
+/* Adds the op to a session's options. `api_base` is the result of OrtGetApiBase().
  *
- * A registered kernel wins over the node's function body: on the CUDA provider too, where the
- * library has a kernel for it (RotaryExportProviders). That kernel has not been run on a GPU yet
- * (see README.md), so registering the library with a CUDA session is for those who want to try it.
- */
+ * ONNX Runtime prefers a registered kernel to the node's function body. This holds for the CUDA
+ * provider too if the library has a kernel for it (RotaryExportProviders). That kernel has never
+ * run on a GPU (see README.md): register the library with a CUDA session only to try it. */
 ROTARY_EXPORT_PUBLIC struct OrtStatus* RegisterCustomOps(struct OrtSessionOptions* options,
                                                          const void* api_base);
 
-/* The instruction set in use ("baseline", "avx2", "avx512", "avx512bf16", "neon"), chosen when the
- * library was loaded; null if environment variable ROTARY_EXPORT_ISA asks for one that can't be
- * had. (ROTARY_EXPORT_LARGE_BYTES, read at the same time, is for benchmarks and tests: the outputs'
- * size from which on they are written past the cache.) */
+/* The instruction set in use: "baseline", "avx2", "avx512", "avx512bf16" or "neon". It is chosen
+ * when the library is loaded. Null if the environment variable ROTARY_EXPORT_ISA names a set that
+ * is not available.
+ *
+ * ROTARY_EXPORT_STREAMING_BYTES is read at the same time, for benchmarks and tests: outputs of at
+ * least this size are written with non-temporal (streaming) stores. */
 ROTARY_EXPORT_PUBLIC const char* RotaryExportInstructionSet(void);
 
-/* The execution providers that the library has kernels for, comma separated; CUDA is there if the
- * library was built with nvcc, whether or not this machine has a GPU. */
+/* The execution providers that the library has kernels for, separated by commas. They include CUDA
+ * if the library was built with nvcc, whether or not this machine has a GPU. */
 ROTARY_EXPORT_PUBLIC const char* RotaryExportProviders(void);
 
 /* Element types, with ONNX's numbers. */
@@ -47,17 +48,18 @@ enum RotaryExportType {
 
 enum { ROTARY_EXPORT_MAX_RANK = 8 };
 
-/* A tensor in the caller's memory; strides count elements. X, key and the outputs need a contiguous
- * last dimension, the other inputs must be contiguous. */
+/* A tensor in the caller's memory. Strides count elements. X, key and the outputs need a contiguous
+ * last dimension; the other inputs must be contiguous. */
 struct RotaryExportTensor {
   void* data;
-  int32_t type;
-  int32_t rank; /* Dimensions past the first ROTARY_EXPORT_MAX_RANK are not looked at. */
+  int32_t type; /* A RotaryExportType. */
+  int32_t rank; /* Only the first ROTARY_EXPORT_MAX_RANK dimensions are read. */
   int64_t shape[ROTARY_EXPORT_MAX_RANK];
   int64_t strides[ROTARY_EXPORT_MAX_RANK];
 };
 
-/* One call of the op, as the ONNX node has it; a null pointer is an input that is not given. */
+/* One call of the op, with the inputs and attributes of the ONNX node. A null pointer is an input
+ * or output that is not given. */
 struct RotaryExportCall {
   const struct RotaryExportTensor* x;
   const struct RotaryExportTensor* cos_cache;
@@ -71,15 +73,14 @@ struct RotaryExportCall {
   int64_t rotary_embedding_dim;
   int64_t num_heads;
   int64_t kv_num_heads;
-  /* Of the rows, cut into `parts` pieces of about the same size, only piece `part` is rotated: for
-   * callers with threads of their own. Every piece's call checks all inputs. 0: all rows. */
+  /* For callers with their own threads: the rows are split into `parts` parts of about the same
+   * size, and this call rotates part `part`. Each call checks all inputs. parts 0: all rows. */
   int64_t part;
   int64_t parts;
 };
 
-/* Rotates on the calling thread. Returns 0, or 1 with a sentence in `message`, in which case
- * nothing was written. A null call only reports whether the library can be used (see
- * ROTARY_EXPORT_ISA). */
+/* Rotates on the calling thread. Returns 0, or 1 with a sentence in `message`; nothing was written
+ * then. A null call only reports whether the library can be used (see ROTARY_EXPORT_ISA). */
 ROTARY_EXPORT_PUBLIC int RotaryExportRotate(const struct RotaryExportCall* call, char* message,
                                             size_t message_size);
 

@@ -164,6 +164,26 @@ def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:
         )
 
 
+def mismatched_table_message(name: str, got: str, cos_type: str) -> str:
+    """Return the message for a table whose type is not that of cos_cache.
+
+    Args:
+        name: The table.
+        got: Its type.
+        cos_type: The type of cos_cache.
+    """
+    return f"{name} must have the type of cos_cache, got {got} and {cos_type}"
+
+
+def bad_id_type_message(got: str) -> str:
+    """Return the message for position_ids that are not int64.
+
+    Args:
+        got: Their type.
+    """
+    return f"position_ids must be int64, got {got}"
+
+
 def bad_id_message(bad_id: int, batch: int, row: int, table_rows: int) -> str:
     """Return the message for a position outside the tables.
 

@@ -36,13 +36,12 @@ def _check_types(
     for name, table in (("sin_cache", sin), ("scale_cache", scale)):
         if table is not None and table.dtype != cos.dtype:
             raise RotaryExportError(
-                f"{name} must have the type of cos_cache, "
-                f"got {_type_name(table)} and {_type_name(cos)}"
+                spec.mismatched_table_message(name, _type_name(table), _type_name(cos))
             )
     if key is not None and key.dtype != x.dtype:
         raise RotaryExportError(spec.bad_type_message("key", _type_name(key), x_type))
     if position_ids is not None and position_ids.dtype != torch.int64:
-        raise RotaryExportError(f"position_ids must be int64, got {_type_name(position_ids)}")
+        raise RotaryExportError(spec.bad_id_type_message(_type_name(position_ids)))
 
 
 def _compute_positions(position_ids: Tensor, seq_len: int) -> Tensor:

@@ -58,10 +58,10 @@ def test_the_contract_on_bad_ids_holds_in_onnx_runtime():
 
 MUTATIONS = {
     "a-row-too-many": ("row >= launch.row_count", "row > launch.row_count", "stray"),
-    "every-block-does-all": ("index.block_x * launch.threads_y + ", "", "second write|read after"),
+    "every-block-does-all": ("thread.block_x * launch.threads_y + ", "", "second write|read after"),
     "chunks-overlap": ("pair = chunk * kWidth", "pair = chunk * (kWidth - 1)", "misaligned"),
     "a-head-is-left-out": ("head < heads.count;", "head + 1 < heads.count;", "not written"),
-    "tail-not-copied": ("machine.Write(values, heads.out", "Ignore(values, heads.out", "not writ"),
+    "tail-not-copied": ("memory.Write(values, heads.out", "Ignore(values, heads.out", "not writ"),
     "key-reads-x": ("is_key ? launch.params.key :", "false ? launch.params.key :", "second|read"),
 }
 
@@ -71,7 +71,7 @@ def test_the_emulator_sees_a_wrong_kernel(mutation, tmp_path):
     right, wrong, complaint = MUTATIONS[mutation]
     sources = tmp_path / "csrc"
     shutil.copytree(CSRC, sources)
-    header = sources / "cuda" / "thread_index.h"
+    header = sources / "cuda" / "rotate_thread.h"
     text = header.read_text()
     assert right in text
     text = text.replace(right, wrong)

@@ -27,9 +27,9 @@ GUARD = 192  # Bytes on either side of an output: more than any vector.
 def kernels(tmp_path_factory) -> list[Kernel]:
     folder = tmp_path_factory.mktemp("kernels")
     return [
-        load_kernel(folder, isa, large_bytes)
+        load_kernel(folder, isa, streaming_bytes)
         for isa in instruction_sets(folder)
-        for large_bytes in (0, 2**62)
+        for streaming_bytes in (0, 2**62)
     ]
 
 

@@ -46,10 +46,10 @@ def build(folder: Path, *targets: str, **settings: str) -> None:
 def test_clean_under_address_and_undefined_behavior_sanitizer(tmp_path):
     build(tmp_path, "kernel_sweep", CMAKE_BUILD_TYPE="Debug", CMAKE_CXX_FLAGS=SANITIZERS)
     for isa in instruction_sets(tmp_path):
-        for large_bytes in (0, 2**62):  # Past the cache, and not.
+        for streaming_bytes in (0, 2**62):  # Streaming stores always, never.
             settings = {
                 "ROTARY_EXPORT_ISA": isa,
-                "ROTARY_EXPORT_LARGE_BYTES": str(large_bytes),
+                "ROTARY_EXPORT_STREAMING_BYTES": str(streaming_bytes),
             }
             out = run(tmp_path / "kernel_sweep", **settings)
             assert re.fullmatch(rf"\d{{4}} calls, instruction set {isa}\n", out)

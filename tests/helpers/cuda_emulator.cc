@@ -1,7 +1,7 @@
-// Runs the CUDA kernel's code on the CPU: every thread of every block of a launch, in order, behind
-// a stand-in for NVIDIA's driver. Each access to memory is checked: inside a tensor, aligned as the
-// GPU needs it, never of an element that another thread may have written; each output element
-// written once.
+// Runs the CUDA kernel's code on the CPU: every thread of every block of a launch, one after the
+// other, behind an emulated NVIDIA driver. Each memory access is checked: it must be inside a
+// tensor, aligned as the GPU requires, and not read what another thread may have written. Each
+// output element must be written once.
 //
 // tests/helpers/cuda_emulator.py compiles it together with the library's own sources, once. It
 // exports EmulateRotation, for calls with plain pointers, and RegisterCustomOps, with which ONNX
@@ -11,9 +11,9 @@
 #include <vector>
 
 #include "cuda/cuda_driver.h"
-#include "cuda/cuda_rotate.h"
-#include "cuda/thread_index.h"
-#include "cuda_emulator_machine.h"
+#include "cuda/launch_rotation.h"
+#include "cuda/rotate_thread.h"
+#include "cuda_emulator_memory.h"
 #include "kernel/input_checks.h"
 #include "kernel/isa_dispatch.h"
 #include "ort/rotary_cuda_op.h"
@@ -27,7 +27,7 @@ using RunThread = void (*)(const Launch& launch, const cuda::ThreadIndex& index)
 
 template <typename T, typename Table, int kWidth>
 void Run(const Launch& launch, const cuda::ThreadIndex& index) {
-  cuda::RotateThread<T, Table, kWidth>(launch, index, Host());
+  cuda::RotateThread<T, Table, kWidth>(launch, index, CheckedMemory());
 }
 
 struct NamedKernel {
@@ -35,10 +35,10 @@ struct NamedKernel {
   RunThread run;
   bool is_vector;
 };
-#define ROTARY_EXPORT_EMULATED(T, Table)                                                \
-  {"Rotate" #T #Table "Vector", Run<cuda::T, cuda::Table, 16 / sizeof(cuda::T)>, true}, \
-      {"Rotate" #T #Table "Scalar", Run<cuda::T, cuda::Table, 1>, false},
-const NamedKernel kKernels[] = {ROTARY_EXPORT_CUDA_TYPES(ROTARY_EXPORT_EMULATED)};
+#define ROTARY_EXPORT_EMULATED(T, Table)                              \
+  {"Rotate" #T #Table "Vector", Run<T, Table, 16 / sizeof(T)>, true}, \
+      {"Rotate" #T #Table "Scalar", Run<T, Table, 1>, false},
+const NamedKernel kKernels[] = {ROTARY_EXPORT_TYPE_PAIRS(ROTARY_EXPORT_EMULATED)};
 
 int LoadLibrary(CUlib_st** library, const void* code, int*, void**, unsigned, int*, void**,
                 unsigned) {
@@ -72,7 +72,7 @@ int LaunchKernel(CUfunc_st* function, unsigned grid_x, unsigned grid_y, unsigned
   const int64_t grid = int64_t{grid_x} * grid_y * grid_z;
   if (grid > emulator.largest_grid) emulator.largest_grid = grid;
   cuda::ThreadIndex at;
-  // From the last thread to the first: nothing may hang on the order.
+  // From the last thread to the first: the result must not depend on the order.
   for (at.block_z = grid_z; at.block_z-- > 0;) {
     for (at.block_y = grid_y; at.block_y-- > 0;) {
       for (at.block_x = grid_x; at.block_x-- > 0;) {
@@ -100,10 +100,6 @@ constexpr CudaDriver kDriver = {[](int, const char** name) {
 
 // ---- calls with plain pointers
 
-size_t ElementSize(int32_t type) {
-  return type == ROTARY_EXPORT_FLOAT64 ? 8 : type == ROTARY_EXPORT_FLOAT32 ? 4 : 2;
-}
-
 void AddRegion(const RotaryExportTensor* tensor, bool is_written) {
   if (tensor == nullptr) return;
   size_t elements = 1;
@@ -112,10 +108,10 @@ void AddRegion(const RotaryExportTensor* tensor, bool is_written) {
     elements += static_cast<size_t>((tensor->shape[i] - 1) * tensor->strides[i]);
   }
   const auto* begin = static_cast<const unsigned char*>(tensor->data);
-  const size_t size = elements * ElementSize(tensor->type);
+  const size_t size = elements * static_cast<size_t>(SizeOf(tensor->type));
   Region region = {begin, size, {}};
   if (is_written) region.writes.resize(size);
-  // Outputs first, so that an input in the same place is seen as what it is.
+  // Outputs first, so that an access to an input in the same memory is checked against writes.
   emulator.regions.insert(is_written ? emulator.regions.begin() : emulator.regions.end(), region);
 }
 
@@ -126,7 +122,7 @@ void CheckWrites(const RotaryExportTensor* tensor, const Heads& heads, const Rot
   const Region* region = FindRegion(tensor->data, 1, true);
   if (region == nullptr) return;
   std::vector<unsigned char> wanted(region->size);
-  const size_t size = ElementSize(tensor->type);
+  const auto size = static_cast<size_t>(SizeOf(tensor->type));
   const bool in_place = heads.in == heads.out;
   const int64_t channels = in_place ? params.rotary_dim : params.head_dim;
   for (int64_t b = 0; b < params.batch_size; ++b) {
@@ -144,10 +140,7 @@ void CheckWrites(const RotaryExportTensor* tensor, const Heads& heads, const Rot
 
 bool Emulate(const RotaryExportCall& call, Message* message) {
   RotaryParams params;
-  if (!CheckInputs(call, &params, message) || !CheckPositions(params, message) ||
-      !CheckOutputs(call, &params, message)) {
-    return false;
-  }
+  if (!CheckCall(call, &params, message)) return false;
   for (const auto* tensor : {call.x, call.cos_cache, call.sin_cache, call.key, call.scale_cache}) {
     AddRegion(tensor, false);
   }
@@ -164,31 +157,26 @@ bool Emulate(const RotaryExportCall& call, Message* message) {
 const CudaDriver* FindCudaDriver(Message*) { return &kDriver; }
 const void* CudaDeviceCode() { return "emulated"; }
 
-// rotary_op.cc, which the op for CUDA shares its description with, wants a CPU kernel to be there.
+// rotary_op.cc, which describes the op for CUDA too, links to the CPU kernel.
 const Selection& SelectedInstructionSet() {
   static const Selection none = {};
   return none;
 }
 int64_t OutputBytes(const RotaryParams&) { return 0; }
 RotateRowsFunction ChooseRotation(RotaryParams*) { return nullptr; }
+void RotatePart(const RotaryParams&, RotateRowsFunction, int64_t, int64_t) {}
 
 namespace {
 
 // ---- ONNX Runtime's calls
 
 OrtStatus* RegisterOnCpu(OrtSessionOptions* options, const ort::OrtApi* api) {
-  constexpr ort::ElementType kTypes[][2] = {
-      {ort::kFloat, ort::kFloat},    {ort::kFloat16, ort::kFloat16},
-      {ort::kFloat16, ort::kFloat},  {ort::kBFloat16, ort::kBFloat16},
-      {ort::kBFloat16, ort::kFloat}, {ort::kDouble, ort::kDouble},
-      {ort::kDouble, ort::kFloat},
-  };
-  static Op ops[sizeof kTypes / sizeof kTypes[0]];
+  static Op ops[kTypePairCount];
   static OrtCustomOpDomain* domain = nullptr;
   if (domain == nullptr) {
     if (OrtStatus* status = api->CreateCustomOpDomain("rotary_export", &domain)) return status;
-    for (size_t i = 0; i < sizeof kTypes / sizeof kTypes[0]; ++i) {
-      DescribeCudaOp(api, kTypes[i][0], kTypes[i][1], &ops[i]);
+    for (int i = 0; i < kTypePairCount; ++i) {
+      DescribeCudaOp(api, kTypePairs[i], &ops[i]);
       ops[i].GetExecutionProviderType = [](const ort::OrtCustomOp*) {
         return "CPUExecutionProvider";
       };
@@ -215,7 +203,7 @@ struct EmulatorStatistics {
   int64_t largest_grid;
 };
 
-// Returns 0, or 1 with a sentence. `capture_status` and `launch_error` are what the driver answers.
+// Returns 0, or 1 with a sentence. The emulated driver returns `capture_status` and `launch_error`.
 extern "C" __attribute__((visibility("default"))) int EmulateRotation(
     const RotaryExportCall* call, int capture_status, int launch_error,
     EmulatorStatistics* statistics, char* text, size_t text_size) {

@@ -18,9 +18,10 @@ from helpers.oracles import Tensors, assert_same_bits
 from helpers.paths import CSRC
 
 SOURCES = (
+    "kernel/element_types",
     "kernel/message",
     "kernel/input_checks",
-    "cuda/cuda_rotate",
+    "cuda/launch_rotation",
     "cuda/launch_plan",
     "ort/rotary_cuda_op",
     "ort/rotary_op",
@@ -37,7 +38,7 @@ class Statistics(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Emulated:
-    """What became of a call; no message: every check passed."""
+    """The result of a call; without a message, every check passed."""
 
     message: str
     launches: int

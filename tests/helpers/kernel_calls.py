@@ -1,7 +1,7 @@
 """Calls the op library's kernel through its C interface, without ONNX Runtime.
 
-A copy of the library chooses its instruction set, and whether it writes past the cache, when it is
-loaded, so that every way of running can be had in one process.
+A copy of the library reads its environment variables when it is loaded: the instruction set and
+from which size on it uses streaming stores. So one process can run every combination.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Call(ctypes.Structure):
 
 
 class Kernel(NamedTuple):
-    """A copy of the library that was loaded with a setting of its own."""
+    """A copy of the library, loaded with its own settings."""
 
     name: str
     library: ctypes.CDLL
@@ -57,18 +57,18 @@ class Kernel(NamedTuple):
 
 
 def describe(x: torch.Tensor, address: int | None = None) -> Tensor:
-    """Return what the kernel is told of `x`, or of a tensor like it at `address`."""
+    """Return the kernel's description of `x`, or of a tensor like it at `address`."""
     dims = ctypes.c_int64 * 8
     data = x.data_ptr() if address is None else address
     return Tensor(data, ONNX_TYPES[x.dtype], x.dim(), dims(*x.shape), dims(*x.stride()))
 
 
-def load_kernel(folder: Path, isa: str, large_bytes: int | None = None) -> Kernel:
-    """Load a copy of the library; with `large_bytes` 0 it writes past the cache at any size."""
+def load_kernel(folder: Path, isa: str, streaming_bytes: int | None = None) -> Kernel:
+    """Load a copy of the library; with `streaming_bytes` 0 it always uses streaming stores."""
     settings = {"ROTARY_EXPORT_ISA": isa}
-    if large_bytes is not None:
-        settings["ROTARY_EXPORT_LARGE_BYTES"] = str(large_bytes)
-    name = isa if large_bytes is None else f"{isa}-{large_bytes}"
+    if streaming_bytes is not None:
+        settings["ROTARY_EXPORT_STREAMING_BYTES"] = str(streaming_bytes)
+    name = isa if streaming_bytes is None else f"{isa}-{streaming_bytes}"
     before = {key: os.environ.get(key) for key in settings}
     os.environ.update(settings)
     try:
@@ -84,7 +84,7 @@ def load_kernel(folder: Path, isa: str, large_bytes: int | None = None) -> Kerne
 
 
 def instruction_sets(folder: Path) -> list[str]:
-    """Return what this machine has: the library names it when asked for what is not there."""
+    """Return the sets of this machine, which the library lists when asked for an unknown one."""
     message = load_kernel(folder, "none").rotate({})
     return message.split("one of ")[1].split(" on this machine")[0].split(", ")
 

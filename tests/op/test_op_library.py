@@ -184,7 +184,7 @@ def test_a_chain_of_ops_with_static_shapes_runs_in_place():
 
 @pytest.mark.skipif(
     tuple(int(part) for part in ort.__version__.split(".")[:2]) < (1, 24),
-    reason="the op has no shape inference before 1.24 (see rotary_register.cc)",
+    reason="the op has no shape inference before 1.24 (see csrc/ort/register_ops.cc)",
 )
 def test_shapes_are_inferred_with_their_symbols():
     node = helper.make_node(

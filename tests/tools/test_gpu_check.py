@@ -89,7 +89,7 @@ def wrong_kernel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wrong")
     sources = folder / "csrc"
     shutil.copytree(CSRC, sources)
-    header = sources / "cuda" / "thread_index.h"
+    header = sources / "cuda" / "rotate_thread.h"
     right = header.read_text()
     assert "Add(a_cos, -b_sin)" in right
     header.write_text(right.replace("Add(a_cos, -b_sin)", "Add(a_cos, b_sin)"))

@@ -29,7 +29,7 @@ from rotary_export.measure.timing import (
     time_interleaved,
 )
 
-NEVER_STREAM = ("ROTARY_EXPORT_LARGE_BYTES", str(2**62))
+NEVER_STREAM = ("ROTARY_EXPORT_STREAMING_BYTES", str(2**62))
 NEVER_SLOWER = Goal(1.0, slack=0.03)
 
 Times = dict[str, Spread]

@@ -1,18 +1,18 @@
-# The CUDA kernel: nvcc compiles rotary_kernel.cu to device code alone, which cuda_driver.cc carries
-# and the NVIDIA driver loads when it is first launched. So CMake's CUDA language, a CUDA runtime
-# and a host compiler that nvcc likes are not needed, and the library loads without a driver.
+# The CUDA kernel: nvcc compiles rotary_kernel.cu to device code alone. cuda_driver.cc embeds it and
+# the NVIDIA driver loads it at the first launch. So the build does not need CMake's CUDA language, a
+# CUDA runtime or a host compiler that nvcc supports, and the library loads without a driver.
 if(NOT ROTARY_EXPORT_CUDA)
   return()
 endif()
 find_program(ROTARY_EXPORT_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda
              PATH_SUFFIXES bin)
 if(NOT ROTARY_EXPORT_NVCC)
-  message(STATUS "rotary_export: no nvcc, hence no CUDA kernel")
+  message(STATUS "rotary_export: nvcc not found, hence no CUDA kernel")
   return()
 endif()
 
-# Machine code for the data-centre GPUs that this nvcc knows, and PTX of the newest, from which the
-# driver makes code for those to come. Older than 8.0: no conversion to bfloat16.
+# Machine code for the data-centre GPUs that this nvcc supports, and PTX of the newest, which the
+# driver compiles for later GPUs. GPUs before 8.0 have no conversion to bfloat16.
 execute_process(COMMAND ${ROTARY_EXPORT_NVCC} --list-gpu-code OUTPUT_VARIABLE known ERROR_QUIET)
 set(targets "")
 foreach(arch 80 90 100)
@@ -22,12 +22,12 @@ foreach(arch 80 90 100)
   endif()
 endforeach()
 if(NOT targets)
-  message(STATUS "rotary_export: no CUDA kernel, ${ROTARY_EXPORT_NVCC} knows no GPU from sm_80 on")
+  message(STATUS "rotary_export: no CUDA kernel, ${ROTARY_EXPORT_NVCC} supports no GPU from sm_80 on")
   return()
 endif()
 list(APPEND targets -gencode "arch=compute_${newest},code=compute_${newest}")
 
-# A tenth of the size, in versions that know the option.
+# A tenth of the size, in versions that have the option.
 execute_process(COMMAND ${ROTARY_EXPORT_NVCC} --help OUTPUT_VARIABLE help ERROR_QUIET)
 set(compression "")
 if(help MATCHES "--compress-mode")
@@ -39,7 +39,7 @@ if(ROTARY_EXPORT_WERROR)
   set(warnings -Werror all-warnings)
 endif()
 
-# tests/csrc/test_cuda_build.py compiles with these flags, too, and reads what ptxas reports.
+# tests/csrc/test_cuda_build.py compiles with the same flags and reads the report of ptxas.
 set(fatbin ${CMAKE_CURRENT_BINARY_DIR}/rotary_kernel.fatbin)
 add_custom_command(
   OUTPUT ${fatbin}
@@ -47,11 +47,12 @@ add_custom_command(
     ${ROTARY_EXPORT_NVCC} -fatbin -std=c++17 -O3 -fmad=false -ftz=false -prec-div=true
     -allow-unsupported-compiler ${warnings} ${compression} ${targets} -I${CMAKE_CURRENT_SOURCE_DIR}
     ${CMAKE_CURRENT_SOURCE_DIR}/cuda/rotary_kernel.cu -o ${fatbin}
-  DEPENDS cuda/rotary_kernel.cu cuda/thread_index.h cuda/launch_plan.h kernel/rotary_kernel.h
+  DEPENDS cuda/rotary_kernel.cu cuda/rotate_thread.h cuda/launch_plan.h kernel/rotary_kernel.h
+          kernel/element_types.h rotary_export.h
   COMMENT "Compiling rotary_kernel.cu"
   VERBATIM)
 
-target_sources(rotary_export PRIVATE cuda/cuda_driver.cc cuda/cuda_rotate.cc cuda/launch_plan.cc
+target_sources(rotary_export PRIVATE cuda/cuda_driver.cc cuda/launch_rotation.cc cuda/launch_plan.cc
                                      ort/rotary_cuda_op.cc)
 set_source_files_properties(
   cuda/cuda_driver.cc PROPERTIES OBJECT_DEPENDS ${fatbin}

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <cstdlib>
 
-// Since glibc 2.34 these two have a new version, which older images lack; the old one is there in
+// glibc 2.34 added a new version of these two, which older images lack. The old version exists in
 // all of them.
 #if defined(__GLIBC__) && defined(__x86_64__)
 __asm__(".symver dlopen, dlopen@GLIBC_2.2.5");
@@ -15,7 +15,7 @@ __asm__(".symver dlopen, dlopen@GLIBC_2.17");
 __asm__(".symver dlsym, dlsym@GLIBC_2.17");
 #endif
 
-// ROTARY_EXPORT_FATBIN: the file that nvcc wrote.
+// ROTARY_EXPORT_FATBIN is the file that nvcc wrote.
 __asm__(
     ".pushsection .rodata\n"
     ".balign 16\n"
@@ -62,7 +62,7 @@ const CudaDriver* FindCudaDriver(Message* message) {
     return nullptr;
   }
   *driver = found;
-  CudaDriver* other = nullptr;  // Another thread's, if it was quicker.
+  CudaDriver* other = nullptr;  // The driver that another thread found first, if any.
   if (known.compare_exchange_strong(other, driver)) return driver;
   std::free(driver);
   return other;

@@ -1,13 +1,13 @@
-// The slice of NVIDIA's driver, libcuda.so.1, that launching a kernel takes, looked up when the
-// first kernel is launched. So the library needs no CUDA runtime: it loads on machines without a
-// driver, and nothing in it asks for a recent glibc (the static CUDA runtime 13 asks for 2.34).
-// tests/csrc/test_cuda_build.py holds the signatures against the toolkit's cuda.h.
+// The functions of NVIDIA's driver, libcuda.so.1, that a launch needs. They are looked up at the
+// first launch. So the library needs no CUDA runtime: it loads on machines without a driver, and it
+// does not require a recent glibc (the static CUDA runtime 13 requires 2.34).
+// tests/csrc/test_cuda_build.py compares the signatures with the toolkit's cuda.h.
 #ifndef ROTARY_EXPORT_CUDA_CUDA_DRIVER_H_
 #define ROTARY_EXPORT_CUDA_CUDA_DRIVER_H_
 
 #include "kernel/message.h"
 
-// The driver's own opaque types, at global scope, as cuda.h has them.
+// The driver's opaque types, at global scope as in cuda.h.
 struct CUfunc_st;
 struct CUkern_st;
 struct CUlib_st;
@@ -27,7 +27,7 @@ struct CudaDriver {
                       CUstream_st* stream, void** arguments, void** extra);
 };
 
-// Returns the driver, the same one every time, or null with a message.
+// Returns the driver, the same pointer at each call, or null with a message.
 const CudaDriver* FindCudaDriver(Message* message);
 
 // The device code of rotary_kernel.cu: a fatbin, for all architectures.

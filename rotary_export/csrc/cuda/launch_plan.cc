@@ -3,17 +3,13 @@
 namespace rotary_export {
 namespace {
 
-constexpr int64_t kMaxRows = int64_t{1} << 30;  // Of a launch: row numbers fit 32 bits with room.
+constexpr int64_t kMaxRows = int64_t{1} << 30;  // Of a launch: row numbers fit 32 bits.
 constexpr int64_t kMaxBlocksYZ = 65535;         // CUDA's limit.
 
-// Threads that keep a large GPU busy. Beyond that a thread takes several heads, which saves reading
-// the tables again for each. By reasoning: never measured on a GPU.
+// The threads that keep a large GPU busy. With more, each thread rotates several heads, which saves
+// table reads. Chosen by reasoning: never measured on a GPU.
 constexpr int64_t kBusyThreads = int64_t{1} << 18;
 constexpr int64_t kMaxHeadsPerThread = 4;
-
-int64_t SizeOf(DataType type) {
-  return type == DataType::kFloat64 ? 8 : type == DataType::kFloat32 ? 4 : 2;
-}
 
 int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -33,8 +29,8 @@ bool HasVectors(const Heads& heads, int64_t width) {
           HasVectors(heads.out_strides, width));
 }
 
-// Whether all that a thread touches starts at a multiple of 16 bytes. (A table row of another type
-// is then aligned as its own vectors need, since it has as many entries.)
+// Whether every access of a thread starts at a multiple of 16 bytes. (Vectors of a table of another
+// type have as many entries, so they are aligned to their own size.)
 bool CanUseVectors(const RotaryParams& params, int64_t width) {
   return params.rotary_dim / 2 % width == 0 && params.head_dim % width == 0 &&
          HasVectors(params.query, width) && HasVectors(params.key, width) &&
@@ -42,16 +38,16 @@ bool CanUseVectors(const RotaryParams& params, int64_t width) {
          HasVectors(params.scale_cache);
 }
 
-// Fills the runs of rows [begin, end), or of as many of them as fit, and returns where they end.
+// Fills the runs of rows [begin, end), or of as many rows as fit. Returns the row after the last.
 int64_t FillRuns(const RotaryParams& params, int64_t begin, int64_t end, Launch* launch) {
   const int64_t* ids = params.position_ids;
-  if (params.id_row_stride == 0) {  // An offset, or tables with a row for each row.
+  if (params.id_row_stride == 0) {  // An offset, or tables with one row for each row of X.
     launch->run_count = 1;
     launch->run_rows[0] = 0;
     launch->run_positions[0] = (ids != nullptr ? ids[0] : 0) + begin;
     return end;
   }
-  int64_t run_offset = 0;  // What position - row is in the last run.
+  int64_t run_offset = 0;  // position - row in the last run.
   for (int64_t row = begin; row < end; ++row) {
     if (launch->run_count > 0 && ids[row] - row == run_offset) continue;
     if (launch->run_count == kMaxRuns) return row;

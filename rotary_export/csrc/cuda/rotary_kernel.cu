@@ -1,14 +1,14 @@
-// The CUDA kernels: thread_index.h on a GPU's memory. Compiled to device code alone (a fatbin),
-// which cuda_driver.cc carries and cuda_rotate.cc launches by the names given here.
-#include "cuda/thread_index.h"
+// The CUDA kernels: rotate_thread.h with a GPU's memory. Compiled to device code alone (a fatbin),
+// which cuda_driver.cc embeds. launch_rotation.cc finds the kernels by the names below.
+#include "cuda/rotate_thread.h"
 
 namespace rotary_export {
 namespace cuda {
 namespace {
 
-// Moves `kWidth` elements in pieces as wide as they come, 16 bytes at most. What is read here may
-// be what is written (Y in X's place), so it must not go through the read-only cache.
-struct Device {
+// The memory policy of a GPU. Moves `kWidth` elements in pieces of up to 16 bytes. X may be Y's
+// memory, so Read must not use the read-only cache.
+struct DeviceMemory {
   template <typename T, int kWidth>
   __device__ __forceinline__ void Read(const T* from, T (&to)[kWidth]) const {
     constexpr int kBytes = sizeof to;
@@ -33,7 +33,7 @@ struct Device {
       memcpy(&pieces, from, kBytes);
 #pragma unroll
       for (int i = 0; i < kBytes / 16; ++i) {
-        // A plain assignment is split into four stores where nvcc loses sight of the alignment.
+        // nvcc splits a plain assignment into four stores if it cannot prove the alignment.
         __stwb(reinterpret_cast<uint4*>(to) + i, pieces.piece[i]);
       }
     } else {
@@ -42,7 +42,7 @@ struct Device {
     }
   }
 
-  // Tables are never written: the read-only cache serves the heads that share them.
+  // Tables are never written, so heads that share them read through the read-only cache.
   template <typename T, int kWidth>
   __device__ __forceinline__ void ReadTable(const T* from, T (&to)[kWidth]) const {
     constexpr int kBytes = sizeof to;
@@ -56,7 +56,7 @@ struct Device {
     memcpy(to, &pieces, kBytes);
   }
 
-  // One instruction each, without the headers of the half types. Rounding is to nearest even,
+  // One instruction each, without CUDA's headers for half types. Rounding is to nearest even,
   // subnormals are kept, a NaN stays a NaN.
   __device__ __forceinline__ float Widen(float value) const { return value; }
   __device__ __forceinline__ double Widen(double value) const { return value; }
@@ -89,42 +89,42 @@ struct Device {
 };
 
 template <>
-struct Device::PieceType<16> {
+struct DeviceMemory::PieceType<16> {
   using Type = uint4;
 };
 template <>
-struct Device::PieceType<8> {
+struct DeviceMemory::PieceType<8> {
   using Type = uint2;
 };
 template <>
-struct Device::PieceType<4> {
+struct DeviceMemory::PieceType<4> {
   using Type = uint32_t;
 };
 template <>
-struct Device::PieceType<2> {
+struct DeviceMemory::PieceType<2> {
   using Type = uint16_t;
 };
 
 template <typename T, typename Table, int kWidth>
 __device__ __forceinline__ void Rotate(const Launch& launch) {
   const ThreadIndex index = {blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y};
-  RotateThread<T, Table, kWidth>(launch, index, Device());
+  RotateThread<T, Table, kWidth>(launch, index, DeviceMemory());
 }
 
 }  // namespace
 }  // namespace cuda
 }  // namespace rotary_export
 
-// __grid_constant__: the argument is read where it is, not copied to each thread's own memory.
+// __grid_constant__: threads read the argument in place; it is not copied to local memory.
 #define ROTARY_EXPORT_KERNEL(name, T, Table, width)                                \
   extern "C" __global__ void __launch_bounds__(rotary_export::kThreadsPerBlock, 3) \
       name(const __grid_constant__ rotary_export::Launch launch) {                 \
-    using namespace rotary_export::cuda;                                           \
-    Rotate<T, Table, width>(launch);                                               \
+    using namespace rotary_export;                                                 \
+    cuda::Rotate<T, Table, width>(launch);                                         \
   }
-#define ROTARY_EXPORT_KERNELS(T, Table)                                              \
-  ROTARY_EXPORT_KERNEL(Rotate##T##Table##Vector, T, Table,                           \
-                       rotary_export::kVectorBytes / sizeof(rotary_export::cuda::T)) \
+#define ROTARY_EXPORT_KERNELS(T, Table)                                        \
+  ROTARY_EXPORT_KERNEL(Rotate##T##Table##Vector, T, Table,                     \
+                       rotary_export::kVectorBytes / sizeof(rotary_export::T)) \
   ROTARY_EXPORT_KERNEL(Rotate##T##Table##Scalar, T, Table, 1)
 
-ROTARY_EXPORT_CUDA_TYPES(ROTARY_EXPORT_KERNELS)
+ROTARY_EXPORT_TYPE_PAIRS(ROTARY_EXPORT_KERNELS)

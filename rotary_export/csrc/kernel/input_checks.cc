@@ -7,47 +7,51 @@ namespace {
 
 using Tensor = RotaryExportTensor;
 
-bool ToDataType(int32_t type, DataType* out) {
-  switch (type) {
-    case ROTARY_EXPORT_FLOAT32:
-      *out = DataType::kFloat32;
-      return true;
-    case ROTARY_EXPORT_FLOAT16:
-      *out = DataType::kFloat16;
-      return true;
-    case ROTARY_EXPORT_BFLOAT16:
-      *out = DataType::kBFloat16;
-      return true;
-    case ROTARY_EXPORT_FLOAT64:
-      *out = DataType::kFloat64;
-      return true;
-    default:
-      return false;
+struct NamedTensor {
+  const char* name;
+  const Tensor* tensor;  // Null: not given.
+};
+
+bool IsTypePair(int32_t x_type, int32_t table_type) {
+  for (const TypePair& pair : kTypePairs) {
+    if (pair.x_type == x_type && pair.table_type == table_type) return true;
   }
+  return false;
+}
+
+// Reports the type of X if no pair has it, else the type of the tables.
+bool FailTypePair(int32_t x_type, int32_t table_type, Message* message) {
+  RotaryExportType x_types[kTypePairCount];
+  RotaryExportType table_types[kTypePairCount];
+  int x_count = 0;
+  int table_count = 0;
+  for (const TypePair& pair : kTypePairs) {
+    if (pair.x_type == x_type) table_types[table_count++] = pair.table_type;
+    if (x_count == 0 || x_types[x_count - 1] != pair.x_type) x_types[x_count++] = pair.x_type;
+  }
+  if (table_count == 0) {
+    return Fail(message, "X must be %s, got %s", FormatTypes(x_types, x_count).text,
+                TypeName(x_type));
+  }
+  return Fail(message, "cos_cache must be %s with X %s, got %s",
+              FormatTypes(table_types, table_count).text, TypeName(x_type), TypeName(table_type));
 }
 
 bool CheckTypes(const RotaryExportCall& call, RotaryParams* params, Message* message) {
-  const char* x_type = TypeName(call.x->type);
-  if (!ToDataType(call.x->type, &params->x_type)) {
-    return Fail(message, "X must be float32, float16, bfloat16 or float64, got %s", x_type);
-  }
+  const int32_t x_type = call.x->type;
   const int32_t table_type = call.cos_cache->type;
-  if (table_type != call.x->type && table_type != ROTARY_EXPORT_FLOAT32) {
-    const bool is_float = call.x->type == ROTARY_EXPORT_FLOAT32;
-    return Fail(message, "cos_cache must be %s%s with X %s, got %s", x_type,
-                is_float ? "" : " or float32", x_type, TypeName(table_type));
-  }
-  ToDataType(table_type, &params->table_type);
-  const char* names[] = {"sin_cache", "scale_cache"};
-  const Tensor* tables[] = {call.sin_cache, call.scale_cache};
-  for (int i = 0; i < 2; ++i) {
-    if (tables[i] != nullptr && tables[i]->type != table_type) {
-      return Fail(message, "%s must have the type of cos_cache, got %s and %s", names[i],
-                  TypeName(tables[i]->type), TypeName(table_type));
+  if (!IsTypePair(x_type, table_type)) return FailTypePair(x_type, table_type, message);
+  params->x_type = static_cast<RotaryExportType>(x_type);
+  params->table_type = static_cast<RotaryExportType>(table_type);
+  const NamedTensor tables[] = {{"sin_cache", call.sin_cache}, {"scale_cache", call.scale_cache}};
+  for (const auto& [name, table] : tables) {
+    if (table != nullptr && table->type != table_type) {
+      return Fail(message, "%s must have the type of cos_cache, got %s and %s", name,
+                  TypeName(table->type), TypeName(table_type));
     }
   }
-  if (call.key != nullptr && call.key->type != call.x->type) {
-    return Fail(message, "key must be %s with X %s, got %s", x_type, x_type,
+  if (call.key != nullptr && call.key->type != x_type) {
+    return Fail(message, "key must be %s with X %s, got %s", TypeName(x_type), TypeName(x_type),
                 TypeName(call.key->type));
   }
   if (call.position_ids != nullptr && call.position_ids->type != ROTARY_EXPORT_INT64) {
@@ -105,58 +109,91 @@ bool SameShape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-bool CheckTables(const RotaryExportCall& call, RotaryParams* params, Message* message) {
+bool SetQuery(const RotaryExportCall& call, const HeadShape& x, RotaryParams* params,
+              Message* message) {
+  const int64_t rotary_dim = call.rotary_embedding_dim ? call.rotary_embedding_dim : x.head_dim;
+  if (rotary_dim < 2 || rotary_dim % 2 != 0 || rotary_dim > x.head_dim) {
+    return Fail(message,
+                "rotary_dim must be even and <= head_dim, got rotary_dim=%" PRId64
+                ", head_dim=%" PRId64,
+                rotary_dim, x.head_dim);
+  }
+  params->batch_size = x.batch_size;
+  params->seq_len = x.seq_len;
+  params->head_dim = x.head_dim;
+  params->rotary_dim = rotary_dim;
+  params->query.in = call.x->data;
+  params->query.count = x.num_heads;
+  params->query.in_strides = x.strides;
+  return true;
+}
+
+// Tables of table_rows rows, which position_ids select from.
+bool CheckTablesWithIds(const RotaryExportCall& call, RotaryParams* params, Message* message) {
+  const Tensor& cos = *call.cos_cache;
+  const Tensor& ids = *call.position_ids;
+  const int64_t half = params->rotary_dim / 2;
+  if (cos.rank != 2 || cos.shape[1] != half) {
+    return Fail(message,
+                "with position_ids, cos_cache must have shape (max_seq_len, rotary_dim / 2) = "
+                "(max_seq_len, %" PRId64 "), got %s",
+                half, FormatShape(cos).text);
+  }
+  if (HasShape(ids, 2, params->batch_size, params->seq_len)) {
+    params->id_batch_stride = params->seq_len;
+    params->id_row_stride = 1;
+  } else if (HasShape(ids, 2, 1, params->seq_len)) {
+    params->id_row_stride = 1;
+  } else if (HasShape(ids, 1, 1)) {
+    params->table_row_step = 1;
+  } else {
+    return Fail(message,
+                "position_ids must have shape (batch_size, seq_len), (1, seq_len) or (1,), got "
+                "%s with batch_size=%" PRId64 ", seq_len=%" PRId64,
+                FormatShape(ids).text, params->batch_size, params->seq_len);
+  }
+  params->position_ids = static_cast<const int64_t*>(ids.data);
+  params->table_rows = cos.shape[0];
+  return true;
+}
+
+// Tables that have one row for each row of X.
+bool CheckTablesWithoutIds(const RotaryExportCall& call, RotaryParams* params, Message* message) {
   const Tensor& cos = *call.cos_cache;
   const int64_t batch_size = params->batch_size;
   const int64_t seq_len = params->seq_len;
   const int64_t half = params->rotary_dim / 2;
-  if (call.position_ids != nullptr) {
-    const Tensor& ids = *call.position_ids;
-    if (cos.rank != 2 || cos.shape[1] != half) {
-      return Fail(message,
-                  "with position_ids, cos_cache must have shape (max_seq_len, rotary_dim / 2) = "
-                  "(max_seq_len, %" PRId64 "), got %s",
-                  half, FormatShape(cos).text);
-    }
-    if (HasShape(ids, 2, batch_size, seq_len)) {
-      params->id_batch_stride = seq_len;
-      params->id_row_stride = 1;
-    } else if (HasShape(ids, 2, 1, seq_len)) {
-      params->id_row_stride = 1;
-    } else if (HasShape(ids, 1, 1)) {
-      params->table_row_step = 1;
-    } else {
-      return Fail(message,
-                  "position_ids must have shape (batch_size, seq_len), (1, seq_len) or (1,), got "
-                  "%s with batch_size=%" PRId64 ", seq_len=%" PRId64,
-                  FormatShape(ids).text, batch_size, seq_len);
-    }
-    params->position_ids = static_cast<const int64_t*>(ids.data);
-    params->table_rows = cos.shape[0];
-  } else {
-    params->table_row_step = 1;
-    if (HasShape(cos, 3, batch_size, seq_len, half)) {
-      params->table_batch_step = seq_len;
-    } else if (!HasShape(cos, 3, 1, seq_len, half)) {
-      return Fail(message,
-                  "without position_ids, cos_cache must have shape (batch_size or 1, seq_len, "
-                  "rotary_dim / 2) = (%" PRId64 " or 1, %" PRId64 ", %" PRId64 "), got %s",
-                  batch_size, seq_len, half, FormatShape(cos).text);
+  params->table_row_step = 1;
+  if (HasShape(cos, 3, batch_size, seq_len, half)) {
+    params->table_batch_step = seq_len;
+  } else if (!HasShape(cos, 3, 1, seq_len, half)) {
+    return Fail(message,
+                "without position_ids, cos_cache must have shape (batch_size or 1, seq_len, "
+                "rotary_dim / 2) = (%" PRId64 " or 1, %" PRId64 ", %" PRId64 "), got %s",
+                batch_size, seq_len, half, FormatShape(cos).text);
+  }
+  return true;
+}
+
+bool CheckTables(const RotaryExportCall& call, RotaryParams* params, Message* message) {
+  const auto check_cos = call.position_ids != nullptr ? CheckTablesWithIds : CheckTablesWithoutIds;
+  if (!check_cos(call, params, message)) return false;
+  const NamedTensor tables[] = {{"sin_cache", call.sin_cache}, {"scale_cache", call.scale_cache}};
+  for (const auto& [name, table] : tables) {
+    if (table != nullptr && !SameShape(*table, *call.cos_cache)) {
+      return Fail(message, "%s must have the shape of cos_cache, got %s and %s", name,
+                  FormatShape(*table).text, FormatShape(*call.cos_cache).text);
     }
   }
-  const char* names[] = {"sin_cache", "scale_cache"};
-  const Tensor* tables[] = {call.sin_cache, call.scale_cache};
-  for (int i = 0; i < 2; ++i) {
-    if (tables[i] != nullptr && !SameShape(*tables[i], cos)) {
-      return Fail(message, "%s must have the shape of cos_cache, got %s and %s", names[i],
-                  FormatShape(*tables[i]).text, FormatShape(cos).text);
-    }
-  }
+  params->cos_cache = call.cos_cache->data;
+  params->sin_cache = call.sin_cache->data;
+  params->scale_cache = call.scale_cache != nullptr ? call.scale_cache->data : nullptr;
   return true;
 }
 
 bool CheckKey(const RotaryExportCall& call, const HeadShape& x, RotaryParams* params,
               Message* message) {
+  if (call.key == nullptr) return true;
   if (call.key->rank != call.x->rank) {
     return Fail(message, "key must have as many dimensions as X, got %s and %s",
                 FormatShape(*call.key).text, FormatShape(*call.x).text);
@@ -176,7 +213,8 @@ bool CheckKey(const RotaryExportCall& call, const HeadShape& x, RotaryParams* pa
 }
 
 // Checks that the last `dims` dimensions lie in memory without gaps.
-bool CheckContiguous(const char* name, const Tensor* tensor, int dims, Message* message) {
+bool CheckContiguous(const NamedTensor& named, int dims, Message* message) {
+  const Tensor* tensor = named.tensor;
   if (tensor == nullptr) return true;
   for (int i = 0; i < tensor->rank; ++i) {
     if (tensor->shape[i] == 0) return true;  // NumPy gives an empty array strides of 0.
@@ -184,7 +222,7 @@ bool CheckContiguous(const char* name, const Tensor* tensor, int dims, Message* 
   int64_t stride = 1;
   for (int i = tensor->rank - 1; i >= 0 && i >= tensor->rank - dims; --i) {
     if (tensor->shape[i] > 1 && tensor->strides[i] != stride) {
-      return Fail(message, "%s must be contiguous%s, got strides %s for shape %s", name,
+      return Fail(message, "%s must be contiguous%s, got strides %s for shape %s", named.name,
                   dims == 1 ? " in its last dimension" : "",
                   FormatDims(tensor->strides, tensor->rank).text, FormatShape(*tensor).text);
     }
@@ -193,28 +231,38 @@ bool CheckContiguous(const char* name, const Tensor* tensor, int dims, Message* 
   return true;
 }
 
-bool CheckOutput(const char* name, const char* input_name, const Tensor* input,
-                 const Tensor* output, int64_t num_heads, Heads* heads, Message* message) {
-  if ((input == nullptr) != (output == nullptr)) {
-    return Fail(message, "%s must be given if and only if %s is, got %s but no %s", name,
-                input_name, input ? input_name : name, input ? name : input_name);
+// What the kernel walks by strides needs a contiguous last dimension; the rest has no strides.
+bool CheckInputsContiguous(const RotaryExportCall& call, Message* message) {
+  return CheckContiguous({"X", call.x}, 1, message) &&
+         CheckContiguous({"key", call.key}, 1, message) &&
+         CheckContiguous({"cos_cache", call.cos_cache}, 3, message) &&
+         CheckContiguous({"sin_cache", call.sin_cache}, 3, message) &&
+         CheckContiguous({"scale_cache", call.scale_cache}, 3, message) &&
+         CheckContiguous({"position_ids", call.position_ids}, 2, message);
+}
+
+bool CheckOutput(const NamedTensor& in, const NamedTensor& out, Heads* heads, Message* message) {
+  if ((in.tensor == nullptr) != (out.tensor == nullptr)) {
+    const bool has_input = in.tensor != nullptr;
+    return Fail(message, "%s must be given if and only if %s is, got %s but no %s", out.name,
+                in.name, has_input ? in.name : out.name, has_input ? out.name : in.name);
   }
-  if (input == nullptr) return true;
-  if (output->type != input->type || !SameShape(*output, *input)) {
-    return Fail(message, "%s must have the type and shape of %s, got %s %s and %s %s", name,
-                input_name, TypeName(output->type), FormatShape(*output).text,
-                TypeName(input->type), FormatShape(*input).text);
+  if (in.tensor == nullptr) return true;
+  if (out.tensor->type != in.tensor->type || !SameShape(*out.tensor, *in.tensor)) {
+    return Fail(message, "%s must have the type and shape of %s, got %s %s and %s %s", out.name,
+                in.name, TypeName(out.tensor->type), FormatShape(*out.tensor).text,
+                TypeName(in.tensor->type), FormatShape(*in.tensor).text);
   }
   HeadShape shape;
-  if (!CheckContiguous(name, output, 1, message)) return false;
-  if (!SplitHeads(name, *output, "num_heads", num_heads, &shape, message)) return false;
-  heads->out = output->data;
+  if (!CheckContiguous(out, 1, message)) return false;
+  if (!SplitHeads(out.name, *out.tensor, "num_heads", heads->count, &shape, message)) return false;
+  heads->out = out.tensor->data;
   heads->out_strides = shape.strides;
   return true;
 }
 
-bool BadPosition(const RotaryParams& params, int64_t position, int64_t batch, int64_t row,
-                 Message* message) {
+bool FailPosition(const RotaryParams& params, int64_t position, int64_t batch, int64_t row,
+                  Message* message) {
   return Fail(message,
               "position_ids must be in [0, %" PRId64 "), got %" PRId64 " at batch %" PRId64
               ", row %" PRId64,
@@ -229,35 +277,11 @@ bool CheckInputs(const RotaryExportCall& call, RotaryParams* params, Message* me
   }
   *params = {};
   params->interleaved = call.interleaved != 0;
-  if (!CheckTypes(call, params, message)) return false;
-
   HeadShape x;
-  if (!SplitHeads("X", *call.x, "num_heads", call.num_heads, &x, message)) return false;
-  const int64_t rotary_dim = call.rotary_embedding_dim ? call.rotary_embedding_dim : x.head_dim;
-  if (rotary_dim < 2 || rotary_dim % 2 != 0 || rotary_dim > x.head_dim) {
-    return Fail(message,
-                "rotary_dim must be even and <= head_dim, got rotary_dim=%" PRId64
-                ", head_dim=%" PRId64,
-                rotary_dim, x.head_dim);
-  }
-  params->batch_size = x.batch_size;
-  params->seq_len = x.seq_len;
-  params->head_dim = x.head_dim;
-  params->rotary_dim = rotary_dim;
-  params->query.in = call.x->data;
-  params->query.count = x.num_heads;
-  params->query.in_strides = x.strides;
-  if (!CheckTables(call, params, message)) return false;
-  params->cos_cache = call.cos_cache->data;
-  params->sin_cache = call.sin_cache->data;
-  params->scale_cache = call.scale_cache != nullptr ? call.scale_cache->data : nullptr;
-  if (call.key != nullptr && !CheckKey(call, x, params, message)) return false;
-
-  return CheckContiguous("X", call.x, 1, message) && CheckContiguous("key", call.key, 1, message) &&
-         CheckContiguous("cos_cache", call.cos_cache, 3, message) &&
-         CheckContiguous("sin_cache", call.sin_cache, 3, message) &&
-         CheckContiguous("scale_cache", call.scale_cache, 3, message) &&
-         CheckContiguous("position_ids", call.position_ids, 2, message);
+  return CheckTypes(call, params, message) &&
+         SplitHeads("X", *call.x, "num_heads", call.num_heads, &x, message) &&
+         SetQuery(call, x, params, message) && CheckTables(call, params, message) &&
+         CheckKey(call, x, params, message) && CheckInputsContiguous(call, message);
 }
 
 bool CheckPositions(const RotaryParams& params, Message* message) {
@@ -267,14 +291,14 @@ bool CheckPositions(const RotaryParams& params, Message* message) {
   if (params.id_row_stride == 0) {
     // An offset: every batch entry uses offset, offset + 1, ... No sum here can overflow.
     const int64_t offset = ids[0];
-    if (offset < 0 || offset >= rows) return BadPosition(params, offset, 0, 0, message);
+    if (offset < 0 || offset >= rows) return FailPosition(params, offset, 0, 0, message);
     const int64_t fitting = rows - offset;
-    return params.seq_len <= fitting || BadPosition(params, rows, 0, fitting, message);
+    return params.seq_len <= fitting || FailPosition(params, rows, 0, fitting, message);
   }
   const int64_t count = params.seq_len * (params.id_batch_stride ? params.batch_size : 1);
   for (int64_t i = 0; i < count; ++i) {
     if (ids[i] < 0 || ids[i] >= rows) {
-      return BadPosition(params, ids[i], i / params.seq_len, i % params.seq_len, message);
+      return FailPosition(params, ids[i], i / params.seq_len, i % params.seq_len, message);
     }
   }
   return true;
@@ -282,9 +306,13 @@ bool CheckPositions(const RotaryParams& params, Message* message) {
 
 bool CheckOutputs(const RotaryExportCall& call, RotaryParams* params, Message* message) {
   if (call.y == nullptr) return Fail(message, "Y must be given");
-  return CheckOutput("Y", "X", call.x, call.y, params->query.count, &params->query, message) &&
-         CheckOutput("key_out", "key", call.key, call.key_out, params->key.count, &params->key,
-                     message);
+  return CheckOutput({"X", call.x}, {"Y", call.y}, &params->query, message) &&
+         CheckOutput({"key", call.key}, {"key_out", call.key_out}, &params->key, message);
+}
+
+bool CheckCall(const RotaryExportCall& call, RotaryParams* params, Message* message) {
+  return CheckInputs(call, params, message) && CheckOutputs(call, params, message) &&
+         CheckPositions(*params, message);
 }
 
 void SetContiguous(RotaryExportTensor* tensor) {

@@ -1,7 +1,7 @@
 // Checks one call of the op, once, and turns it into the kernel's plain RotaryParams.
 //
-// rotary_export/op/spec.py states the same checks in the same order and with the same sentences;
-// tests/op/test_op_library.py holds the two against each other.
+// rotary_export/op/spec.py makes the same checks in the same order with the same sentences.
+// tests/op/test_op_library.py compares the two.
 #ifndef ROTARY_EXPORT_KERNEL_INPUT_CHECKS_H_
 #define ROTARY_EXPORT_KERNEL_INPUT_CHECKS_H_
 
@@ -11,12 +11,17 @@
 
 namespace rotary_export {
 
-// Checks types, shapes and attributes (not the outputs) and fills all of `params` but the output
-// pointers. Returns false with a message.
+// All functions below return false with a message if a check fails.
+
+// Makes all the checks below.
+bool CheckCall(const RotaryExportCall& call, RotaryParams* params, Message* message);
+
+// Checks types, shapes and attributes (not the outputs). Fills all of `params` but the outputs'
+// pointers and strides.
 bool CheckInputs(const RotaryExportCall& call, RotaryParams* params, Message* message);
 
-// Checks that every position that the rows use is in [0, table_rows). To be called before anything
-// is written: the kernel relies on it.
+// Checks that every position that a row uses is in [0, table_rows). The kernel relies on it, so
+// this must run before anything is written.
 bool CheckPositions(const RotaryParams& params, Message* message);
 
 // Checks the outputs against their inputs and completes `params`.

@@ -13,14 +13,14 @@ namespace {
 struct InstructionSet {
   const char* name;
   RotateRowsFunction rotate_rows;
-  RotateRowsFunction rotate_few;
+  RotateRowsFunction rotate_small;
   bool (*is_supported)();
 };
 
 bool Always() { return true; }
 
-// The sets this library was compiled for, from the plainest to the widest. CMakeLists.txt has their
-// compiler flags; the two must agree.
+// The sets that this library was compiled for, from the narrowest to the widest; the last supported
+// one is used. CMakeLists.txt has their compiler flags; the two must agree.
 #if defined(__x86_64__)
 bool HasAvx2() {
   // Older compilers' __builtin_cpu_supports does not know f16c.
@@ -50,25 +50,25 @@ constexpr InstructionSet kInstructionSets[] = {
     {"baseline", baseline::RotateRows, baseline::RotateRows, Always}};
 #endif
 
-// Measured with a reader after the op: below this, on the machine at hand, it would rather find the
-// output in the cache. ROTARY_EXPORT_LARGE_BYTES replaces it, for benchmarks and tests.
-constexpr int64_t kLargeBytes = 8 << 20;
+// Measured with a reader after the op: below this size, on the machine at hand, the reader is
+// faster if it finds the output in the cache. ROTARY_EXPORT_STREAMING_BYTES replaces it in
+// benchmarks and tests.
+constexpr int64_t kStreamingBytes = 8 << 20;
 
-// Below this, 512-bit vectors save less than they cost: the processor lowers its frequency for
-// them, and all that runs after the call is slower for a while. Measured: 3 us of a decoding step
-// of 60.
-constexpr int64_t kFewBytes = 64 * 1024;
+// Below this size, 512-bit vectors save less than they cost: the processor lowers its frequency for
+// them, which slows down what runs after the call. Measured: 3 us of a decoding step of 60.
+constexpr int64_t kSmallBytes = 64 * 1024;
 
 Selection Select() {
 #if defined(__x86_64__)
-  __builtin_cpu_init();  // Static initialisers run in no fixed order, so not to be relied on.
+  __builtin_cpu_init();  // This is a static initialiser too, and those run in no fixed order.
 #endif
   const char* wanted = std::getenv("ROTARY_EXPORT_ISA");
   if (wanted != nullptr && wanted[0] == '\0') wanted = nullptr;  // An empty variable is unset.
   Selection selection = {};
-  const char* large_bytes = std::getenv("ROTARY_EXPORT_LARGE_BYTES");
-  selection.large_bytes = large_bytes != nullptr ? std::atoll(large_bytes) : kLargeBytes;
-  char available[64] = "";
+  const char* bytes = std::getenv("ROTARY_EXPORT_STREAMING_BYTES");
+  selection.streaming_bytes = bytes != nullptr ? std::atoll(bytes) : kStreamingBytes;
+  char available[256] = "";
   for (const InstructionSet& set : kInstructionSets) {
     if (!set.is_supported()) continue;
     if (available[0] != '\0') std::strcat(available, ", ");
@@ -76,8 +76,8 @@ Selection Select() {
     if (wanted == nullptr || std::strcmp(wanted, set.name) == 0) {
       selection.name = set.name;
       selection.rotate_rows = set.rotate_rows;
-      // What is asked for by name is used for all.
-      selection.rotate_few = wanted == nullptr ? set.rotate_few : set.rotate_rows;
+      // A set that the variable names rotates outputs of every size.
+      selection.rotate_small = wanted == nullptr ? set.rotate_small : set.rotate_rows;
     }
   }
   if (selection.name == nullptr) {
@@ -94,17 +94,20 @@ const Selection selected = Select();
 const Selection& SelectedInstructionSet() { return selected; }
 
 int64_t OutputBytes(const RotaryParams& params) {
-  const int64_t element_size = params.x_type == DataType::kFloat64   ? 8
-                               : params.x_type == DataType::kFloat32 ? 4
-                                                                     : 2;
   const int64_t heads = params.query.count + params.key.count;
-  return params.batch_size * params.seq_len * heads * params.head_dim * element_size;
+  return params.batch_size * params.seq_len * heads * params.head_dim * SizeOf(params.x_type);
 }
 
 RotateRowsFunction ChooseRotation(RotaryParams* params) {
   const int64_t bytes = OutputBytes(*params);
-  params->large = bytes >= selected.large_bytes;
-  return bytes < kFewBytes ? selected.rotate_few : selected.rotate_rows;
+  params->use_streaming = bytes >= selected.streaming_bytes;
+  return bytes < kSmallBytes ? selected.rotate_small : selected.rotate_rows;
+}
+
+void RotatePart(const RotaryParams& params, RotateRowsFunction rotate_rows, int64_t part,
+                int64_t parts) {
+  const int64_t rows = params.batch_size * params.seq_len;
+  rotate_rows(params, rows * part / parts, rows * (part + 1) / parts);
 }
 
 }  // namespace rotary_export

@@ -3,8 +3,20 @@
 #include <cinttypes>
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
 
 namespace rotary_export {
+namespace {
+
+__attribute__((format(printf, 2, 3))) void Append(ShortText* to, const char* format, ...) {
+  const size_t used = std::strlen(to->text);
+  va_list values;
+  va_start(values, format);
+  std::vsnprintf(to->text + used, sizeof to->text - used, format, values);
+  va_end(values);
+}
+
+}  // namespace
 
 bool Fail(Message* message, const char* format, ...) {
   va_list values;
@@ -14,40 +26,26 @@ bool Fail(Message* message, const char* format, ...) {
   return false;
 }
 
-ShapeText FormatDims(const int64_t* dims, int rank) {
-  ShapeText shape;
-  size_t used = 0;
-  const auto append = [&](const char* format, int64_t value) {
-    const int added = std::snprintf(shape.text + used, sizeof shape.text - used, format, value);
-    if (added > 0) used += static_cast<size_t>(added);
-  };
-  append("(", 0);
+ShortText FormatDims(const int64_t* dims, int rank) {
+  ShortText tuple = {"("};
   for (int i = 0; i < rank && i < ROTARY_EXPORT_MAX_RANK; ++i) {
-    append(i == 0 ? "%" PRId64 : ", %" PRId64, dims[i]);
+    Append(&tuple, "%s%" PRId64, i == 0 ? "" : ", ", dims[i]);
   }
-  append(rank > ROTARY_EXPORT_MAX_RANK ? ", ...)" : rank == 1 ? ",)" : ")", 0);
-  return shape;
+  Append(&tuple, rank > ROTARY_EXPORT_MAX_RANK ? ", ...)" : rank == 1 ? ",)" : ")");
+  return tuple;
 }
 
-ShapeText FormatShape(const RotaryExportTensor& tensor) {
+ShortText FormatShape(const RotaryExportTensor& tensor) {
   return FormatDims(tensor.shape, tensor.rank);
 }
 
-const char* TypeName(int32_t type) {
-  switch (type) {
-    case ROTARY_EXPORT_FLOAT32:
-      return "float32";
-    case ROTARY_EXPORT_FLOAT16:
-      return "float16";
-    case ROTARY_EXPORT_BFLOAT16:
-      return "bfloat16";
-    case ROTARY_EXPORT_FLOAT64:
-      return "float64";
-    case ROTARY_EXPORT_INT64:
-      return "int64";
-    default:
-      return "an unknown type";
+ShortText FormatTypes(const RotaryExportType* types, int count) {
+  ShortText choice = {""};
+  for (int i = 0; i < count; ++i) {
+    const char* separator = i == 0 ? "" : i == count - 1 ? " or " : ", ";
+    Append(&choice, "%s%s", separator, TypeName(types[i]));
   }
+  return choice;
 }
 
 }  // namespace rotary_export

@@ -1,32 +1,32 @@
-// An error sentence in a fixed buffer: no allocation, no exception, hence nothing that could cross
-// the C boundary. Shapes and types are spelled as Python does, for the sentences are the same
-// there.
+// An error sentence in a fixed buffer: no allocation and no exception, so nothing can cross the C
+// boundary. Shapes and types are written as in Python, since the sentences are the same there.
 #ifndef ROTARY_EXPORT_KERNEL_MESSAGE_H_
 #define ROTARY_EXPORT_KERNEL_MESSAGE_H_
 
 #include <cstdint>
 
-#include "rotary_export.h"
+#include "kernel/element_types.h"
 
 namespace rotary_export {
 
 struct Message {
-  Message() { text[0] = '\0'; }  // Not all of it: every call of the op has one.
+  Message() { text[0] = '\0'; }  // Only the first byte: every call of the op constructs one.
   char text[1024];
 };
 
 // Formats the sentence and returns false, so that a check can `return Fail(...)`.
 __attribute__((format(printf, 2, 3))) bool Fail(Message* message, const char* format, ...);
 
-// A tuple: "(2, 3)", "(5,)", "()".
-struct ShapeText {
+struct ShortText {
   char text[256];
 };
 
-ShapeText FormatDims(const int64_t* dims, int rank);
-ShapeText FormatShape(const RotaryExportTensor& tensor);
+// A tuple: "(2, 3)", "(5,)", "()".
+ShortText FormatDims(const int64_t* dims, int rank);
+ShortText FormatShape(const RotaryExportTensor& tensor);
 
-const char* TypeName(int32_t type);
+// A choice: "float32", "float16 or float32", "float32, float16 or float64".
+ShortText FormatTypes(const RotaryExportType* types, int count);
 
 }  // namespace rotary_export
 

@@ -1,21 +1,22 @@
 // Compiled once per instruction set, each time with its own compiler flags and with
 // ROTARY_EXPORT_ISA_NAMESPACE set to its name. Everything but RotateRows is in an anonymous
-// namespace, and no header with inline functions of external linkage is included: else the linker
-// could keep the AVX-512 copy of a function and hand it to the baseline.
+// namespace, and no header with inline functions of external linkage is included. Otherwise the
+// linker could keep the AVX-512 copy of a function and call it from the baseline.
 //
-// Exactness: each product is rounded, then one sum (-ffp-contract=off, which GCC keeps to for
-// vector types). In float32 that gives the bits of eager PyTorch's
+// Exactness: each product is rounded, then their sum (-ffp-contract=off, which GCC honours for
+// vector types). In float32 this gives the bits of eager PyTorch's
 //   x * cos + rotate_half(x) * sin
 // and, with xPos,
 //   (x * cos) * scale + (rotate_half(x) * sin) * scale
-// since a + (-b) and a - b are the same. The half types are computed in float32 and rounded once.
+// since a + (-b) equals a - b. The half types are computed in float32 and rounded once.
 //
-// Speed is that of memory, so what counts is the order in which it is walked. From the outside in:
-//   RotateRowsOf    a block of rows of one batch entry, a page or two of each head; its tables are
-//                   looked up, converted and laid out once, and stay in the L1 cache for all heads
-//   RotateHeads     the block of every head: along each, memory is contiguous
-//   RotateRun       such a run, to the cache or past it: streaming stores must be aligned and the
-//                   output may be anywhere, so that they may go by way of a small buffer
+// Memory bounds the speed, so the order of accesses matters. From the outside in:
+//   RotateRowsOf    blocks of rows of one batch entry, a page or two of each head. The tables of a
+//                   block are looked up, converted and reordered once; they stay in the L1 cache
+//                   for all heads
+//   RotateHeads     one block of every head; each head's memory is contiguous
+//   RotateRun       one such run, with plain or streaming stores. Streaming stores need aligned
+//                   addresses, so an unaligned output goes through a write-combining buffer
 //   RotateVector    one head vector: head_dim channels at one position
 #include "kernel/rotary_kernel.h"
 
@@ -32,15 +33,14 @@ namespace {
 constexpr int64_t kPageBytes = 4 * 1024;
 constexpr int64_t kPrefetchBytes = 4 * 1024;  // How far ahead; the processor stops at each page.
 constexpr int64_t kBurstBytes = 512;          // Longer bursts of streaming stores delay the loads.
-constexpr int64_t kStageBytes = 2 * 1024;     // The longest head vector that is streamed.
+constexpr int64_t kBufferBytes = 2 * 1024;    // The longest head vector that is buffered.
 
 // ---- The two layouts
 //
-// Each rotates the channels that one vector of table entries [i, i + kLanes) is for. `x` and `y`
-// point to the first pair of those in the tables. A channel is read before it is written, so y may
-// be x.
+// Each rotates the channels of table entries [i, i + kLanes). `x` and `y` point to the first pair
+// of the tables. A channel is read before it is written, so y may be x.
 
-// Pairs are (i, i + half). The tables have an entry per pair.
+// Pairs are (i, i + half). The tables have one entry per pair.
 struct Halves {
   static constexpr int kEntriesPerPair = 1;
 
@@ -67,7 +67,7 @@ struct Halves {
   }
 };
 
-// Pairs are (2i, 2i + 1). The tables have an entry per channel: (cos, cos), (-sin, sin).
+// Pairs are (2i, 2i + 1). The tables have one entry per channel: (cos, cos), (-sin, sin).
 struct Pairs {
   static constexpr int kEntriesPerPair = 2;
 
@@ -86,7 +86,7 @@ struct Pairs {
   }
 };
 
-// Rotates by table entries [i, count), less than a vector of 2 * kLanes: with ever narrower ones.
+// Rotates by table entries [i, count), fewer than 2 * kLanes, with ever narrower vectors.
 template <typename Layout, bool kScaled, int kLanes, typename T, typename C>
 inline void RotateRest(const T* x, T* y, const TableRow<C>& table, int64_t i, int64_t count,
                        int64_t half) {
@@ -110,29 +110,29 @@ struct Axis {
   int64_t table_step;
 };
 
-// What is to be done to each head vector: a local copy, since any store to the output could have
-// changed RotaryParams, as far as the compiler knows.
+// The work on each head vector. A local copy of the parameters: for all that the compiler knows, a
+// store to the output may change RotaryParams.
 struct VectorWork {
   int64_t first;    // The first pair's first channel.
   int64_t entries;  // Table entries per head vector.
-  int64_t half;     // From a pair's one channel to the other (Halves).
+  int64_t half;     // The distance between a pair's two channels (Halves).
   int64_t tail;     // The first channel to copy.
   int64_t head_dim;
   bool prefetch;
 };
 
-// What a run of head vectors is like.
+// The kinds of runs of head vectors.
 enum class Run {
-  kAny,       // There may be a rest, a tail, and something to prefetch.
-  kWhole,     // Whole vectors of entries, and nothing else.
-  kStreamed,  // Whole vectors of entries, stored past the cache; a tail of whole lines.
+  kAny,        // May have a rest, a tail and a prefetch.
+  kWhole,      // Whole vectors of entries, nothing else.
+  kStreaming,  // Whole vectors of entries, with streaming stores; a tail of whole cache lines.
 };
 
 template <typename Layout, bool kScaled, Run kRun, typename T, typename C>
 ROTARY_EXPORT_INLINE void RotateVector(const VectorWork& work, const T* x, T* y,
                                        const TableRow<C>& table) {
   constexpr int kLanes = kWidest<T>;
-  constexpr Stores kStores = kRun == Run::kStreamed ? Stores::kStreaming : Stores::kPlain;
+  constexpr Stores kStores = kRun == Run::kStreaming ? Stores::kStreaming : Stores::kPlain;
   if (kRun != Run::kWhole && work.prefetch) {
     const auto ahead = reinterpret_cast<uintptr_t>(x) + kPrefetchBytes;
     for (int64_t i = 0; i < work.head_dim * int64_t{sizeof(T)}; i += kLineBytes) {
@@ -145,13 +145,13 @@ ROTARY_EXPORT_INLINE void RotateVector(const VectorWork& work, const T* x, T* y,
   int64_t i = 0;
   const auto rotate = [&](auto check) __attribute__((always_inline)) {
     i = 0;
-#pragma GCC unroll 2  // Where one token is decoded, the loop's own instructions count.
+#pragma GCC unroll 2  // For one decoded token, the loop's own instructions count.
     for (; i + kLanes <= work.entries; i += kLanes) {
       Layout::template Rotate<kLanes, kScaled, kStores>(from, to, table, i, work.half, &check);
     }
     return check;
   };
-  if constexpr (kRun == Run::kStreamed && kCanCheckLater<T>) {  // x is still there to do it again.
+  if constexpr (kRun == Run::kStreaming && kCanCheckLater<T>) {  // x is unchanged: can repeat.
     const CheckLater check = rotate(CheckLater());
     if (__builtin_expect(~check.are_normal != 0, false)) rotate(CheckEach());
   } else {
@@ -164,7 +164,7 @@ ROTARY_EXPORT_INLINE void RotateVector(const VectorWork& work, const T* x, T* y,
     const char* tail = reinterpret_cast<const char*>(x + work.tail);
     char* tail_out = reinterpret_cast<char*>(y + work.tail);
     const int64_t bytes = (work.head_dim - work.tail) * int64_t{sizeof(T)};
-    if constexpr (kRun == Run::kStreamed) {
+    if constexpr (kRun == Run::kStreaming) {
       StreamLines(tail, tail_out, bytes);
     } else {
       CopyBytes(tail, tail_out, bytes);
@@ -172,8 +172,9 @@ ROTARY_EXPORT_INLINE void RotateVector(const VectorWork& work, const T* x, T* y,
   }
 }
 
-// Small structs, by value in cache, to stay in registers. Measured: bfloat16 gains 15%, float32 5%;
-// past the cache, where the order of loads and stores is all, it is as often slower.
+// Small structs, by value in the cached case, to stay in registers. Measured: bfloat16 gains 15%,
+// float32 5%. With streaming stores, where only the order of loads and stores counts, it is as
+// often slower.
 template <Run kRun, typename V>
 using Argument = std::conditional_t<kRun == Run::kWhole, const V, const V&>;
 
@@ -189,30 +190,30 @@ inline void RotateVectors(Argument<kRun, VectorWork> work, const T* x, T* y, Tab
   }
 }
 
-// The same, past the cache, for an output without gaps, which may begin anywhere: head vectors are
-// put in a small buffer, and whole lines taken out.
+// RotateVectors with streaming stores, for an output without gaps at any address. Head vectors are
+// rotated into a write-combining buffer, and whole cache lines are copied from it to the output.
 template <typename Layout, bool kScaled, typename T, typename C>
 inline void StreamVectors(const VectorWork& work, const T* x, T* y, TableRow<C> table,
                           const Axis& axis) {
-  alignas(kLineBytes) char stage[kStageBytes + 2 * kLineBytes];
+  alignas(kLineBytes) char buffer[kBufferBytes + 2 * kLineBytes];
   const int64_t vector_bytes = work.head_dim * int64_t{sizeof(T)};
   char* out = reinterpret_cast<char*>(y);
-  int64_t waiting = 0;  // Bytes in the buffer.
+  int64_t buffered = 0;  // Bytes in the buffer.
   Axis part = axis;
   part.count = vector_bytes < kBurstBytes ? kBurstBytes / vector_bytes : 1;
   for (int64_t done = 0; done < axis.count; done += part.count) {
     if (part.count > axis.count - done) part.count = axis.count - done;
-    RotateVectors<Layout, kScaled, Run::kAny>(work, x, reinterpret_cast<T*>(stage + waiting), table,
-                                              part);
+    RotateVectors<Layout, kScaled, Run::kAny>(work, x, reinterpret_cast<T*>(buffer + buffered),
+                                              table, part);
     x += part.count * axis.in_step;
     table = Advance(table, part.count * axis.table_step);
-    waiting += part.count * vector_bytes;
-    const int64_t written = StreamLines(stage, out, waiting);
+    buffered += part.count * vector_bytes;
+    const int64_t written = StreamLines(buffer, out, buffered);
     out += written;
-    waiting -= written;
-    std::memmove(stage, stage + written, kLineBytes);
+    buffered -= written;
+    std::memmove(buffer, buffer + written, kLineBytes);
   }
-  CopyBytes(stage, out, waiting);
+  CopyBytes(buffer, out, buffered);
 }
 
 template <typename T>
@@ -227,19 +228,19 @@ void RotateRun(const RotaryParams& params, const Block& block, const T* x, T* y,
   const int64_t entries = block.pairs * Layout::kEntriesPerPair;
   const int64_t tail = block.first_pair == 0 ? params.rotary_dim : params.head_dim;
   const int64_t first = block.first_pair * Layout::kEntriesPerPair;
-  const VectorWork work = {first, entries, half, tail, params.head_dim, params.large};
+  const VectorWork work = {first, entries, half, tail, params.head_dim, params.use_streaming};
   const bool whole = entries % kWidest<T> == 0;
-  const bool stream = kCanStream && params.large && x != y && block.pairs == half &&
+  const bool stream = kCanStream && params.use_streaming && x != y && block.pairs == half &&
                       axis.out_step == params.head_dim;
-  // The buffer costs more than it is worth, but where a vector's two halves are all there is to
-  // wait for: it puts their stores in order.
+  // An aligned output needs no buffer. It still pays for Halves without a conversion, where it puts
+  // the stores of a vector's two halves in order.
   constexpr bool kDirect = Layout::kEntriesPerPair == 2 || sizeof(T) < sizeof(C);
   if (kDirect && stream && whole && IsWholeLines<T>(params.head_dim) &&
       IsWholeLines<T>(params.rotary_dim) && reinterpret_cast<uintptr_t>(y) % kLineBytes == 0) {
-    RotateVectors<Layout, kScaled, Run::kStreamed>(work, x, y, table, axis);
-  } else if (stream && params.head_dim <= kStageBytes / int64_t{sizeof(T)}) {
+    RotateVectors<Layout, kScaled, Run::kStreaming>(work, x, y, table, axis);
+  } else if (stream && params.head_dim <= kBufferBytes / int64_t{sizeof(T)}) {
     StreamVectors<Layout, kScaled>(work, x, y, table, axis);
-  } else if (whole && tail == params.head_dim && !params.large) {
+  } else if (whole && tail == params.head_dim && !params.use_streaming) {
     RotateVectors<Layout, kScaled, Run::kWhole>(work, x, y, table, axis);
   } else {
     RotateVectors<Layout, kScaled, Run::kAny>(work, x, y, table, axis);
@@ -249,7 +250,7 @@ void RotateRun(const RotaryParams& params, const Block& block, const T* x, T* y,
 template <typename Layout, typename T, typename C>
 void RotateHeads(const RotaryParams& params, const Block& block, const TableBlock<C>& tables,
                  const Heads& heads) {
-  if (heads.count == 0) return;  // The pointers may be null.
+  if (heads.count == 0) return;  // Its pointers may be null.
   const HeadStrides& from = heads.in_strides;
   const HeadStrides& to = heads.out_strides;
   const Axis along_rows = {block.rows, from.row, to.row, tables.width};
@@ -276,16 +277,17 @@ void RotateBlock(const RotaryParams& params, const Block& block, TableBlock<C>* 
   RotateHeads<Layout, T>(params, block, *tables, params.query);
   if (params.key.count == 0) return;
   if (tables->scaled) {
-    // xPos scales keys by the reciprocal, rounded once, as eager's `scale ** -1` is.
-    for (int64_t i = 0; i < block.rows * tables->width; ++i)
+    // xPos scales keys by the reciprocal, rounded once, like eager's `scale ** -1`.
+    for (int64_t i = 0; i < block.rows * tables->width; ++i) {
       tables->scale[i] = 1 / tables->scale[i];
+    }
   }
   RotateHeads<Layout, T>(params, block, *tables, params.key);
 }
 
-// How many rows a block has at most: two pages of each head, since each run starts anew in the eyes
-// of the processor, but one only if a table is then more than the loop leaves in the L1 cache. (The
-// entries of an interleaved half type are twice as long as its channels: one page fits
+// The most rows of a block: two pages of each head, since the processor's prefetcher restarts at
+// each run, but only one page if a table of two does not stay in the L1 cache beside the loop's
+// data. (The entries of an interleaved half type are twice as long as its channels: one page fits
 // kTableBytes.)
 template <typename Layout, typename T>
 int64_t ChooseMaxRows(const RotaryParams& params) {
@@ -313,7 +315,7 @@ void RotateRowsOf(const RotaryParams& params, int64_t begin, int64_t end) {
     }
     begin += block.rows;
   }
-  if (params.large) FinishStreaming();
+  if (params.use_streaming) FinishStreaming();
 }
 
 template <typename T, typename Table>
@@ -326,20 +328,13 @@ void RotateRowsOf(const RotaryParams& params, int64_t begin, int64_t end) {
 }  // namespace
 
 void RotateRows(const RotaryParams& params, int64_t begin, int64_t end) {
-  const bool float_tables = params.table_type == DataType::kFloat32;
-  switch (params.x_type) {
-    case DataType::kFloat32:
-      return RotateRowsOf<float, float>(params, begin, end);
-    case DataType::kFloat16:
-      return float_tables ? RotateRowsOf<Float16, float>(params, begin, end)
-                          : RotateRowsOf<Float16, Float16>(params, begin, end);
-    case DataType::kBFloat16:
-      return float_tables ? RotateRowsOf<BFloat16, float>(params, begin, end)
-                          : RotateRowsOf<BFloat16, BFloat16>(params, begin, end);
-    case DataType::kFloat64:
-      return float_tables ? RotateRowsOf<double, float>(params, begin, end)
-                          : RotateRowsOf<double, double>(params, begin, end);
+#define ROTARY_EXPORT_ROTATE(T, Table)                     \
+  if (params.x_type == ElementTypeOf<T>::kValue &&         \
+      params.table_type == ElementTypeOf<Table>::kValue) { \
+    return RotateRowsOf<T, Table>(params, begin, end);     \
   }
+  ROTARY_EXPORT_TYPE_PAIRS(ROTARY_EXPORT_ROTATE)
+#undef ROTARY_EXPORT_ROTATE
 }
 
 }  // namespace ROTARY_EXPORT_ISA_NAMESPACE

@@ -1,20 +1,20 @@
 // The rotation itself: plain pointers and sizes, nothing of ONNX Runtime.
 //
-// input_checks.cc fills a RotaryParams once per call; a row is one position of one batch entry, and
-// the caller splits the batch_size * seq_len rows over threads as it likes.
+// input_checks.cc fills a RotaryParams once per call. A row is one position of one batch entry; the
+// caller splits the batch_size * seq_len rows over threads.
 //
-// This header is compiled once per instruction set (see rotary_kernel.cc), so it must not define
+// This header is compiled once per instruction set (see rotary_kernel.cc). It must not define
 // anything that the linker could merge between them: no inline function, no member function.
 #ifndef ROTARY_EXPORT_KERNEL_ROTARY_KERNEL_H_
 #define ROTARY_EXPORT_KERNEL_ROTARY_KERNEL_H_
 
 #include <cstdint>
 
+#include "kernel/element_types.h"
+
 namespace rotary_export {
 
-enum class DataType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
-
-// Elements from one batch entry, head or row to the next; a head's channels are contiguous.
+// Elements from one batch entry, head or row to the next. A head's channels are contiguous.
 struct HeadStrides {
   int64_t batch;
   int64_t head;
@@ -31,9 +31,9 @@ struct Heads {
 };
 
 struct RotaryParams {
-  DataType x_type;      // X, key, Y, key_out.
-  DataType table_type;  // x_type or float32.
-  bool interleaved;     // Pairs are (2i, 2i + 1), else (i, i + rotary_dim / 2).
+  RotaryExportType x_type;      // X, key, Y, key_out.
+  RotaryExportType table_type;  // The two are one of ROTARY_EXPORT_TYPE_PAIRS.
+  bool interleaved;             // Pairs are (2i, 2i + 1), else (i, i + rotary_dim / 2).
   int64_t batch_size;
   int64_t seq_len;
   int64_t head_dim;
@@ -45,24 +45,25 @@ struct RotaryParams {
   const void* cos_cache;
   const void* sin_cache;
   const void* scale_cache;  // Null without xPos.
-  int64_t table_rows;       // Rows that position_ids may name.
+  int64_t table_rows;       // position_ids must be less than this.
 
   // Row s of batch b uses table row
   //   (position_ids ? position_ids[b * id_batch_stride + s * id_row_stride] : 0)
-  //   + b * table_batch_step + s * table_row_step,
-  // which covers ids per batch, shared ids, an offset, and tables that have a row per position.
+  //   + b * table_batch_step + s * table_row_step
+  // This covers ids per batch entry, shared ids, an offset, and tables with a row per position.
   const int64_t* position_ids;
   int64_t id_batch_stride;
   int64_t id_row_stride;
   int64_t table_batch_step;
   int64_t table_row_step;
 
-  bool large;  // Larger than the cache is worth (ChooseRotation in isa_dispatch.h decides).
+  bool use_streaming;  // Outputs larger than the cache: ChooseRotation (isa_dispatch.h) decides.
 };
 
-// Rotates rows [begin, end) of the batch_size * seq_len rows. Ids have been checked before.
+// Rotates rows [begin, end) of the batch_size * seq_len rows. Positions have been checked before.
 using RotateRowsFunction = void (*)(const RotaryParams& params, int64_t begin, int64_t end);
 
+// One for each instruction set that CMakeLists.txt compiles rotary_kernel.cc for.
 namespace baseline {
 void RotateRows(const RotaryParams& params, int64_t begin, int64_t end);
 }

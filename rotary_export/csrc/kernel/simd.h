@@ -1,8 +1,9 @@
-// Vectors as the kernel's loops use them: kLanes numbers of type C, computed with +, - and *.
+// Loads, stores and shuffles of vectors: kLanes numbers of type C, computed with +, - and *.
 //
-// The compiler's vector types do the arithmetic, on every instruction set and down to one lane;
-// what differs between the sets is the widest vector, float16's conversion and the streaming
-// stores. Included once per instruction set, hence the anonymous namespace (see rotary_kernel.cc).
+// The compiler's vector types do the arithmetic, on every instruction set and down to one lane. The
+// sets differ in the widest vector, the conversion of half types and the streaming stores. This
+// header is compiled once per instruction set, hence the anonymous namespace (see
+// rotary_kernel.cc).
 #ifndef ROTARY_EXPORT_KERNEL_SIMD_H_
 #define ROTARY_EXPORT_KERNEL_SIMD_H_
 
@@ -11,7 +12,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "kernel/half_types.h"
+#include "kernel/half_conversion.h"
 
 namespace rotary_export {
 namespace {
@@ -24,14 +25,14 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-constexpr int64_t kLineBytes = 64;  // Of the cache.
+constexpr int64_t kLineBytes = 64;  // A cache line.
 
-// The type that elements of type T are computed in: double for double, else float.
+// The type that elements of type T are computed in.
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// How many elements of type T are rotated at once. Of bfloat16 as many as fill a vector; they are
-// computed in two.
+// How many elements of type T are rotated at once. For bfloat16, as many as fill a vector: they are
+// computed in two vectors (EvenOdd).
 template <typename T>
 constexpr int kWidest =
     kVectorBytes / static_cast<int>(std::is_same_v<T, BFloat16> ? sizeof(T) : sizeof(Wide<T>));
@@ -39,7 +40,7 @@ constexpr int kWidest =
 template <typename C, int kLanes>
 constexpr bool kIsEvenOdd = kLanes * sizeof(C) > kVectorBytes;
 
-// ---- Streaming stores: past the cache, to addresses that are aligned
+// ---- Non-temporal (streaming) stores: they bypass the cache and need aligned addresses
 
 #if defined(__SSE2__)
 constexpr bool kCanStream = true;
@@ -64,19 +65,20 @@ ROTARY_EXPORT_INLINE void StreamBits(const V& v, void* y) {
   }
 }
 
-// Streaming stores are not ordered with others: another thread may read the output only after this.
+// Streaming stores are not ordered with other stores. Only after this call may another thread read
+// the output.
 inline void FinishStreaming() { _mm_sfence(); }
 #else
 constexpr bool kCanStream = false;
 inline void FinishStreaming() {}
 #endif
 
-// ---- Loads and stores, of any alignment
+// ---- Loads and stores of any alignment
 
 template <int kLanes, typename T>
 ROTARY_EXPORT_INLINE auto LoadVector(const T* x) {
   if constexpr (kIsEvenOdd<Wide<T>, kLanes>) {
-    if constexpr (std::is_same_v<T, float>) {  // A table, laid out for this.
+    if constexpr (std::is_same_v<T, float>) {  // A table in the order of SplitEvenOdd.
       return EvenOdd<kLanes>{LoadVector<kLanes / 2>(x), LoadVector<kLanes / 2>(x + kLanes / 2)};
     } else {
       HalfBits<kLanes> bits;
@@ -94,7 +96,7 @@ ROTARY_EXPORT_INLINE auto LoadVector(const T* x) {
   }
 }
 
-// Whether a store leaves its line in the cache, or goes past it, which takes an aligned address.
+// Whether a store goes through the cache, or bypasses it, which needs an aligned address.
 enum class Stores { kPlain, kStreaming };
 
 template <Stores kStores, typename V>
@@ -119,7 +121,7 @@ ROTARY_EXPORT_INLINE void StoreVector(const V& v, T* y, Check* check = nullptr) 
 
 // ---- Pairs
 
-// Elements of a, then of b, by index.
+// Selects elements by index, of a and b concatenated.
 template <typename To, typename From, int... kIndex>
 ROTARY_EXPORT_INLINE To Shuffle(const From& a, const From& b,
                                 std::integer_sequence<int, kIndex...>) {
@@ -158,7 +160,7 @@ ROTARY_EXPORT_INLINE auto Double(const V& v) {
   return Shuffle<Vector<std::decay_t<decltype(v[0])>, kLanes>>(v, v, Indices());
 }
 
-// Puts each kLanes numbers in the order of EvenOdd.
+// Reorders each kLanes numbers as EvenOdd stores them: the even ones first.
 template <int kLanes>
 inline void SplitEvenOdd(float* x, int64_t count) {
   using V = Floats<kLanes / 2>;
@@ -184,7 +186,8 @@ inline void CopyBytes(const char* from, char* to, int64_t count) {
   }
 }
 
-// Copies up to the last whole cache line of the output, lines past the cache; returns how far.
+// Copies up to the last whole cache line of the output, whole lines with streaming stores. Returns
+// how many bytes it copied.
 inline int64_t StreamLines(const char* from, char* to, int64_t count) {
   const auto past_line = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kLineBytes);
   int64_t i = past_line == 0 ? 0 : kLineBytes - past_line;

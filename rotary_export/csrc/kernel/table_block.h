@@ -1,5 +1,5 @@
-// The tables of a block of rows, looked up and laid out once for all heads. Included once per
-// instruction set, hence the anonymous namespace (see rotary_kernel.cc).
+// The tables of a block of rows, looked up, converted and reordered once for all heads. This header
+// is compiled once per instruction set, hence the anonymous namespace (see rotary_kernel.cc).
 #ifndef ROTARY_EXPORT_KERNEL_TABLE_BLOCK_H_
 #define ROTARY_EXPORT_KERNEL_TABLE_BLOCK_H_
 
@@ -12,7 +12,7 @@
 namespace rotary_export {
 namespace {
 
-constexpr int64_t kTableBytes = 8 * 1024;  // At most, of each of three tables, in the L1 cache.
+constexpr int64_t kTableBytes = 8 * 1024;  // Each of three tables at most; they stay in L1.
 
 template <typename C>
 struct TableRow {
@@ -26,9 +26,9 @@ ROTARY_EXPORT_INLINE TableRow<C> Advance(const TableRow<C>& table, int64_t entri
   return {table.cos + entries, table.sin + entries, table.scale + entries};
 }
 
-// The tables of a block of rows: `width` entries per row, in the order of the layout and, of
-// bfloat16, of EvenOdd. They lie in the arrays below; cos and sin where the caller has them, if
-// they are so already.
+// The tables of a block of rows: `width` entries per row, in the order of the layout and, for
+// bfloat16, of EvenOdd. `first` points to the arrays below, or, for cos and sin that are already in
+// that order, to the caller's tables.
 template <typename C>
 struct TableBlock {
   static constexpr int64_t kEntries = kTableBytes / sizeof(C);
@@ -41,7 +41,7 @@ struct TableBlock {
 };
 
 // Rows [row, row + rows) of one batch entry, and pairs [first_pair, first_pair + pairs) of them:
-// all there are, unless one row alone is too much for a TableBlock.
+// all pairs, unless one row alone does not fit a TableBlock.
 struct Block {
   int64_t batch;
   int64_t row;
@@ -56,8 +56,8 @@ int64_t FindTableRow(const RotaryParams& params, int64_t batch, int64_t row) {
   return first + params.position_ids[batch * params.id_batch_stride + row * params.id_row_stride];
 }
 
-// Lays out `count` entries from entry `i` on, in the order of one row of a TableBlock. The first of
-// the two entries of a pair is multiplied by `sign`.
+// Writes entries [i, count) of one table row in the order of a TableBlock. If a pair has two
+// entries, the first of them is multiplied by `sign`.
 template <typename Layout, int kLanes, typename Table, typename C>
 inline void LayOutEntries(const Table* row, int64_t i, int64_t count, C sign, C* out) {
   using V = Vector<C, kLanes>;
@@ -76,7 +76,7 @@ inline void LayOutEntries(const Table* row, int64_t i, int64_t count, C sign, C*
   }
 }
 
-// Whether the rows of a block are whole and follow one another in the caller's tables.
+// Whether the rows of a block are whole and consecutive in the caller's tables.
 bool AreConsecutive(const RotaryParams& params, const Block& block) {
   const int64_t first = FindTableRow(params, block.batch, block.row);
   for (int64_t i = 1; i < block.rows; ++i) {
@@ -97,18 +97,18 @@ void FillTables(const RotaryParams& params, const Block& block, TableBlock<C>* t
   const auto* cos = static_cast<const Table*>(params.cos_cache);
   const auto* sin = static_cast<const Table*>(params.sin_cache);
   const auto* scale = static_cast<const Table*>(params.scale_cache);
-  bool are_ready = false;
+  bool use_caller_tables = false;
   if constexpr (std::is_same_v<Table, C> && Layout::kEntriesPerPair == 1 &&
                 !kIsEvenOdd<C, kWidest<T>>) {
     const int64_t first = FindTableRow(params, block.batch, block.row) * tables->width;
-    are_ready = AreConsecutive(params, block);
-    if (are_ready) tables->first = {cos + first, sin + first, tables->scale};
+    use_caller_tables = AreConsecutive(params, block);
+    if (use_caller_tables) tables->first = {cos + first, sin + first, tables->scale};
   }
   for (int64_t i = 0; i < block.rows; ++i) {
     const int64_t row = FindTableRow(params, block.batch, block.row + i);
     const int64_t first = row * (params.rotary_dim / 2) + block.first_pair;
     const int64_t at = i * tables->width;
-    if (!are_ready) {
+    if (!use_caller_tables) {
       lay_out(cos + first, 1, tables->cos + at);
       lay_out(sin + first, -1, tables->sin + at);
     }

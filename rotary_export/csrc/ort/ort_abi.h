@@ -1,23 +1,25 @@
-// The slice of ONNX Runtime's C ABI that the op uses, so that no ORT headers are needed to build.
+// The part of ONNX Runtime's C ABI that the op uses, so that the build needs no ORT headers.
 //
-// OrtApi is a table of function pointers that only ever grows at its end: a slot number, once
-// released, holds in every later runtime. All that the op needs is there since version 18, so that
-// is the version the library asks for; where the runtime has version 24, one more function saves
-// time. tests/csrc/test_ort_abi.py compiles every slot, offset, signature and constant below
-// against the official onnxruntime_c_api.h.
+// OrtApi is a table of function pointers that only grows at its end: a released slot number holds
+// in every later runtime. Version 18 has everything that the op needs, so the library requests that
+// version. If the runtime has version 24, one more function saves time.
+// tests/csrc/test_ort_abi.py compares every slot, offset, signature and constant below with the
+// official onnxruntime_c_api.h.
 #ifndef ROTARY_EXPORT_ORT_ORT_ABI_H_
 #define ROTARY_EXPORT_ORT_ORT_ABI_H_
 
 #include <cstddef>
 #include <cstdint>
 
-// Handles that ORT owns; their contents are its own business. At global scope, as ORT has them.
+#include "rotary_export.h"
+
+// Opaque handles that ORT owns. At global scope, as in ORT.
 struct OrtCustomOpDomain;
 struct OrtKernelContext;
 struct OrtKernelInfo;
 struct OrtSessionOptions;
 struct OrtShapeInferContext;
-struct OrtStatus;  // A null OrtStatus* is success; the receiver of any other one releases it.
+struct OrtStatus;  // A null OrtStatus* is success; the receiver releases any other.
 struct OrtTensorTypeAndShapeInfo;
 struct OrtValue;
 
@@ -28,28 +30,27 @@ constexpr uint32_t kFastApiVersion = 24;  // Has GetTensorElementTypeAndShapeDat
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 
-enum ElementType : int { kFloat = 1, kInt64 = 7, kFloat16 = 10, kDouble = 11, kBFloat16 = 16 };
-
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
 enum MemoryType : int { kCpuInput = -2, kDefaultMemory = 0 };
 
-// What one op tells ORT about itself. ORT reads the members that `version` has.
+// The description of one op. ORT reads the members that exist in `version`. Element types are
+// RotaryExportType: its numbers are those of ONNXTensorElementDataType.
 struct OrtCustomOp {
   uint32_t version;
   void* CreateKernel;  // Superseded by CreateKernelV2, which can report an error.
   const char* (*GetName)(const OrtCustomOp* op);
   const char* (*GetExecutionProviderType)(const OrtCustomOp* op);
-  ElementType (*GetInputType)(const OrtCustomOp* op, size_t index);
+  RotaryExportType (*GetInputType)(const OrtCustomOp* op, size_t index);
   size_t (*GetInputTypeCount)(const OrtCustomOp* op);
-  ElementType (*GetOutputType)(const OrtCustomOp* op, size_t index);
+  RotaryExportType (*GetOutputType)(const OrtCustomOp* op, size_t index);
   size_t (*GetOutputTypeCount)(const OrtCustomOp* op);
   void* KernelCompute;  // Superseded by KernelComputeV2.
   void (*KernelDestroy)(void* kernel);
   Characteristic (*GetInputCharacteristic)(const OrtCustomOp* op, size_t index);
   Characteristic (*GetOutputCharacteristic)(const OrtCustomOp* op, size_t index);
   MemoryType (*GetInputMemoryType)(const OrtCustomOp* op, size_t index);
-  void* variadic[4];  // Only asked of an op with variadic inputs or outputs.
+  void* variadic[4];  // For ops with variadic inputs or outputs.
   OrtStatus* (*CreateKernelV2)(const OrtCustomOp* op, const struct OrtApi* api,
                                const OrtKernelInfo* info, void** kernel);
   OrtStatus* (*KernelComputeV2)(void* kernel, OrtKernelContext* context);
@@ -113,12 +114,13 @@ struct OrtApi {
                                           void (*task)(void* data, size_t index), size_t total,
                                           size_t max_batches, void* data);
   void* slots_275_413[139];
-  // Since version 24 only: neither allocates nor copies.
-  OrtStatus* (*GetTensorElementTypeAndShapeDataReference)(const OrtValue* value, ElementType* type,
+  // Since version 24: neither allocates nor copies.
+  OrtStatus* (*GetTensorElementTypeAndShapeDataReference)(const OrtValue* value,
+                                                          RotaryExportType* type,
                                                           const int64_t** dims, size_t* rank);
 };
 
-// Every function used, with its slot.
+// Every function that the op uses, with its slot.
 #define ROTARY_EXPORT_ORT_SLOTS(SLOT)             \
   SLOT(CreateStatus, 0)                           \
   SLOT(CreateCustomOpDomain, 26)                  \
@@ -154,7 +156,7 @@ ROTARY_EXPORT_ORT_SLOTS_SINCE_24(ROTARY_EXPORT_ASSERT_SLOT)
 #undef ROTARY_EXPORT_ASSERT_SLOT
 
 struct OrtApiBase {
-  const OrtApi* (*GetApi)(uint32_t version);  // Null where the runtime is older than `version`.
+  const OrtApi* (*GetApi)(uint32_t version);  // Null if the runtime is older than `version`.
   const char* (*GetVersionString)();
 };
 

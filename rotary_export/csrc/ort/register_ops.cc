@@ -1,4 +1,4 @@
-// RegisterCustomOps: what ONNX Runtime calls for every session that the library is registered with.
+// RegisterCustomOps: ONNX Runtime calls it for every session that the library is registered with.
 #include <atomic>
 #include <climits>
 #include <cstdlib>
@@ -14,27 +14,19 @@ namespace {
 using ort::OrtApi;
 using ort::OrtApiBase;
 
-// ORT picks the op whose types fit a node, and refuses a node that none fits.
-constexpr ort::ElementType kTypePairs[][2] = {
-    {ort::kFloat, ort::kFloat},       {ort::kFloat16, ort::kFloat16}, {ort::kFloat16, ort::kFloat},
-    {ort::kBFloat16, ort::kBFloat16}, {ort::kBFloat16, ort::kFloat},  {ort::kDouble, ort::kDouble},
-    {ort::kDouble, ort::kFloat},
-};
-constexpr size_t kTypePairCount = sizeof kTypePairs / sizeof kTypePairs[0];
-
-// A kernel for each provider that it was built for. One for a provider that a session does not have
-// is never asked for.
-using Describe = void (*)(const OrtApi*, ort::ElementType, ort::ElementType, Op*);
+// One op for each provider and each of kTypePairs. ORT chooses the op whose types fit a node, and
+// refuses a node that none fits. It ignores the ops of providers that a session does not have.
+using Describe = void (*)(const OrtApi*, const TypePair&, Op*);
 #ifdef ROTARY_EXPORT_HAS_CUDA
 constexpr Describe kProviders[] = {DescribeOp, DescribeCudaOp};
 #else
 constexpr Describe kProviders[] = {DescribeOp};
 #endif
-constexpr size_t kOpCount = kTypePairCount * (sizeof kProviders / sizeof kProviders[0]);
+constexpr int kOpCount = kTypePairCount * (sizeof kProviders / sizeof kProviders[0]);
 
-// Sessions keep plain pointers to the domain and its ops, and nobody says when the last one is
-// gone: a registration lives as long as the process. There is one for each runtime in the process,
-// usually one in all.
+// Sessions keep plain pointers to the domain and its ops, and ORT does not report when the last
+// session ends: a registration lives as long as the process. Each runtime in the process has one;
+// usually there is one runtime.
 struct Registration {
   const OrtApi* api;
   OrtCustomOpDomain* domain;
@@ -43,7 +35,7 @@ struct Registration {
 };
 std::atomic<Registration*> registrations{nullptr};
 
-// Reads "1.<minor>.<patch>". (Asking GetApi for a version that is not there prints to stderr.)
+// Reads "1.<minor>.<patch>". (GetApi prints to stderr for a version that the runtime lacks.)
 int ParseMinorVersion(const char* version) {
   int minor = 0;
   if (version[0] != '1' || version[1] != '.') return INT_MAX;  // A release after 1.x.
@@ -51,16 +43,15 @@ int ParseMinorVersion(const char* version) {
   return minor;
 }
 
-// Before 1.24, ORT crashes in shape inference at an optional input that is left out before one that
-// is given. Without our function it infers the types alone, which is all that it must know.
+// Before 1.24, ORT's shape inference crashes at an absent optional input that precedes a given one.
+// Without our function it infers only the types, which is enough.
 constexpr int kSafeInference = 24;
 
 OrtStatus* FillDomain(const OrtApi* api, int ort_minor, Registration* registration) {
   OrtStatus* status = api->CreateCustomOpDomain("rotary_export", &registration->domain);
-  for (size_t i = 0; i < kOpCount && status == nullptr; ++i) {
+  for (int i = 0; i < kOpCount && status == nullptr; ++i) {
     Op* op = &registration->ops[i];
-    const auto& [x_type, table_type] = kTypePairs[i % kTypePairCount];
-    kProviders[i / kTypePairCount](api, x_type, table_type, op);
+    kProviders[i / kTypePairCount](api, kTypePairs[i % kTypePairCount], op);
     op->fast_api = ort_minor >= int{ort::kFastApiVersion};
     if (ort_minor < kSafeInference) op->InferOutputShapeFn = nullptr;
     status = api->CustomOpDomain_Add(registration->domain, op);
@@ -68,7 +59,7 @@ OrtStatus* FillDomain(const OrtApi* api, int ort_minor, Registration* registrati
   return status;
 }
 
-// Finds this runtime's registration, or makes it. Two threads that both make one do no harm.
+// Finds this runtime's registration, or creates it. If two threads create one each, both are valid.
 OrtStatus* GetRegistration(const OrtApi* api, int ort_minor, Registration** out) {
   for (Registration* known = registrations.load(); known != nullptr; known = known->next) {
     if (known->api == api) {

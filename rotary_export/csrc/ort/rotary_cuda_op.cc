@@ -1,10 +1,10 @@
-// `rotary_export::RotaryEmbedding`, version 1, as an ONNX Runtime custom op for CUDA: the CPU's op
-// but for where it runs. position_ids is an input in the CPU's memory, so that a bad id is an error
-// before anything is launched, as on the CPU. Ids that a graph computes on the GPU are copied by
-// ORT, which waits for them; ids that come from the CPU cost neither a copy nor a wait.
+// `rotary_export::RotaryEmbedding`, version 1, as an ONNX Runtime custom op for CUDA. It differs
+// from the CPU op only in where it runs. position_ids is an input in CPU memory, so a bad id is an
+// error before anything is launched, as on the CPU. If a graph computes the ids on the GPU, ORT
+// copies them and waits; ids from the CPU need neither a copy nor a wait.
 #include "ort/rotary_cuda_op.h"
 
-#include "cuda/cuda_rotate.h"
+#include "cuda/launch_rotation.h"
 
 namespace rotary_export {
 namespace {
@@ -23,9 +23,8 @@ OrtStatus* LaunchOnStream(const OrtApi* api, OrtKernelContext* context, RotaryPa
 
 }  // namespace
 
-void DescribeCudaOp(const OrtApi* api, ort::ElementType x_type, ort::ElementType table_type,
-                    Op* op) {
-  DescribeOp(api, x_type, table_type, op);
+void DescribeCudaOp(const OrtApi* api, const TypePair& types, Op* op) {
+  DescribeOp(api, types, op);
   op->rotate = LaunchOnStream;
   op->keeps_constants = false;
   op->GetExecutionProviderType = [](const OrtCustomOp*) { return "CUDAExecutionProvider"; };

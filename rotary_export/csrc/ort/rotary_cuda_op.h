@@ -6,8 +6,8 @@
 
 namespace rotary_export {
 
-void DescribeCudaOp(const ort::OrtApi* api, ort::ElementType x_type, ort::ElementType table_type,
-                    Op* op);
+// Fills `op` with the op for CUDA.
+void DescribeCudaOp(const ort::OrtApi* api, const TypePair& types, Op* op);
 
 }  // namespace rotary_export
 

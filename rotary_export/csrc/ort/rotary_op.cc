@@ -1,6 +1,6 @@
-// `rotary_export::RotaryEmbedding`, version 1, as an ONNX Runtime custom op: hands ORT's tensors to
-// CheckInputs and, on the CPU, the rows to the kernel. Every call into ORT can fail with an
-// OrtStatus, which goes back to ORT unchanged; nothing here throws or aborts.
+// `rotary_export::RotaryEmbedding`, version 1, as an ONNX Runtime custom op: passes ORT's tensors
+// to CheckInputs and, on the CPU, the rows to the kernel. Every call into ORT can fail with an
+// OrtStatus, which is returned to ORT unchanged. Nothing here throws or aborts.
 #include "ort/rotary_op.h"
 
 #include <cstdlib>
@@ -19,9 +19,9 @@ using ort::OrtCustomOp;
     if (OrtStatus* status_ = (call); status_ != nullptr) return status_; \
   } while (false)
 
-ort::ElementType InputType(const Op& op, size_t index) {
-  if (index == kPositionIds) return ort::kInt64;
-  return index == kX || index == kKey ? op.x_type : op.table_type;
+RotaryExportType InputType(const Op& op, size_t index) {
+  if (index == kPositionIds) return ROTARY_EXPORT_INT64;
+  return index == kX || index == kKey ? op.types.x_type : op.types.table_type;
 }
 
 struct Kernel {
@@ -33,12 +33,12 @@ struct Kernel {
   int64_t kv_num_heads;
   size_t input_count;
   size_t output_count;
-  // The inputs that are initializers, which never change: usually the tables.
+  // Inputs that are initializers never change: usually the tables.
   bool is_constant[kInputCount];
   RotaryExportTensor constants[kInputCount];
 };
 
-// Reading an attribute that the node does not have is an error to ORT; here it means 0.
+// An attribute that the node does not have is an error in ORT; here it means 0.
 int64_t ReadAttribute(const OrtApi* api, const OrtKernelInfo* info, const char* name) {
   int64_t value = 0;
   OrtStatus* status = api->KernelInfoGetAttribute_int64(info, name, &value);
@@ -61,9 +61,9 @@ OrtStatus* ReadShape(const OrtApi* api, const OrtValue* value, RotaryExportTenso
   return status;
 }
 
-// The same without the info object, whose allocation takes as long as half a decoding step.
+// ReadShape without the info object, whose allocation takes as long as half a decoding step.
 OrtStatus* ReadShapeFast(const OrtApi* api, const OrtValue* value, RotaryExportTensor* tensor) {
-  ort::ElementType type;
+  RotaryExportType type;
   const int64_t* dims = nullptr;
   size_t rank = 0;
   RETURN_IF_ERROR(api->GetTensorElementTypeAndShapeDataReference(value, &type, &dims, &rank));
@@ -74,7 +74,7 @@ OrtStatus* ReadShapeFast(const OrtApi* api, const OrtValue* value, RotaryExportT
 
 OrtStatus* ReadTensor(const Op& op, size_t index, const OrtValue* value,
                       RotaryExportTensor* tensor) {
-  // The function reads only; ORT has no version of it for const tensors.
+  // The function only reads; ORT has no version of it for const tensors.
   RETURN_IF_ERROR(op.api->GetTensorMutableData(const_cast<OrtValue*>(value), &tensor->data));
   RETURN_IF_ERROR(op.fast_api ? ReadShapeFast(op.api, value, tensor)
                               : ReadShape(op.api, value, tensor));
@@ -117,7 +117,7 @@ OrtStatus* CreateKernel(const OrtCustomOp* op, const OrtApi* api, const OrtKerne
   return nullptr;
 }
 
-// Points `out` at input `index`, read into `tensor` if it can change; null if the node has it not.
+// Points `out` at input `index`, read into `tensor` if it can change. Null if the node lacks it.
 OrtStatus* ReadInput(const Kernel& kernel, const OrtKernelContext* context, size_t index,
                      RotaryExportTensor* tensor, const RotaryExportTensor** out) {
   if (kernel.is_constant[index]) {
@@ -131,7 +131,7 @@ OrtStatus* ReadInput(const Kernel& kernel, const OrtKernelContext* context, size
   return ReadTensor(*kernel.op, index, value, tensor);
 }
 
-// Has ORT allocate output `index` like `input`; null if the node does not have it.
+// Lets ORT allocate output `index` like `input` and points `out` at it. Null if the node lacks it.
 OrtStatus* AllocateOutput(const Kernel& kernel, OrtKernelContext* context, size_t index,
                           const RotaryExportTensor& input, RotaryExportTensor* tensor,
                           const RotaryExportTensor** out) {
@@ -146,30 +146,27 @@ OrtStatus* AllocateOutput(const Kernel& kernel, OrtKernelContext* context, size_
   return nullptr;
 }
 
-// Below this many bytes read and written per task, handing work to another thread does not pay.
+// Tasks that read and write fewer bytes than this are not worth another thread.
 constexpr int64_t kTaskBytes = 256 * 1024;
 
 struct Work {
   const RotaryParams* params;
   RotateRowsFunction rotate_rows;
-  int64_t rows;
   int64_t tasks;
 };
 
 void RunTask(void* data, size_t index) {
   const Work& work = *static_cast<const Work*>(data);
-  const auto task = static_cast<int64_t>(index);
-  work.rotate_rows(*work.params, work.rows * task / work.tasks,
-                   work.rows * (task + 1) / work.tasks);
+  RotatePart(*work.params, work.rotate_rows, static_cast<int64_t>(index), work.tasks);
 }
 
-// Splits the rows over ORT's own threads.
+// Splits the rows over ORT's threads.
 OrtStatus* RotateInParallel(const OrtApi* api, OrtKernelContext* context, RotaryParams* params) {
-  Work work = {params, ChooseRotation(params), params->batch_size * params->seq_len,
-               OutputBytes(*params) * 2 / kTaskBytes};
-  if (work.tasks > work.rows) work.tasks = work.rows;
+  const int64_t rows = params->batch_size * params->seq_len;
+  Work work = {params, ChooseRotation(params), OutputBytes(*params) * 2 / kTaskBytes};
+  if (work.tasks > rows) work.tasks = rows;
   if (work.tasks < 2) {
-    work.rotate_rows(*params, 0, work.rows);
+    work.rotate_rows(*params, 0, rows);
     return nullptr;
   }
   const size_t unlimited = 0;
@@ -177,14 +174,8 @@ OrtStatus* RotateInParallel(const OrtApi* api, OrtKernelContext* context, Rotary
                                         unlimited, &work);
 }
 
-OrtStatus* Compute(void* data, OrtKernelContext* context) {
-  const Kernel& kernel = *static_cast<const Kernel*>(data);
-  const OrtApi* api = kernel.api;
-  RotaryExportTensor tensors[kInputCount];
-  const RotaryExportTensor* inputs[kInputCount] = {};
-  for (size_t i = 0; i < kernel.input_count; ++i) {
-    RETURN_IF_ERROR(ReadInput(kernel, context, i, &tensors[i], &inputs[i]));
-  }
+// The call without its outputs.
+RotaryExportCall MakeCall(const Kernel& kernel, const RotaryExportTensor* const* inputs) {
   RotaryExportCall call = {};
   call.x = inputs[kX];
   call.cos_cache = inputs[kCosCache];
@@ -196,7 +187,18 @@ OrtStatus* Compute(void* data, OrtKernelContext* context) {
   call.rotary_embedding_dim = kernel.rotary_embedding_dim;
   call.num_heads = kernel.num_heads;
   call.kv_num_heads = kernel.kv_num_heads;
+  return call;
+}
 
+OrtStatus* Compute(void* data, OrtKernelContext* context) {
+  const Kernel& kernel = *static_cast<const Kernel*>(data);
+  const OrtApi* api = kernel.api;
+  RotaryExportTensor tensors[kInputCount];
+  const RotaryExportTensor* inputs[kInputCount] = {};
+  for (size_t i = 0; i < kernel.input_count; ++i) {
+    RETURN_IF_ERROR(ReadInput(kernel, context, i, &tensors[i], &inputs[i]));
+  }
+  RotaryExportCall call = MakeCall(kernel, inputs);
   RotaryParams params;
   Message message;
   if (!CheckInputs(call, &params, &message) || !CheckPositions(params, &message)) {
@@ -204,7 +206,7 @@ OrtStatus* Compute(void* data, OrtKernelContext* context) {
   }
   RotaryExportTensor y, key_out;
   RETURN_IF_ERROR(AllocateOutput(kernel, context, kY, *call.x, &y, &call.y));
-  // Without a key, X's shape serves to find out whether the node has a key_out, which is an error.
+  // Without a key, the node must not have a key_out. X's shape serves to find out.
   const RotaryExportTensor& key = call.key != nullptr ? *call.key : *call.x;
   RETURN_IF_ERROR(AllocateOutput(kernel, context, kKeyOut, key, &key_out, &call.key_out));
   if (!CheckOutputs(call, &params, &message)) {
@@ -221,12 +223,12 @@ OrtStatus* InferShapes(const OrtCustomOp* op, OrtShapeInferContext* context) {
   const size_t outputs_of[][2] = {{kX, kY}, {kKey, kKeyOut}};
   for (const auto& [input, output] : outputs_of) {
     if (input >= input_count) continue;
-    OrtTensorTypeAndShapeInfo* info = nullptr;  // ORT's; not ours to release.
+    OrtTensorTypeAndShapeInfo* info = nullptr;  // Owned by ORT: not to be released here.
     RETURN_IF_ERROR(api->ShapeInferContext_GetInputTypeShape(context, input, &info));
     size_t rank = 0;
     if (info == nullptr) continue;
     RETURN_IF_ERROR(api->GetDimensionsCount(info, &rank));
-    if (rank == 0) continue;  // What ORT says of an unknown shape and of an input not given.
+    if (rank == 0) continue;  // ORT reports this for an unknown shape and for an absent input.
     RETURN_IF_ERROR(api->ShapeInferContext_SetOutputTypeShape(context, output, info));
   }
   return nullptr;
@@ -242,13 +244,12 @@ size_t MayInplace(int** inputs, int** outputs) {
 
 }  // namespace
 
-void DescribeOp(const OrtApi* api, ort::ElementType x_type, ort::ElementType table_type, Op* op) {
+void DescribeOp(const OrtApi* api, const TypePair& types, Op* op) {
   op->version = ort::kApiVersion;
   op->rotate = RotateInParallel;
   op->keeps_constants = true;
   op->api = api;
-  op->x_type = x_type;
-  op->table_type = table_type;
+  op->types = types;
   op->GetName = [](const OrtCustomOp*) { return "RotaryEmbedding"; };
   op->GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
   op->GetInputTypeCount = [](const OrtCustomOp*) { return size_t{kInputCount}; };
@@ -261,7 +262,7 @@ void DescribeOp(const OrtApi* api, ort::ElementType x_type, ort::ElementType tab
   op->GetInputMemoryType = [](const OrtCustomOp*, size_t) { return ort::kDefaultMemory; };
   op->GetOutputTypeCount = [](const OrtCustomOp*) { return size_t{kOutputCount}; };
   op->GetOutputType = [](const OrtCustomOp* self, size_t) {
-    return static_cast<const Op*>(self)->x_type;
+    return static_cast<const Op*>(self)->types.x_type;
   };
   op->GetOutputCharacteristic = [](const OrtCustomOp*, size_t index) {
     return index == kY ? ort::kRequired : ort::kOptional;

@@ -1,4 +1,4 @@
-// The op as ONNX Runtime sees it (rotary_op.cc), for its registration (register_ops.cc).
+// The op as an ONNX Runtime custom op (rotary_op.cc), for its registration (register_ops.cc).
 #ifndef ROTARY_EXPORT_ORT_ROTARY_OP_H_
 #define ROTARY_EXPORT_ORT_ROTARY_OP_H_
 
@@ -12,17 +12,16 @@ enum Output { kY, kKeyOut, kOutputCount };
 
 // The op for one pair of element types on one provider.
 struct Op : ort::OrtCustomOp {
-  // Rotates once everything is checked and allocated.
+  // Rotates after all checks and allocations.
   OrtStatus* (*rotate)(const ort::OrtApi* api, OrtKernelContext* context, RotaryParams* params);
   const ort::OrtApi* api;
-  ort::ElementType x_type;      // X, key, Y, key_out.
-  ort::ElementType table_type;  // cos_cache, sin_cache, scale_cache.
-  bool fast_api;                // `api` has what kFastApiVersion has.
-  bool keeps_constants;         // Constant inputs are where the kernel reads them at each run.
+  TypePair types;
+  bool fast_api;         // `api` has the functions of kFastApiVersion.
+  bool keeps_constants;  // The kernel may read constant inputs once, when it is created.
 };
 
-void DescribeOp(const ort::OrtApi* api, ort::ElementType x_type, ort::ElementType table_type,
-                Op* op);
+// Fills `op` with the op for the CPU.
+void DescribeOp(const ort::OrtApi* api, const TypePair& types, Op* op);
 
 }  // namespace rotary_export
 

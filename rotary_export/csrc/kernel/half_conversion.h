@@ -1,17 +1,20 @@
-// Vectors of numbers to compute with, and the conversion of the half types to and from them.
+// Vectors of floats, and the conversion of the half types to and from them.
 //
-// The compiler's vector types give +, -, * and comparisons lane by lane on every instruction set,
-// for any power of two of lanes, one included. Included once per instruction set, hence the
-// anonymous namespace (see rotary_kernel.cc).
+// The compiler's vector types have +, -, * and comparisons lane by lane. They work on every
+// instruction set, for any power of two of lanes, one included. This header is compiled once per
+// instruction set, hence the anonymous namespace (see rotary_kernel.cc).
 //
-// The half types are converted by the processor where it can, else with integers and selects; both
-// give the same bits. A NaN stays a NaN, subnormals are kept, and rounding is to nearest even.
-#ifndef ROTARY_EXPORT_KERNEL_HALF_TYPES_H_
-#define ROTARY_EXPORT_KERNEL_HALF_TYPES_H_
+// The processor's instructions convert the half types where they exist, else integer operations and
+// selects do. Both give the same bits: a NaN stays a NaN, subnormals are kept, rounding is to
+// nearest even.
+#ifndef ROTARY_EXPORT_KERNEL_HALF_CONVERSION_H_
+#define ROTARY_EXPORT_KERNEL_HALF_CONVERSION_H_
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+
+#include "kernel/element_types.h"
 
 #if defined(__SSE2__)
 #pragma GCC diagnostic push
@@ -23,19 +26,12 @@
 #pragma GCC diagnostic pop
 #endif
 
-// Of what the loops are made of: whether the compiler inlines something of itself changes with all
-// that is around it, and one call in a loop costs up to a fifth of its speed.
+// For everything inside the loops. Otherwise the compiler decides, differently after each change,
+// and one call in a loop costs up to a fifth of its speed.
 #define ROTARY_EXPORT_INLINE inline __attribute__((always_inline))
 
 namespace rotary_export {
 namespace {
-
-struct Float16 {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 template <typename C, int kLanes>
 struct VectorType {
@@ -58,7 +54,7 @@ ROTARY_EXPORT_INLINE To CastBits(const From& from) {
   return to;
 }
 
-// __builtin_convertvector, but for the vectors that GCC 12 takes several instructions for.
+// __builtin_convertvector, except for vectors that GCC 12 converts in several instructions.
 template <int kLanes>
 ROTARY_EXPORT_INLINE Ints<kLanes> ExtendBits(const HalfBits<kLanes>& bits) {
 #if defined(__AVX512F__)
@@ -69,7 +65,7 @@ ROTARY_EXPORT_INLINE Ints<kLanes> ExtendBits(const HalfBits<kLanes>& bits) {
   return __builtin_convertvector(bits, Ints<kLanes>);
 }
 
-// For lanes that are at most 0xffff.
+// Requires lanes of at most 0xffff.
 template <int kLanes>
 ROTARY_EXPORT_INLINE HalfBits<kLanes> TruncateBits(const Ints<kLanes>& bits) {
 #if defined(__AVX512F__)
@@ -92,7 +88,7 @@ ROTARY_EXPORT_INLINE Floats<kLanes> Widen(const HalfBits<kLanes>& bits, BFloat16
   return CastBits<Floats<kLanes>>(ExtendBits<kLanes>(bits) << 16);
 }
 
-// Rounds floats to bfloat16, which is the upper half of each result.
+// Rounds floats to bfloat16, the upper half of each result.
 template <int kLanes>
 ROTARY_EXPORT_INLINE Vector<uint32_t, kLanes> RoundToUpper(const Floats<kLanes>& value) {
   const auto bits = CastBits<Vector<uint32_t, kLanes>>(value);  // Unsigned: the sum may carry.
@@ -106,8 +102,8 @@ ROTARY_EXPORT_INLINE HalfBits<kLanes> Narrow(const Floats<kLanes>& value, BFloat
   return TruncateBits<kLanes>(CastBits<Ints<kLanes>>(RoundToUpper<kLanes>(value) >> 16));
 }
 
-// kLanes elements as two vectors, of those with even and those with odd index. A bfloat16 is the
-// upper half of a float, so that taking two neighbours apart is a shift and a mask.
+// kLanes elements as two vectors: those with even index and those with odd index. A bfloat16 is the
+// upper half of a float, so a shift and a mask separate two neighbours.
 template <int kLanes>
 struct EvenOdd {
   Floats<kLanes / 2> even;
@@ -134,8 +130,8 @@ ROTARY_EXPORT_INLINE EvenOdd<kLanes> WidenEvenOdd(const HalfBits<kLanes>& bits) 
           CastBits<Floats<kLanes / 2>>(both & 0xffff0000)};
 }
 
-// Whether two vectors may hold numbers that the fast way of NarrowEvenOdd gets wrong: subnormals,
-// which the processor's conversion takes for 0, or else NaNs.
+// Whether two vectors may hold numbers that the fast conversion in NarrowEvenOdd gets wrong:
+// subnormals, which the processor's instruction flushes to 0, or, without that instruction, NaNs.
 template <int kLanes>
 ROTARY_EXPORT_INLINE bool MayHoldRare([[maybe_unused]] const Floats<kLanes>& a,
                                       [[maybe_unused]] const Floats<kLanes>& b) {
@@ -164,8 +160,8 @@ ROTARY_EXPORT_INLINE bool MayHoldRare([[maybe_unused]] const Floats<kLanes>& a,
   return true;
 }
 
-// When to look for such numbers: at each store, or once for all of a loop, which is then done again
-// if there were any. A branch at each store costs bfloat16 a sixth of its speed past the cache.
+// When to look for such numbers: at each store, or once after a loop, which is repeated if it met
+// any. A branch at each store costs bfloat16 a sixth of its speed with streaming stores.
 struct CheckEach {};
 struct CheckLater {
   uint32_t are_normal = 0xffffffff;  // By lane, whether no result was 0 or subnormal.
@@ -207,13 +203,13 @@ ROTARY_EXPORT_INLINE HalfBits<kLanes> NarrowEvenOdd(const EvenOdd<kLanes>& value
   if (__builtin_expect(MayHoldRare<kLanes / 2>(value.even, value.odd), false)) {
     return NarrowRare<kLanes>(value);
   }
-  // The same, but rounded once put together, in half the instructions.
+  // NarrowRare without the NaNs: rounds after combining, in half the instructions.
   using U = Vector<uint32_t, kLanes / 2>;
   const U even = CastBits<U>(value.even);
   const U odd = CastBits<U>(value.odd);
   const auto upper = CastBits<HalfBits<kLanes>>((even >> 16) | (odd & 0xffff0000));
   const auto lower = CastBits<HalfBits<kLanes>>((even & 0xffff) | (odd << 16));
-  const auto up = (lower | (upper & 1)) > 0x8000;  // -1 where so: more than half, or half and odd.
+  const auto up = (lower | (upper & 1)) > 0x8000;  // -1 if true: more than half, or half and odd.
   return upper - CastBits<HalfBits<kLanes>>(up);
 }
 
@@ -262,17 +258,17 @@ ROTARY_EXPORT_INLINE HalfBits<kLanes> Narrow(const Floats<kLanes>& value, Float1
   const I sign = (bits >> 16) & 0x8000;
   const I magnitude = bits & 0x7fffffff;
   const I rebiased = magnitude - ((127 - 15) << 23);
-  // From 65520 on, the carry of the rounding makes this infinity, as it should.
+  // From 65520 on, the carry of the rounding gives infinity, as it must.
   const I normal = (rebiased + 0xfff + ((rebiased >> 13) & 1)) >> 13;
-  // The last place of 0.5f is 2^-24, float16's smallest subnormal: the addition rounds for us.
+  // The last place of 0.5f is 2^-24, float16's smallest subnormal, so the addition rounds.
   const I subnormal = CastBits<I>(CastBits<F>(magnitude) + 0.5f) - 0x3f000000;
   const I quiet_nan = 0x7e00 | ((magnitude >> 13) & 0x3ff);
   const I finite = magnitude < (113 << 23) ? subnormal : normal;
-  const I large = magnitude > 0x7f800000 ? quiet_nan : I{} + 0x7c00;
-  return TruncateBits<kLanes>(sign | (magnitude >= (143 << 23) ? large : finite));
+  const I special = magnitude > 0x7f800000 ? quiet_nan : I{} + 0x7c00;
+  return TruncateBits<kLanes>(sign | (magnitude >= (143 << 23) ? special : finite));
 }
 
 }  // namespace
 }  // namespace rotary_export
 
-#endif  // ROTARY_EXPORT_KERNEL_HALF_TYPES_H_
+#endif  // ROTARY_EXPORT_KERNEL_HALF_CONVERSION_H_

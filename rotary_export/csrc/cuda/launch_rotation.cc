@@ -1,4 +1,4 @@
-#include "cuda/cuda_rotate.h"
+#include "cuda/launch_rotation.h"
 
 #include <atomic>
 
@@ -8,22 +8,15 @@
 namespace rotary_export {
 namespace {
 
-struct KernelName {
-  DataType x_type;
-  DataType table_type;
-  const char* names[2];  // With 16-byte accesses, and one element at a time.
-};
-
-#define ROTARY_EXPORT_NAMES(T, Table) \
-  {DataType::k##T, DataType::k##Table, {"Rotate" #T #Table "Vector", "Rotate" #T #Table "Scalar"}},
-constexpr KernelName kKernels[] = {ROTARY_EXPORT_CUDA_TYPES(ROTARY_EXPORT_NAMES)};
+// For each of kTypePairs, the kernel with 16-byte accesses and the one with single elements.
+#define ROTARY_EXPORT_NAMES(T, Table) {"Rotate" #T #Table "Vector", "Rotate" #T #Table "Scalar"},
+constexpr const char* kKernelNames[][2] = {ROTARY_EXPORT_TYPE_PAIRS(ROTARY_EXPORT_NAMES)};
 #undef ROTARY_EXPORT_NAMES
-constexpr int kKernelCount = sizeof kKernels / sizeof kKernels[0];
 
-// Loaded once per process, not per device: the driver brings a kernel to each context that it is
-// launched in. Two threads that both load the code leave one copy unused.
+// Loaded once per process, not per device: the driver loads a kernel into each context that
+// launches it. If two threads load the code at the same time, one copy stays unused.
 std::atomic<CUlib_st*> loaded_library{nullptr};
-std::atomic<CUkern_st*> loaded_kernels[kKernelCount][2];
+std::atomic<CUkern_st*> loaded_kernels[kTypePairCount][2];
 
 bool Check(const CudaDriver& driver, int error, const char* what, Message* message) {
   if (error == 0) return true;
@@ -45,26 +38,24 @@ CUlib_st* GetLibrary(const CudaDriver& driver, Message* message) {
 
 CUkern_st* GetKernel(const CudaDriver& driver, const RotaryParams& params, bool is_vector,
                      Message* message) {
-  for (int i = 0; i < kKernelCount; ++i) {
-    if (kKernels[i].x_type != params.x_type || kKernels[i].table_type != params.table_type) {
-      continue;
-    }
-    const int variant = is_vector ? 0 : 1;
-    CUkern_st* kernel = loaded_kernels[i][variant].load();
-    if (kernel != nullptr) return kernel;
-    CUlib_st* library = GetLibrary(driver, message);
-    if (library == nullptr) return nullptr;
-    const char* name = kKernels[i].names[variant];
-    const int error = driver.LibraryGetKernel(&kernel, library, name);
-    if (!Check(driver, error, name, message)) return nullptr;
-    loaded_kernels[i][variant].store(kernel);
-    return kernel;
+  int pair = 0;  // CheckInputs made sure that the types are one of the pairs.
+  while (kTypePairs[pair].x_type != params.x_type ||
+         kTypePairs[pair].table_type != params.table_type) {
+    ++pair;
   }
-  Fail(message, "there is no CUDA kernel for these types");
-  return nullptr;
+  const int variant = is_vector ? 0 : 1;
+  CUkern_st* kernel = loaded_kernels[pair][variant].load();
+  if (kernel != nullptr) return kernel;
+  CUlib_st* library = GetLibrary(driver, message);
+  if (library == nullptr) return nullptr;
+  const char* name = kKernelNames[pair][variant];
+  const int error = driver.LibraryGetKernel(&kernel, library, name);
+  if (!Check(driver, error, name, message)) return nullptr;
+  loaded_kernels[pair][variant].store(kernel);
+  return kernel;
 }
 
-// A captured graph would repeat the positions of its first run.
+// A captured CUDA graph would repeat the positions of its first run.
 bool CheckNotCaptured(const CudaDriver& driver, CUstream_st* stream, Message* message) {
   int capture_status = 0;
   const int error = driver.StreamIsCapturing(stream, &capture_status);
@@ -84,7 +75,7 @@ bool LaunchRotation(const RotaryParams& params, CUstream_st* stream, Message* me
   if (driver == nullptr) return false;
   if (params.position_ids != nullptr && !CheckNotCaptured(*driver, stream, message)) return false;
   const int64_t rows = CountRows(params);
-  Launch launch;  // Not set to zero: 3 KB of it are runs, mostly unused.
+  Launch launch;  // Not zeroed: 3 KB of it are runs, mostly unused.
   for (int64_t row = 0; row < rows;) {
     row = PlanLaunch(params, row, &launch);
     CUkern_st* kernel = GetKernel(*driver, params, launch.is_vector, message);

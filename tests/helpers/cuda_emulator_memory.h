@@ -1,12 +1,12 @@
-// What the emulated GPU has for memory and for arithmetic. Included by cuda_emulator.cc alone.
-#ifndef ROTARY_EXPORT_TESTS_CUDA_EMULATOR_MACHINE_H_
-#define ROTARY_EXPORT_TESTS_CUDA_EMULATOR_MACHINE_H_
+// The emulated GPU's memory policy, which checks each access. Only cuda_emulator.cc includes it.
+#ifndef ROTARY_EXPORT_TESTS_CUDA_EMULATOR_MEMORY_H_
+#define ROTARY_EXPORT_TESTS_CUDA_EMULATOR_MEMORY_H_
 
 #include <cmath>
 #include <cstring>
 #include <vector>
 
-#include "cuda/thread_index.h"
+#include "cuda/rotate_thread.h"
 #include "kernel/message.h"
 
 namespace rotary_export {
@@ -17,11 +17,11 @@ namespace {
 struct Region {
   const unsigned char* begin;
   size_t size;
-  std::vector<unsigned char> writes;  // For each byte; empty: read only.
+  std::vector<unsigned char> writes;  // How often each byte was written; empty: read only.
 };
 
 struct Emulator {
-  bool is_checked = false;  // ONNX Runtime's calls are not: their regions are unknown.
+  bool is_checked = false;  // Not in calls from ONNX Runtime: their regions are unknown.
   std::vector<Region> regions;
   Message problem;
   int64_t launches = 0;
@@ -48,10 +48,10 @@ Region* FindRegion(const void* data, size_t size, bool is_written) {
   return nullptr;
 }
 
-// Returns whether the access may be made; one into foreign memory would take the test down.
+// Returns whether the access may be made: one outside of the regions could crash the test.
 bool CheckAccess(const void* data, size_t size, bool is_written) {
   if (!emulator.is_checked) return true;
-  const size_t unit = size % 16 == 0 ? 16 : size;  // What one instruction moves.
+  const size_t unit = size % 16 == 0 ? 16 : size;  // Bytes that one instruction moves.
   if (reinterpret_cast<uintptr_t>(data) % unit != 0) Complain("misaligned access", data, size);
   Region* region = FindRegion(data, size, is_written);
   if (region == nullptr) {
@@ -67,7 +67,7 @@ bool CheckAccess(const void* data, size_t size, bool is_written) {
   return true;
 }
 
-// ---- the machine; half types the slow and obvious way
+// ---- the memory policy; it converts half types in a slow and obvious way
 
 double HalfToDouble(unsigned bits) {
   const int exponent = static_cast<int>(bits >> 10 & 31);
@@ -78,17 +78,17 @@ double HalfToDouble(unsigned bits) {
   return sign * std::ldexp(1024 + mantissa, exponent - 25);
 }
 
-// Rounds to a type with `digits` binary digits, smallest exponent `low` and largest value `most`.
-double Round(double value, int digits, int low, double most) {
+// Rounds to a type with `digits` binary digits, last place 2^lowest and largest value `largest`.
+double Round(double value, int digits, int lowest, double largest) {
   if (!std::isfinite(value) || value == 0) return value;
   int exponent = 0;
   std::frexp(value, &exponent);
-  const int unit = exponent - digits < low ? low : exponent - digits;
+  const int unit = exponent - digits < lowest ? lowest : exponent - digits;
   const double rounded = std::ldexp(std::nearbyint(std::ldexp(value, -unit)), unit);
-  return std::fabs(rounded) > most ? std::copysign(INFINITY, value) : rounded;
+  return std::fabs(rounded) > largest ? std::copysign(INFINITY, value) : rounded;
 }
 
-struct Host {
+struct CheckedMemory {
   template <typename T, int kWidth>
   void Read(const T* from, T (&to)[kWidth]) const {
     std::memset(static_cast<void*>(to), 0, sizeof to);
@@ -105,8 +105,8 @@ struct Host {
 
   float Widen(float value) const { return value; }
   double Widen(double value) const { return value; }
-  float Widen(cuda::Float16 value) const { return static_cast<float>(HalfToDouble(value.bits)); }
-  float Widen(cuda::BFloat16 value) const {
+  float Widen(Float16 value) const { return static_cast<float>(HalfToDouble(value.bits)); }
+  float Widen(BFloat16 value) const {
     const uint32_t bits = uint32_t{value.bits} << 16;
     float wide;
     std::memcpy(&wide, &bits, sizeof wide);
@@ -114,13 +114,13 @@ struct Host {
   }
   void Narrow(float value, float* to) const { *to = value; }
   void Narrow(double value, double* to) const { *to = value; }
-  void Narrow(float value, cuda::BFloat16* to) const {
+  void Narrow(float value, BFloat16* to) const {
     const float rounded = static_cast<float>(Round(value, 8, -133, 0x1.fep127));
     uint32_t bits;
     std::memcpy(&bits, &rounded, sizeof bits);
     to->bits = static_cast<uint16_t>(std::isnan(rounded) ? 0x7fff : bits >> 16);
   }
-  void Narrow(float value, cuda::Float16* to) const {
+  void Narrow(float value, Float16* to) const {
     const double rounded = std::fabs(Round(value, 11, -24, 65504));
     const unsigned sign = std::signbit(value) ? 0x8000 : 0;
     int exponent = 0;
@@ -143,4 +143,4 @@ struct Host {
 }  // namespace
 }  // namespace rotary_export
 
-#endif  // ROTARY_EXPORT_TESTS_CUDA_EMULATOR_MACHINE_H_
+#endif  // ROTARY_EXPORT_TESTS_CUDA_EMULATOR_MEMORY_H_

@@ -1,0 +1,48 @@
+"""The built file: its symbols, what it links to, its instructions."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from rotary_export.op import library as op_library
+
+LIBRARY = op_library.op_library_path()
+
+
+def run_tool(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"needs {command[0]} (binutils)")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_only_the_c_interface_is_exported():
+    exported = {
+        line.split()[-1] for line in run_tool("nm", "-D", "--defined-only", LIBRARY).splitlines()
+    }
+    assert exported == {
+        "RegisterCustomOps",
+        "RotaryExportInstructionSet",
+        "RotaryExportProviders",
+        "RotaryExportRotate",
+    }
+
+
+def test_it_needs_libc_alone_and_an_old_one():
+    needed = re.findall(r"NEEDED.*\[(.*)\]", run_tool("readelf", "-dW", LIBRARY))
+    assert [
+        name for name in needed if not name.startswith(("libc.so", "libm.so", "ld-linux"))
+    ] == []
+    versions = re.findall(r"GLIBC_([0-9.]+)", run_tool("readelf", "-VW", LIBRARY))
+    highest = max(tuple(int(part) for part in version.split(".")) for version in versions)
+    # 2.17 is that of manylinux2014, the oldest images in use (and the first glibc for aarch64).
+    assert highest <= (2, 17), highest
+
+
+def test_no_product_is_fused_with_a_sum():
+    # GCC's vectoriser can fuse in spite of -ffp-contract=off, so this reads the instructions.
+    code = run_tool("objdump", "-d", "--no-show-raw-insn", LIBRARY)
+    assert not re.findall(r"\s(?:v?fn?m(?:add|sub)\w*|fml[as]|fn?m(?:add|sub))\s", code)
