@@ -18,7 +18,7 @@ MAX_POSITIONS = 2**24  # float32 holds every integer up to here
 
 
 class PreciseBuffers(nn.Module):
-    """A module whose buffers stay float32 or wider: `.half()` and `.to(bfloat16)` pass them by."""
+    """A module whose buffers stay float32 or wider: `.half()` and `.to(bfloat16)` skip them."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
@@ -93,7 +93,7 @@ class RotaryEmbedding(PreciseBuffers):
                 f"got base={base}, base_rescale_factor={base_rescale_factor}, dim={dim}"
             )
         self.register_buffer("inv_freq", inv_freq)
-        # The originals keep zeta under the name `scale`, and None without xPos.
+        # The originals store zeta under the name `scale`, and None without xPos.
         self.register_buffer("scale", compute_zeta(dim) if use_xpos else None)
 
     def extra_repr(self) -> str:
@@ -160,7 +160,7 @@ def _check_number(name: str, value: object, bound: str) -> None:
 
 
 def check_max_seq_len(value: object) -> None:
-    """Refuse what is no length of tables.
+    """Refuse what is not a length of tables.
 
     Raises:
         RotaryExportError: `value` is not an int in [1, 2**24].
@@ -175,7 +175,7 @@ def check_max_seq_len(value: object) -> None:
 
 
 def _check_seq_len(seq_len: object, max_seq_len: int | None) -> None:
-    """Refuse what is no length, while running eagerly; in a graph the value is not known."""
+    """Refuse what is not a length, in eager mode; in a graph the value is not known."""
     value: Any = seq_len
     if isinstance(seq_len, Tensor):
         if seq_len.dtype != torch.int64 or seq_len.dim() != 0:
@@ -196,13 +196,13 @@ def _check_seq_len(seq_len: object, max_seq_len: int | None) -> None:
 class RotaryQueryKey(PreciseBuffers):
     """Rotate query and key with the one fused op, from stored float32 tables.
 
-    With xPos, query takes the scale and key its reciprocal, around one fixed centre
+    With xPos, query is multiplied by the scale and key by its reciprocal, around one fixed centre
     `max_seq_len // 2`, so that cached keys and later queries share it.
 
-    The tables are built when the module is, from `rope` as it then is.
+    The tables are built once, from the buffers that `rope` has when this module is made.
 
     Args:
-        rope: Says which angles and scale.
+        rope: The angles and the scale.
         max_seq_len: Rows of the tables; default: `rope.max_seq_len`.
         interleaved: True: pairs (2i, 2i + 1); False: pairs (i, i + dim/2).
 

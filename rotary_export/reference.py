@@ -100,7 +100,7 @@ def rotate(
 
     Args:
         x: (..., S, H).
-        cos: Broadcastable to (..., S, R/2); its last dimension says what R is.
+        cos: Broadcastable to (..., S, R/2); its last dimension determines R.
         sin: As `cos`.
         scale: As `cos`, or a number (0-d); None: no xPos.
         interleaved: True: pairs (2i, 2i + 1); False: pairs (i, i + R/2).
@@ -136,15 +136,15 @@ def apply_rotary_emb(
 ) -> Tensor:
     """Rotate x by the angles `freqs`, as a `RotaryEmbedding` returns them.
 
-    A decoder that has `start` tokens behind it passes `freqs[start:start + n]` (and the same rows
-    of `scale`). With xPos, queries take `scale` and keys take `scale ** -1`.
+    A decoder with `start` cached tokens passes `freqs[start:start + n]` (and the same rows of
+    `scale`). With xPos, queries are passed `scale` and keys `scale ** -1`.
 
     Args:
         x: (..., S, H), query or key.
         freqs: (S, R) or broadcastable to (..., S, R), half-tiled, R <= H; channels past R are
             copied.
         scale: A number, a 0-d tensor, or as `freqs`.
-        interleaved: True: pairs (2i, 2i + 1), each taking one entry of the first half of `freqs`.
+        interleaved: True: pairs (2i, 2i + 1); pair i has entry i of the first half of `freqs`.
 
     Returns:
         As x, shape and dtype. Half types are computed in float32 and rounded once.
@@ -172,7 +172,7 @@ def apply_rotary_emb(
         )
     freqs = freqs.to(torch.promote_types(freqs.dtype, torch.float32))
     # cos of the whole tensor, then its half: torch's vectorised cos and the scalar one, which it
-    # takes for a strided tensor, may differ by an ulp.
+    # uses for a strided tensor, may differ by an ulp.
     half = rotary_dim // 2
     cos, sin = freqs.cos()[..., :half], freqs.sin()[..., :half]  # (S, R/2)
     if not isinstance(scale, Tensor):

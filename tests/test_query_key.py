@@ -24,8 +24,8 @@ IDS = {
 }
 
 
-def make_pair(use_xpos: bool, interleaved: bool = False, dim: int = 6) -> RotaryQueryKey:
-    rope = RotaryEmbedding(dim, use_xpos, scale_base=8, max_seq_len=ROWS)
+def make_pair(use_xpos: bool, interleaved: bool = False, rows: int = ROWS) -> RotaryQueryKey:
+    rope = RotaryEmbedding(6, use_xpos, scale_base=8, max_seq_len=rows)
     return RotaryQueryKey(rope, interleaved=interleaved)
 
 
@@ -39,18 +39,33 @@ def draw(dtype: torch.dtype = torch.float32, seq_len: int = 5) -> tuple[Tensor, 
 @LAYOUTS
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
-def test_equal_to_apply_rotary_emb_around_one_centre(use_xpos, interleaved, name, ids):
+@pytest.mark.parametrize("rows_of_tables", [ROWS, ROWS + 1], ids=["odd", "even"])
+def test_equal_to_apply_rotary_emb_around_one_centre(
+    use_xpos, interleaved, name, ids, rows_of_tables
+):
     query, key = draw(TYPES[name])
-    got = make_pair(use_xpos, interleaved)(query, key, ids)
-    freqs, scale = RotaryEmbedding(6, use_xpos, scale_base=8)(ROWS)
+    got = make_pair(use_xpos, interleaved, rows_of_tables)(query, key, ids)
+    freqs, scale = RotaryEmbedding(6, use_xpos, scale_base=8)(rows_of_tables)
     rows = ids if ids.dim() == 2 else (ids + torch.arange(5))[None]
     freqs = freqs[rows][:, None]
     if use_xpos:
         scale = scale[rows][:, None]
     if query.dtype == torch.float64 and use_xpos:
-        scale = scale.double()  # the op takes the reciprocal in double, too
+        scale = scale.double()  # the op computes the reciprocal in double, too
     for y, x, factor in zip(got, (query, key), (scale, scale**-1), strict=True):
         assert_same_bits(y, apply_rotary_emb(x, freqs, factor, interleaved=interleaved))
+
+
+@XPOS
+@pytest.mark.parametrize("rows", [ROWS, ROWS + 1], ids=["odd", "even"])
+def test_every_row_of_the_tables(use_xpos, rows):
+    """Around the centre rows // 2, whether there are an odd or an even number of rows."""
+    pair, (freqs, scale) = make_pair(use_xpos, rows=rows), RotaryEmbedding(6, use_xpos, 8)(rows)
+    assert_same_bits(pair.cos_cache, freqs.cos()[:, :3].contiguous())
+    assert_same_bits(pair.sin_cache, freqs.sin()[:, :3].contiguous())
+    if use_xpos:
+        assert_same_bits(pair.scale_cache, scale[:, :3].contiguous())
+        assert (pair.scale_cache[rows // 2] == 1).all()
 
 
 @XPOS
@@ -117,7 +132,7 @@ def test_copies_and_pickles(use_xpos):
     assert not pair.state_dict()
 
 
-def test_tables_are_built_from_the_buffers_that_are_there():
+def test_tables_are_built_from_the_buffers_of_the_rope():
     rope = RotaryEmbedding(6, max_seq_len=ROWS)
     rope.load_state_dict({"inv_freq": torch.tensor([1.0, 0.5, 0.25])})
     pair = RotaryQueryKey(rope)

@@ -21,23 +21,17 @@ from rotary_export.bundle.manifest import (
     hash_file,
     read_manifest,
 )
-from rotary_export.embedding import RotaryEmbedding
 from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.aoti import check_compiler, compile_program
 from rotary_export.exporters.onnx import check_opset, export_onnx, minimum_onnxruntime
 from rotary_export.exporters.program import export_program
 from rotary_export.exporters.torchscript import export_torchscript
-from rotary_export.graphs.graphs import (
-    TRACED_SIZES,
-    Graph,
-    check_config,
-    make_buffers,
-    make_graphs,
-)
+from rotary_export.graphs.config import check_config
+from rotary_export.graphs.graph import TRACED_SIZES, Graph, make_graphs
+from rotary_export.graphs.kinds import RopeModule
 from rotary_export.package import __version__
 from rotary_export.proof.plain import compare_plain
 from rotary_export.proof.report import Report, check_report
-from rotary_export.rope import ScaledRotaryEmbedding
 from rotary_export.runtime.compiled import COMPILED_FOR
 from rotary_export.types import Progress, ignore_progress
 
@@ -61,7 +55,7 @@ class Bundle:
 
 
 def export(
-    module: RotaryEmbedding | ScaledRotaryEmbedding,
+    module: RopeModule,
     out: str | os.PathLike[str],
     *,
     num_heads: int | None = None,
@@ -126,7 +120,7 @@ def export(
 
     with write_bundle(path, force) as staging:
         graphs = {}
-        buffers = module.state_dict() if config.rope is None else make_buffers(config)
+        buffers = config.rope.collect_buffers(module, config.max_seq_len)
         state = {name: buffer.cpu() for name, buffer in buffers.items()}
         for graph in make_graphs(config, state):
             graphs[graph.name] = _write_graph(graph, staging, formats, opset, progress)

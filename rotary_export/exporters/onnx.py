@@ -13,7 +13,8 @@ from onnxscript import ir, optimizer
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.program import make_dynamic_shapes
-from rotary_export.graphs.graphs import ZETA, Graph
+from rotary_export.graphs.graph import Graph
+from rotary_export.graphs.plain import ZETA
 from rotary_export.op import spec
 from rotary_export.op.onnx_function import OLDEST_OPSET, FunctionSignature, add_functions
 from rotary_export.op.onnx_schema import register_schema

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rotary_export.compat.quiet import quiet_torch
-from rotary_export.graphs.graphs import Graph
+from rotary_export.graphs.graph import Graph
 from rotary_export.op.torch_op import rotary_embedding_aten
 
 

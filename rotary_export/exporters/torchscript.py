@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rotary_export.graphs.graphs import Graph
+from rotary_export.graphs.graph import Graph
 
 
 def export_torchscript(graph: Graph, example: tuple[Tensor, ...], path: Path) -> None:

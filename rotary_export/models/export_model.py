@@ -33,7 +33,7 @@ from rotary_export.exporters.export import (
 from rotary_export.exporters.onnx import check_opset, minimum_onnxruntime
 from rotary_export.exporters.program import save_program
 from rotary_export.exporters.torchscript import save_traced
-from rotary_export.graphs.graphs import DTYPES
+from rotary_export.graphs.config import DTYPES
 from rotary_export.models.find.replace import replace_calls
 from rotary_export.models.prepare import (
     Prepared,

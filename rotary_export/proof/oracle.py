@@ -7,13 +7,12 @@ double. Each result comes with the units that errors are counted in.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from rotary_export.graphs.graphs import ExportConfig
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from rotary_export.graphs.config import ExportConfig
+from rotary_export.types import Array, Arrays
 
 # (smallest normal exponent, bits after the leading one)
 _FORMATS = {
@@ -57,6 +56,18 @@ def compute_ulp(value: Array, dtype: str) -> Array:
     return np.asarray(np.ldexp(np.ones((), value.dtype), exponent - bits))
 
 
+class TableTolerances(NamedTuple):
+    """The names of the tolerances of one output of `tables`.
+
+    Attributes:
+        inexact: Against eager, in a runtime whose functions differ from torch's.
+        oracle: Against the oracle.
+    """
+
+    inexact: str
+    oracle: str
+
+
 class Oracle:
     """Computes both graphs of a bundle from its stored inv_freq, zeta and tables.
 
@@ -66,17 +77,22 @@ class Oracle:
         rotate: Stored buffers of the graph `rotate`: cos_cache, sin_cache, scale_cache.
 
     Attributes:
-        switch_length: The longest length of the first frequencies; None: there are no others.
+        table_tolerances: By output of `tables`.
+        length_boundary: The longest length with the first frequencies; None: every length has the
+            same.
         computes_tables: Whether `rotate` computes cos and sin, which can't be stored.
     """
 
-    switch_length: int | None = None
+    table_tolerances: ClassVar[Mapping[str, TableTolerances]] = {
+        "freqs": TableTolerances("exact", "oracle-freqs"),
+        "scale": TableTolerances("scale", "oracle-scale"),
+    }
+    length_boundary: int | None = None
     computes_tables = False
 
-    def __init__(
-        self, config: ExportConfig, tables: Mapping[str, Array], rotate: Mapping[str, Array]
-    ) -> None:
+    def __init__(self, config: ExportConfig, tables: Arrays, rotate: Arrays) -> None:
         self._config = config
+        self._arguments: Mapping[str, Any] = config.rope.to_dict()
         self._wide = np.dtype(np.longdouble if config.dtype == "float64" else np.float64)
         self._inv_freq = tables["inv_freq"].astype(self._wide)
         self._zeta = tables["scale"].astype(self._wide) if "scale" in tables else None
@@ -90,7 +106,7 @@ class Oracle:
             inputs: Its inputs, in order.
 
         Returns:
-            The truth, per output.
+            What each output should be.
         """
         if graph == "tables":
             return self._compute_tables(int(inputs[0]))
@@ -108,36 +124,35 @@ class Oracle:
         half = len(self._inv_freq)
         freqs, scale = self._compute_tables(self._config.max_seq_len)
         if name == "scale_cache":
-            truth, identity = Expected(*(part[:, :half] for part in scale)), 1.0
+            expected, identity = Expected(*(part[:, :half] for part in scale)), 1.0
         else:
             angle = freqs.value[:, :half]
             value = np.cos(angle) if name == "cos_cache" else np.sin(angle)
             # The rounding of the angle becomes an absolute error of its cosine.
             unit = compute_ulp(np.maximum(np.abs(angle), 1), "float32")
-            truth, identity = Expected(value, unit, unit), 1.0 if name == "cos_cache" else 0.0
+            expected, identity = Expected(value, unit, unit), 1.0 if name == "cos_cache" else 0.0
         if not self._config.static:
-            return truth
+            return expected
         row = self._plain(np.full((1, half), identity, self._wide))  # the identity
-        return Expected(*(np.concatenate(parts) for parts in zip(truth, row, strict=True)))
+        return Expected(*(np.concatenate(parts) for parts in zip(expected, row, strict=True)))
 
     def _plain(self, value: Array) -> Expected:
         ulp = compute_ulp(value, "float32")
         return Expected(value, ulp, ulp)
 
     def _compute_tables(self, seq_len: int) -> list[Expected]:
-        config = self._config
-        rows = np.arange(config.max_seq_len).astype(self._wide)[:, None]
+        rows = np.arange(self._config.max_seq_len).astype(self._wide)[:, None]
         keep = rows < seq_len
-        freqs = rows / self._wide.type(config.embedding["interpolation_factor"]) * self._inv_freq
-        truth = [self._plain(np.tile(np.where(keep, freqs, 0), 2))]  # (max_seq_len, R)
+        freqs = rows / self._wide.type(self._arguments["interpolation_factor"]) * self._inv_freq
+        tables = [self._plain(np.tile(np.where(keep, freqs, 0), 2))]  # (max_seq_len, R)
         if self._zeta is None:
-            return [*truth, self._plain(np.ones((), self._wide))]
-        power = (rows - seq_len // 2) / self._wide.type(config.embedding["scale_base"])
+            return [*tables, self._plain(np.ones((), self._wide))]
+        power = (rows - seq_len // 2) / self._wide.type(self._arguments["scale_base"])
         exponent = np.tile(np.where(keep, power * np.log(self._zeta), 0), 2)
         scale = np.exp(exponent)
         ulp = compute_ulp(scale, "float32")
         # The rounding of the exponent becomes a relative error as large as the exponent is.
-        return [*truth, Expected(scale, ulp, ulp * (1 + np.abs(exponent)))]
+        return [*tables, Expected(scale, ulp, ulp * (1 + np.abs(exponent)))]
 
     def _turn(self, x: Array, turn: Array) -> Expected:
         """Turn the pairs of x."""

@@ -16,18 +16,13 @@ from torch import Tensor
 
 from rotary_export.bundle.manifest import Manifest
 from rotary_export.errors import CheckFailedError, RotaryExportError
-from rotary_export.graphs.graphs import (
-    ExportConfig,
-    Graph,
-    make_buffers,
-    make_graphs,
-    read_config,
-)
+from rotary_export.graphs.config import ExportConfig, read_config
+from rotary_export.graphs.graph import Graph, make_graphs
 from rotary_export.proof.comparison import compare, to_comparable
 from rotary_export.proof.oracle import Expected, Oracle
+from rotary_export.proof.oracles import make_oracle
 from rotary_export.proof.plain_cases import describe_case, make_cases
 from rotary_export.proof.report import Report, Row
-from rotary_export.proof.scaled_oracle import ScaledOracle
 from rotary_export.proof.stored import check_rotary_nodes, read_constants
 from rotary_export.runtime.ways import list_ways
 from rotary_export.types import Array, Arrays, Progress, ignore_progress
@@ -63,10 +58,9 @@ def compare_plain(
     if state is not None:
         _check_state(stored["tables"], state)
     constants = {name: _pick_constants(by_format) for name, by_format in stored.items()}
-    buffers = make_buffers(config)  # a one-row graph stores none
+    buffers = config.rope.make_buffers(config.max_seq_len)  # a one-row graph stores none
     buffers |= {name: torch.from_numpy(value) for name, value in constants["tables"].items()}
     constants["tables"] = {name: to_comparable(value) for name, value in buffers.items()}
-    make_oracle = Oracle if config.rope is None else ScaledOracle
     oracle = make_oracle(config, constants["tables"], constants["rotate"])
     report = Report()
     for graph in make_graphs(config, buffers):
@@ -98,7 +92,7 @@ def _compare_graph(
     info = manifest.graphs[graph.name]
     if (info.inputs, info.outputs) != (graph.inputs, graph.outputs):
         raise RotaryExportError(f"the manifest's graph {graph.name!r} is not of its config")
-    cases = make_cases(graph, config.max_seq_len, oracle.switch_length)
+    cases = make_cases(graph, config.max_seq_len, oracle.length_boundary)
     report.shapes[graph.name] = [describe_case(graph, case) for case in cases]
 
     def run_eager(case: Case) -> list[Array]:
@@ -172,13 +166,12 @@ def _make_rows(
 ) -> list[Row]:
     """Make the empty rows of one way to run a graph, with the tolerances that hold for it."""
     rows = []
-    xpos = config.embedding.get("use_xpos", False)
+    xpos = config.rope.uses_xpos
     is_half = config.dtype in ("float16", "bfloat16")
     for info in graph.outputs:
         if graph.name == "tables":
-            inexact = {"scale": "scale", "cos_cache": "cos-sin", "sin_cache": "cos-sin"}
-            eager = inexact.get(info.name, "exact") if not by_torch else "exact"
-            true = f"oracle-{info.name}" if config.rope is None else "oracle-angle"
+            inexact, true = oracle.table_tolerances[info.name]
+            eager = "exact" if by_torch else inexact
         else:
             true = "oracle-half" if is_half else "oracle-xpos" if xpos else "oracle-rotate"
             eager = "exact"

@@ -5,25 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rotary_export.graphs.graphs import Graph
+from rotary_export.graphs.graph import Graph
 
 MAX_ELEMENTS = 2**24  # of one input of one case; longer tables are tried at their last rows
 
 
 def make_cases(
-    graph: Graph, max_seq_len: int, switch_length: int | None = None
+    graph: Graph, max_seq_len: int, length_boundary: int | None = None
 ) -> list[tuple[Tensor, ...]]:
     """Make inputs at batches and lengths that the graph was not traced at, and at the edges.
 
     Args:
         graph: One of a bundle.
         max_seq_len: Rows of its tables.
-        switch_length: The longest length of the first frequencies, where there are others.
+        length_boundary: The longest length with the first frequencies; None: all have the same.
 
     Returns:
         Inputs in order, of each case.
     """
-    edges = [] if switch_length is None else [switch_length, switch_length + 1]
+    edges = [] if length_boundary is None else [length_boundary, length_boundary + 1]
     edges = [length for length in edges if length <= max_seq_len]
     if any(info.name == "seq_len" for info in graph.inputs):
         lengths = {0, 1, 2, max_seq_len // 2 + 1, max_seq_len - 1, max_seq_len, *edges}
@@ -47,7 +47,7 @@ def make_cases(
         if length == 1:
             ids[:] = max_seq_len - 1
         cases.append((query, key, ids))
-    for edge in edges:  # both sides of the switch: the largest id alone decides
+    for edge in edges:  # both sides of the boundary: the largest id alone decides
         sizes = {"batch_size": 2, "num_heads": 3, "num_kv_heads": 1, "seq_len": some}
         query, key, ids = graph.make_inputs(sizes, seed=edge)
         ids = ids.clamp(max=edge - 1)

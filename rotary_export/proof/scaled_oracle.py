@@ -1,40 +1,41 @@
-"""The float64 oracle of Hugging Face's rope types, sharing no code with what it is held against."""
+"""The float64 oracle of Hugging Face's rope types.
+
+From the rope type it reads data alone: the length boundary, the attention factor, the layout of the
+axes. What is computed from these shares no code with the package.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
-from rotary_export.graphs.graphs import ExportConfig
-from rotary_export.proof.oracle import Expected, Oracle, compute_ulp
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from rotary_export.graphs.config import ExportConfig
+from rotary_export.proof.oracle import Expected, Oracle, TableTolerances, compute_ulp
+from rotary_export.rope.rope_types import from_dict
+from rotary_export.types import Array, Arrays
 
 
 class ScaledOracle(Oracle):
     """Computes both graphs from the stored frequencies and tables.
 
     Args:
-        config: Of the export, with `rope`.
+        config: Of the export of a `ScaledRotaryEmbedding`.
         tables: Stored buffers of the graph `tables`: inv_freq, (n, R/2).
         rotate: Stored buffers of the graph `rotate`: cos_cache and sin_cache, or inv_freq.
     """
 
-    def __init__(
-        self, config: ExportConfig, tables: Mapping[str, Array], rotate: Mapping[str, Array]
-    ) -> None:
+    table_tolerances: ClassVar[Mapping[str, TableTolerances]] = {
+        name: TableTolerances("cos-sin", "oracle-angle") for name in ("cos_cache", "sin_cache")
+    }
+
+    def __init__(self, config: ExportConfig, tables: Arrays, rotate: Arrays) -> None:
         super().__init__(config, tables, rotate)
-        assert config.rope is not None
-        self._rope = config.rope
+        self._rope = from_dict(self._arguments)
         self._last = config.max_seq_len
-        limits = {
-            "dynamic": self._rope["max_position_embeddings"],
-            "longrope": self._rope["original_max_position_embeddings"],
-        }
-        limit = limits.get(self._rope["rope_type"])
-        self.switch_length = limit if limit is not None and limit < self._last else None
+        boundary = self._rope.length_boundary
+        self.length_boundary = boundary if boundary is not None and boundary < self._last else None
         self.computes_tables = "cos_cache" not in rotate
         self._axes = self._find_axes()
 
@@ -46,8 +47,8 @@ class ScaledOracle(Oracle):
             cos, sin = self._compute_cos_sin(rows, length)
             keep = (rows < length)[:, None]
             return [
-                Expected(np.where(keep, truth.value, still), truth.ulp, truth.unit)
-                for truth, still in ((cos, 1), (sin, 0))
+                Expected(np.where(keep, table.value, still), table.ulp, table.unit)
+                for table, still in ((cos, 1), (sin, 0))
             ]
         query, key, position = inputs
         if self._config.static:
@@ -69,42 +70,39 @@ class ScaledOracle(Oracle):
             return self._plain(self._inv_freq)
         which = 0 if name == "cos_cache" else 1
         parts = [self._compute_cos_sin(np.arange(self._last), self._last)[which]]
-        if self.switch_length is not None:
-            rows = np.arange(self.switch_length)
-            parts.insert(0, self._compute_cos_sin(rows, self.switch_length)[which])
+        if self.length_boundary is not None:
+            rows = np.arange(self.length_boundary)
+            parts.insert(0, self._compute_cos_sin(rows, self.length_boundary)[which])
         if self._config.static:  # the identity
             row = np.full((1, self._inv_freq.shape[1]), 1.0 - which, self._wide)
             parts.append(self._plain(row))
         return Expected(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
     def _find_axes(self) -> Array | None:
-        """Say which axis of the positions each column takes."""
+        """Return which axis of the positions each column has."""
         half = self._inv_freq.shape[1]
-        column, section = np.arange(half), self._rope["mrope_section"]
-        layout = self._rope["mrope_layout"]
-        if self._rope["rope_type"] == "axial":
-            if layout == "alternating":
-                return np.asarray(1 - column % 2)
-            axis = column * (3 if layout == "three-axes" else 2) // half
-            return np.asarray(1 - axis if layout == "columns-first" else axis)
-        if not section:
+        column, section = np.arange(half), np.asarray(self._rope.mrope_section)
+        layout = self._rope.axis_layout
+        if not layout:
             return None
-        ends = np.cumsum(section)
-        if self._rope["mrope_layout"] == "chunked":
-            return np.searchsorted(ends, column, side="right") % 3
-        if self._rope["mrope_layout"] == "interleaved":
+        if layout == "chunked":
+            return np.searchsorted(np.cumsum(section), column, side="right") % 3
+        if layout == "interleaved":
             third = column % 3
-            return np.where(column < 3 * np.asarray(section)[third], third, 0)
-        return np.where(column < ends[1], 1 + column % 2, 0)
+            return np.where(column < 3 * section[third], third, 0)
+        if layout == "pairs-first":
+            return np.where(column < section[:2].sum(), 1 + column % 2, 0)
+        if layout == "alternating":
+            return np.asarray(1 - column % 2)
+        axis = column * (3 if layout == "three-axes" else 2) // half
+        return np.asarray(1 - axis if layout == "columns-first" else axis)
 
     def _find_frequencies(self, length: int) -> tuple[Array, float]:
         """Return the frequencies and the attention factor of a length."""
-        past = 0 if self.switch_length is None else max(0, length - self.switch_length)
-        is_long = past > 0 and self._rope["rope_type"] == "longrope"
-        factor = self._rope["attention_factor"]
-        if is_long and self._rope["long_attention_factor"] is not None:
-            factor = self._rope["long_attention_factor"]
-        return self._inv_freq[1 if is_long else past], factor
+        past = 0 if self.length_boundary is None else max(0, length - self.length_boundary)
+        if not self._rope.varies_past_boundary:
+            past = min(past, 1)
+        return self._inv_freq[past], float(self._rope.compute_attention_factor(length))
 
     def _compute_cos_sin(self, positions: Array, length: int) -> tuple[Expected, Expected]:
         """Compute cos and sin of positions (S,), (B, S) or (A, B, S)."""
@@ -122,8 +120,8 @@ class ScaledOracle(Oracle):
     def _look_up(self, positions: Array, length: int) -> Array:
         """Return cos + i sin of positions from the stored tables."""
         rows = positions
-        if self.switch_length is not None and length > self.switch_length:
-            rows = positions + self.switch_length
+        if self.length_boundary is not None and length > self.length_boundary:
+            rows = positions + self.length_boundary
         turn = self._rotate["cos_cache"] + 1j * self._rotate["sin_cache"]
         if positions.ndim == 2 or self._axes is None:
             return np.asarray(turn[rows])
@@ -132,7 +130,7 @@ class ScaledOracle(Oracle):
 
     def _turn_within(self, x: Array, turn: Array, ulp: Array, unit: Array) -> Expected:
         """Turn the pairs of x by a turn that is computed, known to ulp (in eager) and unit."""
-        truth = self._turn(x, turn)
+        turned = self._turn(x, turn)
         largest = np.abs(x.astype(self._wide)).max(axis=-1, keepdims=True)
         near, far = (part.max(axis=-1, keepdims=True) * largest for part in (ulp, unit))
-        return Expected(truth.value, truth.ulp + near, truth.ulp + 2 * far)
+        return Expected(turned.value, turned.ulp + near, turned.ulp + 2 * far)

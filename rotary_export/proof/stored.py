@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from rotary_export.bundle.manifest import GraphInfo
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import CheckFailedError
-from rotary_export.graphs.graphs import ZETA
+from rotary_export.graphs.plain import ZETA
 from rotary_export.op.spec import DOMAIN, OP_TYPE
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -16,16 +16,16 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.rope import families
 from rotary_export.rope.entries import read_entry, read_head_dim
 from rotary_export.rope.fields import Fields
-from rotary_export.rope.frequencies import RopeParameters
+from rotary_export.rope.parameters import RopeParameters
 
 HuggingFaceConfig: TypeAlias = Any  # a dict, an object with attributes, or a path
 
 
 def load_config(config: HuggingFaceConfig) -> Any:
-    """Return a config as a mapping or an object, that of the text model where there are several.
+    """Return a config as a mapping or an object; of a multimodal config, its text model's.
 
     Args:
-        config: A dict, an object with attributes, a config.json or the folder that it is in.
+        config: A dict, an object with attributes, a config.json or its folder.
 
     Raises:
         RotaryExportError: The file is missing or not a JSON object.
@@ -40,7 +40,8 @@ def load_config(config: HuggingFaceConfig) -> Any:
         except ValueError as error:
             raise RotaryExportError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(config, Mapping):
-            raise RotaryExportError(f"{path} must hold a JSON object, got {type(config).__name__}")
+            name = type(config).__name__
+            raise RotaryExportError(f"{path} must contain a JSON object, got {name}")
     if isinstance(config, (type(None), bool, int, float, list, tuple, bytes)):
         raise RotaryExportError(
             f"config must be a dict, a config object or a path, got {type(config).__name__}"
@@ -87,7 +88,7 @@ def read_rope(config: HuggingFaceConfig) -> dict[str | None, RopeParameters | No
         raise RotaryExportError(
             f"rope_parameters is missing in the config, and model_type {model_type!r} has its own"
         )
-    if not given and fields.get(*families.ROPE_KEYS) is None and not families.knows(model_type):
+    if not given and fields.get(*families.ROPE_KEYS) is None and not families.is_known(model_type):
         raise RotaryExportError(
             "the config has no rotary embedding: no rope_parameters, rope_scaling or rope_theta, "
             f"and model_type {model_type!r} is not known to have one"
@@ -112,11 +113,11 @@ def _read_two_bases(
 def read_attention(
     config: HuggingFaceConfig, layer_type: str | None = None
 ) -> tuple[RopeParameters, dict[str, Any]]:
-    """Read what a plain export of one rotary embedding needs.
+    """Read what an export of one rotary embedding requires.
 
     Args:
         config: As in `read_rope`.
-        layer_type: Which rotary embedding, where there are several.
+        layer_type: Which rotary embedding, of a config that has several.
 
     Returns:
         The parameters, and num_heads, num_kv_heads, head_dim, and interleaved: None where the
@@ -132,8 +133,8 @@ def read_attention(
     if layer_type is None and len(ropes) == 1:
         (layer_type,) = ropes
     if layer_type not in ropes:
-        wanted = f"one of {', '.join(names)}" if names else "left out, the config has one rope"
-        raise RotaryExportError(f"layer_type must be {wanted}, got {layer_type!r}")
+        expected = f"one of {', '.join(names)}" if names else "left out, the config has one rope"
+        raise RotaryExportError(f"layer_type must be {expected}, got {layer_type!r}")
     parameters = ropes[layer_type]
     if parameters is None:
         raise RotaryExportError(f"layers of type {layer_type!r} have no rotary embedding (NoPE)")
@@ -141,7 +142,7 @@ def read_attention(
     model_type = str(fields.get("model_type") or "")
     if model_type in families.TWO_BLOCKS:
         raise RotaryExportError(
-            f"{model_type} rotates each half of a head for itself, two calls of the "
+            f"{model_type} rotates each half of a head by itself, two calls of the "
             "op: rotary_export.rope has its tables"
         )
     num_heads = fields.count(*families.HEADS_KEYS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Names of one thing, in the order in which they are looked for.
+# Names of one thing, in the order of preference.
 BASE_KEYS = ("rope_theta", "rotary_emb_base")
 HIDDEN_KEYS = ("embed_dim", "hidden_size", "n_embd", "d_model")
 HEADS_KEYS = (
@@ -17,7 +17,7 @@ HEADS_KEYS = (
 KV_HEADS_KEYS = ("num_key_value_heads", "num_kv_heads", "encoder_num_key_value_heads")
 HEAD_DIM_KEYS = ("head_dim", "attention_head_dim", "kv_channels", "qk_rope_head_dim")
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
-# One of these in a config says that there is a rotary embedding.
+# A config that contains one of these has a rotary embedding.
 ROPE_KEYS = (*BASE_KEYS, "rotary_dim", "rotary_pct", "rotary_emb_fraction", "qk_rope_head_dim")
 
 # Channel pairs (2i, 2i + 1).
@@ -109,7 +109,7 @@ TWO_BASES: dict[str, tuple[tuple[str, str, float, bool], ...]] = {
     ),
 }
 
-# Multimodal positions: layout (`frequencies.find_axes`) and the sections that configs leave out.
+# Multimodal positions: layout (`axes.assign_axes`) and the sections that configs leave out.
 MROPE: dict[str, tuple[str, tuple[int, ...]]] = {
     "cohere_compass_text": ("interleaved", (24, 20, 20)),
     "ernie4_5_vl_moe_text": ("pairs-first", (22, 22, 20)),
@@ -126,8 +126,8 @@ MROPE: dict[str, tuple[str, tuple[int, ...]]] = {
     "qwen3_vl_moe_text": ("interleaved", (24, 20, 20)),
     "qwen3_vl_text": ("interleaved", (24, 20, 20)),
 }
-# 2-D vision: how the columns of a table are dealt out to rows (axis 0) and columns (axis 1) of an
-# image (`frequencies.find_axes`). Llama 4's positions count from 1; 0 and 0 is its class token.
+# 2-D vision: which columns of a table have the rows (axis 0) and the columns (axis 1) of an image
+# (`axes.assign_axes`). Llama 4's positions count from 1; 0 and 0 is its class token.
 AXIAL: dict[str, str] = {
     **dict.fromkeys(
         "cohere_compass_vision dinov3_vit dots3_note_vision_encoder edgetam_video eomt_dinov3 "
@@ -137,7 +137,7 @@ AXIAL: dict[str, str] = {
         "qwen2_5_vl_vision qwen2_vl_vision qwen3_5_moe_vision qwen3_5_vision "
         "qwen3_omni_moe_vision_encoder qwen3_vl_moe_vision qwen3_vl_vision qwen4_exp_vision "
         "sam2_video sam3_tracker_video sam3_vit_model video_llama_3_vision".split(),
-        "",
+        "rows-first",
     ),
     "inkling2_vision": "columns-first",
     "kimi_k25_vision": "alternating",
@@ -148,19 +148,19 @@ AXIAL: dict[str, str] = {
 }
 # Of these, those whose positions are coordinates in [-1, 1].
 COORDINATES = frozenset({"dinov3_vit", "eomt_dinov3"})
-# Those that rotate each half of a head for itself, halves of it against each other.
+# Those that rotate each half of a head by itself, halves of it against each other.
 TWO_BLOCKS = frozenset({"gemma4_vision"})
-# Families whose angles are not those of their rope parameters, and what they are.
+# Families whose angles do not follow from their rope parameters, and what they are.
 OTHERS = {
     "efficientloftr": "of 2-D positions, one axis for each pair in turn",
     "musicflamingo": "of times",
-    "vjepa2": "different for the two channels of a pair, so that it is no rotation",
+    "vjepa2": "different for the two channels of a pair, which is not a rotation",
 }
 # Families whose "yarn" is longrope.
 LONGROPE_ONLY = frozenset({"phi3", "phi4_multimodal"})
 
 
-def knows(model_type: str) -> bool:
+def is_known(model_type: str) -> bool:
     """Return whether a family is known to have a rotary embedding, whatever its config says."""
     return model_type in INTERLEAVED | HALF or model_type in AXIAL or model_type in DEFAULTS
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rotary_export.errors import RotaryExportError
+from rotary_export.rope import families
 
 
 class Fields:
@@ -13,7 +15,7 @@ class Fields:
 
     Args:
         source: A dict, or an object that is read through its attributes.
-        where: What errors call it.
+        where: The name of the source in error messages.
     """
 
     def __init__(self, source: Any, where: str) -> None:
@@ -21,7 +23,7 @@ class Fields:
         self._where = where
 
     def get(self, *names: str) -> Any:
-        """Return the first field that is there and not None."""
+        """Return the first field that exists and is not None."""
         for name in names:
             if isinstance(self._source, Mapping):
                 value = self._source.get(name)
@@ -62,11 +64,45 @@ class Fields:
             raise RotaryExportError(f"{' or '.join(names)} is missing in {self._where}")
         return value
 
-    def error(self, name: str, wanted: str, got: Any) -> RotaryExportError:
+    def error(self, name: str, expected: str, got: Any) -> RotaryExportError:
         """Return the error for a field that is not what it must be."""
-        return RotaryExportError(f"{name} {wanted}, got {got!r} in {self._where}")
+        return RotaryExportError(f"{name} {expected}, got {got!r} in {self._where}")
 
 
 def _is_number(value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and 0 < value < 1e30
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a config's rope parameters, as the reader of a rope type receives it.
+
+    Attributes:
+        own: The keys of the entry.
+        top: The keys of the config, of the layers that the entry is for.
+        model_type: The family; empty where the config does not contain it.
+        head_dim: H.
+        share: Which share of a head is rotated (`partial_rotary_factor`).
+    """
+
+    own: Fields
+    top: Fields
+    model_type: str
+    head_dim: int
+    share: float
+
+    def read_original_length(self) -> int:
+        """Read the number of positions that the model had before it was made longer."""
+        name = "original_max_position_embeddings"
+        if self.top.get(name) is not None:
+            return self.top.count(name)
+        if self.own.get(name) is not None:
+            return self.own.count(name)
+        return self.top.count(*families.LENGTH_KEYS)
+
+    def read_ratio(self, original_length: int) -> float:
+        """Read factor; without one it is the ratio of the lengths."""
+        if self.own.get("factor") is not None:
+            return self.own.number("factor")
+        return self.top.count(*families.LENGTH_KEYS) / original_length

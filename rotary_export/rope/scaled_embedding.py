@@ -9,17 +9,11 @@ from torch import Tensor
 
 from rotary_export.embedding import PreciseBuffers, check_max_seq_len
 from rotary_export.errors import RotaryExportError
-from rotary_export.rope.frequencies import (
-    RopeParameters,
-    compute_attention_factor,
-    compute_dynamic_inv_freq,
-    compute_inv_freq,
-    find_axes,
-)
+from rotary_export.rope.parameters import RopeParameters
 
 
 def compute_length(position_ids: Tensor) -> Tensor:
-    """Return the length that is there, the largest position + 1, as a tensor of shape ().
+    """Return the actual sequence length, the largest position + 1, as a tensor of shape ().
 
     Args:
         position_ids: Of any shape; of no position at all the length is 1.
@@ -33,20 +27,20 @@ def list_inv_freq(parameters: RopeParameters, max_seq_len: int | None) -> Tensor
 
     Args:
         parameters: From `read_rope`.
-        max_seq_len: None: any length; of dynamic then only the first row.
+        max_seq_len: None: any length; of a type that varies past its boundary then only row 0.
 
     Returns:
-        (n, R/2), float32. Row 0 is that of short lengths; longrope has a second row, dynamic one
-        for each length past its switch.
+        (n, R/2), float32. Row 0 is that of lengths up to the boundary. Longrope has a second row
+        for those past it, dynamic has one row for each.
     """
-    switch = parameters.switch_length
-    lengths: list[Tensor | None] = [None]
-    if switch is not None and (max_seq_len is None or max_seq_len > switch):
-        if parameters.rope_type == "longrope":
-            lengths.append(torch.tensor(switch + 1))
-        elif max_seq_len is not None:  # tensors, as Hugging Face computes them
-            lengths.extend(torch.arange(switch + 1, max_seq_len + 1))
-    return torch.stack([compute_inv_freq(parameters, length) for length in lengths])
+    boundary = parameters.length_boundary
+    rows = [parameters.compute_short_inv_freq()]
+    if boundary is not None and (max_seq_len is None or max_seq_len > boundary):
+        lengths = torch.arange(boundary + 1, boundary + 2)  # tensors, as Hugging Face's forward has
+        if parameters.varies_past_boundary:
+            lengths = torch.arange(boundary + 1, (max_seq_len or boundary) + 1)
+        rows += [parameters.compute_long_inv_freq(length) for length in lengths]
+    return torch.stack(rows)
 
 
 def select_inv_freq(
@@ -58,19 +52,19 @@ def select_inv_freq(
         parameters: From `read_rope`.
         inv_freq: (n, R/2), from `list_inv_freq`.
         length: (), int64.
-        max_seq_len: As `list_inv_freq` had it.
+        max_seq_len: As in `list_inv_freq`.
 
     Returns:
         (R/2,), float32.
     """
-    switch = parameters.switch_length
-    if switch is None or (max_seq_len is not None and max_seq_len <= switch):
+    boundary = parameters.length_boundary
+    if boundary is None or (max_seq_len is not None and max_seq_len <= boundary):
         return inv_freq[0]
-    if parameters.rope_type == "longrope":
-        return torch.embedding(inv_freq, (length > switch).long())
+    if not parameters.varies_past_boundary:
+        return torch.embedding(inv_freq, (length > boundary).long())
     if max_seq_len is not None:
-        return torch.embedding(inv_freq, (length - switch).clamp(min=0))
-    return torch.where(length > switch, compute_dynamic_inv_freq(parameters, length), inv_freq[0])
+        return torch.embedding(inv_freq, (length - boundary).clamp(min=0))
+    return torch.where(length > boundary, parameters.compute_long_inv_freq(length), inv_freq[0])
 
 
 def build_cos_sin_cache(
@@ -85,7 +79,7 @@ def build_cos_sin_cache(
     Args:
         parameters: From `read_rope`.
         inv_freq: (R/2,), of that length.
-        axes: (R/2,), int64: which axis of the positions each column takes; None: there is one.
+        axes: (R/2,), int64: the axis of the positions of each column; None: positions have one.
         position_ids: (B, S), or (A, B, S).
         length: (), int64.
 
@@ -101,7 +95,7 @@ def build_cos_sin_cache(
     if parameters.coordinates:
         steps = 2 * math.pi * steps
     angles = steps * inv_freq  # (B, S, R/2)
-    factor = compute_attention_factor(parameters, length)
+    factor = parameters.compute_attention_factor(length)
     if isinstance(factor, float) and factor == 1.0:
         return angles.cos(), angles.sin()
     return angles.cos() * factor, angles.sin() * factor
@@ -110,9 +104,9 @@ def build_cos_sin_cache(
 class ScaledRotaryEmbedding(PreciseBuffers):
     """Cos and sin of positions, for one rope type of a Hugging Face config.
 
-    Dynamic and longrope choose their frequencies by the length that is really there,
-    max(position_ids) + 1, in the graph and without state: the result is that of a fresh Hugging
-    Face module, whatever was computed before. It traces and exports.
+    Stateless: the actual sequence length, max(position_ids) + 1, selects the frequencies of dynamic
+    and longrope, in the graph. The result is that of a fresh Hugging Face module, whatever was
+    computed before. It traces and exports.
 
     Args:
         parameters: From `read_rope`.
@@ -137,10 +131,10 @@ class ScaledRotaryEmbedding(PreciseBuffers):
             check_max_seq_len(max_seq_len)
         self.rope_parameters = parameters  # `parameters` is nn.Module's
         self.max_seq_len = max_seq_len
-        axes = find_axes(parameters)
+        axes = parameters.find_axes()
         self.num_axes = max(axes, default=0) + 1
         self.register_buffer("inv_freq", list_inv_freq(parameters, max_seq_len))  # (n, R/2)
-        # Which axis of position_ids each column takes, (R/2,). Derived, so not in the state dict.
+        # The axis of position_ids of each column, (R/2,). Derived, so not in the state dict.
         self.register_buffer("axes", torch.tensor(axes) if axes else None, persistent=False)
 
     @property

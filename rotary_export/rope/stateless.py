@@ -1,7 +1,7 @@
-"""Stand-ins without a state for Hugging Face's rotary modules, for while a model is exported.
+"""Stateless replacements for Hugging Face's rotary modules, for while a model is exported.
 
-Their dynamic and longrope keep the frequencies of earlier calls, and choose by values that an
-exporter would make constants. transformers is not imported: the module at hand says what it needs.
+Their dynamic and longrope keep the frequencies of earlier calls, and branch on values that an
+exporter would make constants. transformers is not imported: the module at hand has what is needed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from rotary_export.errors import RotaryExportError
 from rotary_export.rope.config import read_rope
-from rotary_export.rope.frequencies import RopeParameters
+from rotary_export.rope.parameters import RopeParameters
 from rotary_export.rope.scaled_embedding import ScaledRotaryEmbedding, compute_length
+from rotary_export.rope.types.longrope import Longrope
 
 
 class _View:
-    """A module as its forward sees it, with some attributes replaced; the module stays as it is."""
+    """A module as its forward sees it, with some attributes replaced; the module is unchanged."""
 
     def __init__(self, module: nn.Module, replaced: dict[str, Any]) -> None:
         self.__dict__.update(replaced, _module=module)
@@ -31,7 +32,7 @@ class _View:
 
 
 class StatelessRotary(nn.Module):
-    """Runs a Hugging Face rotary module's own forward on frequencies that the graph chooses.
+    """Runs a Hugging Face rotary module's own forward on frequencies that the graph selects.
 
     Args:
         module: The module; it is not changed.
@@ -48,7 +49,7 @@ class StatelessRotary(nn.Module):
         self._forward: Any = inspect.unwrap(type(module).forward)
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        """Return what the module would, if it were fresh."""
+        """Return what a fresh module would."""
         options = {} if layer_type is None else {"layer_type": layer_type}
         replaced = {}
         key = _make_key(layer_type)
@@ -84,37 +85,42 @@ def is_stateful(module: nn.Module) -> bool:
     """Return whether a module is a Hugging Face rotary embedding that keeps a state."""
     rope_type = getattr(module, "rope_type", None)
     names = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+    # As transformers' decorator `dynamic_rope_update` compares them.
     has_state = any(isinstance(n, str) and ("dynamic" in n or n == "longrope") for n in names)
     return has_state and hasattr(module, "config")
 
 
 def replace_stateful(module: nn.Module) -> nn.Module | None:
-    """Make a stand-in for a Hugging Face rotary module that keeps a state.
+    """Make a stateless replacement for a Hugging Face rotary module that keeps a state.
 
-    It is called as the module is and returns what a fresh one would, at every length: this is tried
-    on both sides of the switch before it is handed out.
+    It is called as the module is and returns what a fresh one would, at every length. It is
+    compared with fresh modules on both sides of the `original_max_position_embeddings` boundary
+    before it is returned.
 
     Args:
         module: Any module; it is not changed.
 
     Returns:
-        The stand-in; None where the module keeps no state.
+        The replacement; None where the module keeps no state.
 
     Raises:
-        RotaryExportError: No stand-in computes what the module does.
+        RotaryExportError: No replacement computes what the module does.
     """
     if not is_stateful(module):
         return None
     name = type(module).__name__
     ropes = read_rope(module.config)
-    kept = module.rope_type if isinstance(module.rope_type, dict) else ropes  # layers that it has
-    moving = {k: p for k, p in ropes.items() if k in kept and p and p.switch_length is not None}
-    for candidate in _make_candidates(module, moving):
-        if all(_agrees(module, candidate, layer, p) for layer, p in moving.items()):
+    used = module.rope_type if isinstance(module.rope_type, dict) else ropes  # layers that it has
+    length_dependent = {
+        layer: p for layer, p in ropes.items() if layer in used and p and p.length_boundary
+    }
+    for candidate in _make_candidates(module, length_dependent):
+        if all(_agrees(module, candidate, layer, p) for layer, p in length_dependent.items()):
             return candidate.to(next(module.buffers()).device)
+    found = ", ".join(sorted({p.rope_type for p in length_dependent.values()}))
     raise RotaryExportError(
         f"{name} has a state, and its tables are not those of its config: rope types "
-        f"{', '.join(sorted({p.rope_type for p in moving.values()})) or 'that depend on no length'}"
+        f"{found or 'that depend on no length'}"
     )
 
 
@@ -122,24 +128,24 @@ def _make_candidates(
     module: nn.Module, ropes: dict[str | None, RopeParameters]
 ) -> Iterator[nn.Module]:
     parameters = ropes.get(None)
-    if parameters is None or parameters.long_attention_factor is None:
+    if not isinstance(parameters, Longrope) or parameters.long_attention_factor is None:
         yield StatelessRotary(module, ropes)
         return
     yield TiledRotary(parameters)
-    # transformers 5.23 forgets Phi-3.5-MoE's long factors.
+    # transformers 5.23 ignores Phi-3.5-MoE's long factors.
     yield TiledRotary(replace(parameters, long_factor=parameters.short_factor))
 
 
 def _agrees(
     module: nn.Module, candidate: nn.Module, layer_type: str | None, p: RopeParameters
 ) -> bool:
-    """Compare with fresh modules, to the bit, at lengths on both sides of the switch."""
-    switch = p.switch_length
-    assert switch is not None
+    """Compare with fresh modules, to the bit, at lengths on both sides of the boundary."""
+    boundary = p.length_boundary
+    assert boundary is not None
     options = {} if layer_type is None else {"layer_type": layer_type}
     rotary: Any = type(module)
     x = torch.zeros(1)
-    for length in (1, switch, switch + 1, 2 * switch):
+    for length in (1, boundary, boundary + 1, 2 * boundary):
         position_ids = torch.tensor([[0, length // 2, length - 1]])
         try:
             want = rotary(module.config)(x, position_ids, **options)

@@ -26,7 +26,7 @@ import rotary_export
 from rotary_export import RotaryEmbedding, RotaryQueryKey, export, load
 from rotary_export.bundle.manifest import TensorInfo, read_manifest
 from rotary_export.exporters import export as exporter
-from rotary_export.graphs.graphs import find_longest_xpos
+from rotary_export.graphs.plain import find_longest_xpos
 
 ONNX_ONLY = {"formats": ("onnx",)}
 

@@ -24,7 +24,8 @@ from rotary_export.compat.quiet import quiet_torch
 from rotary_export.exporters.onnx import check_opset, export_onnx
 from rotary_export.exporters.program import export_program
 from rotary_export.exporters.torchscript import export_torchscript
-from rotary_export.graphs.graphs import TRACED_SIZES, Graph, check_config, make_graphs
+from rotary_export.graphs.config import check_config
+from rotary_export.graphs.graph import TRACED_SIZES, Graph, make_graphs
 from rotary_export.op import spec
 
 OPSETS = range(18, 26)

@@ -14,15 +14,17 @@ import torch
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
+ROPE_TYPES = {"default", *ROPE_INIT_FUNCTIONS}
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
 @contextlib.contextmanager
 def quiet() -> Any:
-    """Ignore what transformers warns of itself."""
+    """Ignore transformers' warnings about itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -46,7 +48,8 @@ def import_models(model_type: str) -> Any:
 def find_rotary_class(model_type: str, but: str = "Vision", strict: bool = False) -> Any:
     """Return a family's rotary module: the one whose annotation is the family's config.
 
-    `but`: names with it are left out, if it is not empty; `strict`: no other one will do.
+    `but`: names that contain it are skipped, if it is not empty; `strict`: None if there is no such
+    module, else the first one.
     """
     models = import_models(model_type)
     config = CONFIG_MAPPING[model_type]

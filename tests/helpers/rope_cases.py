@@ -1,11 +1,21 @@
-"""One table of rope parameters, as Hugging Face configs write them: the scaling tests sweep it."""
+"""The tables that the tests of rope types sweep. A new rope type adds to this file, and only here.
+
+CASES: rope parameters as Hugging Face configs write them, with sizes of a real model.
+BUNDLES: the same with small sizes, of which bundles are exported.
+FORMULAS: each type's frequencies once more, in float64, sharing no code with the package.
+
+Types that transformers has are compared with it to the bit, the others with their formula.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
+from helpers.hf_modules import ROPE_TYPES as HF_ROPE_TYPES
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,10 @@ class RopeCase:
     @property
     def rope_type(self) -> str:
         return self.rope["rope_type"]
+
+    @property
+    def in_transformers(self) -> bool:
+        return self.rope_type in HF_ROPE_TYPES
 
 
 def _longrope(half: int, **more: Any) -> dict[str, Any]:
@@ -127,13 +141,109 @@ def sweep(cases: list[RopeCase] = CASES) -> pytest.MarkDecorator:
 
 
 # One for each rope type, and what differs in kind.
+_FIRST = {case.rope_type: case.name for case in reversed(CASES)}
 SOME = [
     case
     for case in CASES
-    if case.name
-    in {
-        "default-10000-32", "linear-2.5", "dynamic-2-10000", "dynamic-2.0-10000", "yarn",
-        "yarn-mscale", "longrope", "longrope-partial", "llama3", "proportional-0.25-8.0",
-    }
-]  # fmt: skip
-MOVING = [case for case in CASES if case.rope_type in ("dynamic", "longrope")]
+    if case.name in {*_FIRST.values(), "yarn-mscale", "longrope-partial", "proportional-0.25-8.0"}
+]
+IN_TRANSFORMERS = [case for case in CASES if case.in_transformers]
+LENGTH_DEPENDENT = [case for case in IN_TRANSFORMERS if case.rope_type in ("dynamic", "longrope")]
+
+# ---- small sizes: heads of 16 channels, 16 positions before the boundary
+
+BOUNDARY, HALF = 16, 8
+_SMALL_LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1 + 0.1 * i for i in range(HALF)],
+    "long_factor": [2 + 0.7 * i for i in range(HALF)],
+    "original_max_position_embeddings": BOUNDARY,
+    "factor": 4.0,
+}
+BUNDLES = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": BOUNDARY},
+    "longrope": _SMALL_LONGROPE,
+    "mscales": _SMALL_LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.3},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": BOUNDARY,
+    },
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+    "partial": {"rope_type": "default", "partial_rotary_factor": 0.5},
+    "chunked": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+    "interleaved": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+    "chunked-longrope": _SMALL_LONGROPE | {"mrope_section": [2, 3, 3]},
+    "chunked-dynamic": {"rope_type": "dynamic", "factor": 3.0, "mrope_section": [2, 3, 3]},
+}
+
+# ---- the formulas in float64
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def compute_theta(p: Any, length: int = 1) -> Array:
+    """Return the frequencies, (R/2,), of a sequence length."""
+    exponent = np.arange(0, p.dim, 2, dtype=np.float64) / p.dim
+    return FORMULAS[p.rope_type](p, p.base**-exponent, length)
+
+
+def _compute_dynamic(p: Any, theta: Array, length: int) -> Array:
+    """The base is multiplied so that the slowest pair turns `growth` times slower."""
+    growth = p.factor * max(length, p.max_position_embeddings) / p.max_position_embeddings
+    growth -= p.factor - 1
+    return theta * growth ** (-np.arange(0, p.dim, 2) / (p.dim - 2))
+
+
+def _compute_yarn(p: Any, theta: Array, length: int) -> Array:
+    """Divide the pairs that turn less than beta_slow times, keep those over beta_fast."""
+    turns = p.original_max_position_embeddings * theta / (2 * np.pi)
+    pair = np.arange(len(theta))
+    # The pair at which a number of turns is reached, by inverting `turns`.
+    low, high = (
+        np.interp(-np.log(beta), -np.log(turns), pair, left=-np.inf, right=np.inf)
+        for beta in (p.beta_fast, p.beta_slow)
+    )
+    slope = math.log(turns[0] / turns[1])
+    low, high = (
+        math.log(turns[0] / beta) / slope if np.isinf(at) else at
+        for at, beta in ((low, p.beta_fast), (high, p.beta_slow))
+    )
+    if p.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, p.dim - 1)
+    high += 0.001 * (low == high)
+    ramp = np.clip((pair - low) / (high - low), 0, 1)
+    return theta * ((1 - ramp) + ramp / p.factor)
+
+
+def _compute_longrope(p: Any, theta: Array, length: int) -> Array:
+    is_long = length > p.original_max_position_embeddings
+    return theta / np.array(p.long_factor if is_long else p.short_factor)
+
+
+def _compute_llama3(p: Any, theta: Array, length: int) -> Array:
+    turns = p.original_max_position_embeddings * theta / (2 * np.pi)
+    keep = np.clip((turns - p.low_freq_factor) / (p.high_freq_factor - p.low_freq_factor), 0, 1)
+    return theta * (keep + (1 - keep) / p.factor)
+
+
+def _compute_proportional(p: Any, theta: Array, length: int) -> Array:
+    return np.where(np.arange(len(theta)) < p.rotated_pairs, theta / p.factor, 0)
+
+
+# p: the parameters; theta: base ** (-2i / dim), (R/2,); length: of the sequence.
+FORMULAS = {
+    "default": lambda p, theta, length: theta,
+    "linear": lambda p, theta, length: theta / p.factor,
+    "dynamic": _compute_dynamic,
+    "yarn": _compute_yarn,
+    "longrope": _compute_longrope,
+    "llama3": _compute_llama3,
+    "proportional": _compute_proportional,
+}

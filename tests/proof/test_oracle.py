@@ -10,7 +10,7 @@ import torch
 from helpers.bundles import get_bundle, make_arrays, make_rope
 
 from rotary_export import RotaryQueryKey
-from rotary_export.graphs.graphs import read_config
+from rotary_export.graphs.config import read_config
 from rotary_export.proof.comparison import Error, compare
 from rotary_export.proof.oracle import Oracle, compute_ulp
 from rotary_export.proof.report import Report, Row

@@ -21,12 +21,14 @@ from onnx import helper, numpy_helper
 
 from rotary_export import RotaryExportError, export, verify
 from rotary_export.errors import CheckFailedError
-from rotary_export.graphs.graphs import make_graphs, read_config
+from rotary_export.graphs.config import read_config
+from rotary_export.graphs.graph import make_graphs
 from rotary_export.op import library as op_library
 from rotary_export.proof.comparison import Error
 from rotary_export.proof.plain import make_cases
 from rotary_export.proof.tolerances import TOLERANCES
-from rotary_export.rope import RopeParameters, ScaledRotaryEmbedding
+from rotary_export.rope import ScaledRotaryEmbedding
+from rotary_export.rope.types.dynamic import Dynamic
 
 RUNTIMES = {
     "eager": "eager",
@@ -91,7 +93,9 @@ def test_the_last_rows_of_a_long_table_are_tried():
 
 def test_every_tolerance_is_used_and_has_a_reason(tmp_path):
     rows = [row for name in SPECS for row in get_bundle(name).report.rows]
-    dynamic = ScaledRotaryEmbedding(RopeParameters("dynamic", 100.0, 8, 8, 4, factor=3.0))
+    dynamic = ScaledRotaryEmbedding(
+        Dynamic(base=100.0, head_dim=8, dim=8, max_position_embeddings=4, factor=3.0)
+    )
     rows += export(dynamic, tmp_path / "b", formats=("onnx",)).report.rows
     used = {key for row in rows for key in (row.eager_tolerance, row.oracle_tolerance)}
     of_models = {"model", "model-half"}  # tests/models/test_export_model.py

@@ -30,8 +30,8 @@ LINEAR = ROPE | {"rope_type": "linear", "factor": 2.0}
 QWEN = {"model_type": "qwen2_vl_text"}
 # What is changed of LLAMA, or of its rope parameters, and the message.
 BAD = {
-    "unknown type": (ROPE | {"rope_type": "ntk"}, "rope_type must be one of default, linear"),
-    "type is no text": (ROPE | {"rope_type": 3}, "rope_type must be one of default"),
+    "unknown type": (ROPE | {"rope_type": "ntk"}, "rope_type must be one of axial, default"),
+    "type is no text": (ROPE | {"rope_type": 3}, "rope_type must be one of axial"),
     "linear, no factor": (without(LINEAR, "factor"), "rope type 'linear' needs factor"),
     "linear, text": (LINEAR | {"factor": "2"}, "factor must be a number > 0 and < 1e30, got '2'"),
     "linear, 0": (LINEAR | {"factor": 0}, "factor must be a number > 0 and < 1e30, got 0"),
@@ -170,7 +170,9 @@ def test_bad_files(tmp_path):
     with pytest.raises(RotaryExportError, match=r"config\.json is not valid JSON"):
         read_rope(path)
     path.write_text("[1]")
-    with pytest.raises(RotaryExportError, match=r"config\.json must hold a JSON object, got list"):
+    with pytest.raises(
+        RotaryExportError, match=r"config\.json must contain a JSON object, got list"
+    ):
         read_rope(path)
 
 

@@ -76,7 +76,7 @@ def test_phi3_calls_longrope_by_old_names(name):
 def test_phi3_keeps_the_original_length_outside():
     """It stands before the one inside, as in transformers."""
     config = LONGROPE.config | {"original_max_position_embeddings": 512}
-    assert read_rope(config)[None].switch_length == 512
+    assert read_rope(config)[None].length_boundary == 512
 
 
 def test_layers_have_their_own_ropes():

@@ -1,4 +1,4 @@
-"""What `scaling/families.py` says of each family, held against the installed transformers."""
+"""`rope/families.py`, compared with the installed transformers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,7 @@ from helpers.hf_modules import (
 from helpers.oracles import assert_same_bits
 
 from rotary_export.errors import RotaryExportError
-from rotary_export.rope import (
-    ScaledRotaryEmbedding,
-    compute_attention_factor,
-    compute_inv_freq,
-    families,
-    read_rope,
-)
+from rotary_export.rope import ScaledRotaryEmbedding, families, read_rope
 from rotary_export.rope.config import read_attention
 
 KNOWN = sorted(families.HALF | families.INTERLEAVED)
@@ -54,7 +48,7 @@ def test_tables_of_a_default_config(model_type):
         rope = ScaledRotaryEmbedding(parameters)
         options = {} if layer_type is None else {"layer_type": layer_type}
         want = module(torch.zeros(1), IDS, **options)
-        if isinstance(want, torch.Tensor):  # complex: torch.polar's cos and sin, off by an ulp
+        if isinstance(want, torch.Tensor):  # complex: torch.polar's cos and sin differ by an ulp
             for got, part in zip(rope(IDS), (want.real, want.imag), strict=True):
                 torch.testing.assert_close(got, part, rtol=0, atol=1.2e-7)
             continue
@@ -252,10 +246,10 @@ def test_every_family():
             if parameters is None or want is None:
                 continue
             if model_type != "ernie4_5_vl_moe_text":  # whose columns stand in another order
-                got = compute_inv_freq(parameters)[: len(want)]
+                got = parameters.compute_inv_freq()[: len(want)]
                 assert_same_bits(got, want, (model_type, layer_type))
             scaling = getattr(module, f"{prefix}attention_scaling", 1.0)
-            assert compute_attention_factor(parameters) == scaling, model_type
+            assert parameters.compute_attention_factor() == scaling, model_type
             agreed.add(model_type)
     assert len(agreed) >= 140, (len(agreed), left)
 

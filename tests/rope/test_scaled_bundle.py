@@ -1,4 +1,4 @@
-"""Plain bundles of every rope type: exported, proven on both sides of the switch, loaded."""
+"""Bundles of every rope type: exported, proven on both sides of the length boundary, loaded."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers.bundles import EXACT_PATHS, PATHS, check_refused
+from helpers.hf_modules import ROPE_TYPES as HF_ROPE_TYPES
 from helpers.hf_modules import make_config, run_rotary
 from helpers.oracles import assert_same_bits, rotate_eagerly
+from helpers.rope_cases import BOUNDARY, BUNDLES, HALF, compute_theta
 from helpers.scaled_bundles import (
-    HALF,
-    MOVING,
-    ROPES,
+    LENGTH_DEPENDENT,
     ROWS,
-    SWITCH,
     WHOLE,
     make_inputs,
     make_rope,
@@ -52,7 +51,7 @@ def run_theirs(name, inputs):
     """Rotate with a fresh Hugging Face module's tables."""
     values = make_values(name)
     model_type = "llama"
-    if "mrope_section" in ROPES[name]:
+    if "mrope_section" in BUNDLES[name]:
         model_type = "qwen3_vl_text" if name == "interleaved" else "qwen2_vl_text"
     if name == "partial":
         model_type = "stablelm"
@@ -63,9 +62,19 @@ def run_theirs(name, inputs):
     return [rotate_eagerly(inputs[x], *tables, None, False) for x in ("query", "key")]
 
 
-@pytest.mark.parametrize("name", ROPES)
+def run_formula(name, inputs):
+    """Rotate with tables of float64 frequencies, of positions with one axis."""
+    parameters, ids = make_rope(name).rope_parameters, inputs["position_ids"]
+    length = int(ids.max()) + 1
+    angles = ids.double()[..., None] * torch.from_numpy(compute_theta(parameters, length))
+    factor = float(parameters.compute_attention_factor(length))
+    tables = angles.cos() * factor, angles.sin() * factor
+    return [rotate_eagerly(inputs[x].double(), *tables, None, False) for x in ("query", "key")]
+
+
+@pytest.mark.parametrize("name", BUNDLES)
 def test_proven(get_bundle, name):
-    """The export verifies, in every runtime, and has tried both sides of a switch."""
+    """The export verifies, in every runtime, and has tried both sides of a boundary."""
     bundle = get_bundle(name)
     assert bundle.report.passed
     runtimes = {row.runtime for row in bundle.report.rows if row.graph == "rotate"}
@@ -74,25 +83,34 @@ def test_proven(get_bundle, name):
     if name in ("longrope", "chunked-dynamic"):
         assert rotary_export.verify(bundle).passed
     lengths = bundle.report.shapes["tables"]
-    if name in MOVING:
-        assert {f"seq_len {SWITCH}", f"seq_len {SWITCH + 1}"} <= set(lengths)
+    if name in LENGTH_DEPENDENT:
+        assert {f"seq_len {BOUNDARY}", f"seq_len {BOUNDARY + 1}"} <= set(lengths)
 
 
 RUNS = [
     (name, path)
-    for name in ROPES
+    for name in BUNDLES
     for path in PATHS
     if name in WHOLE or path in ("fused", "portable")
 ]
 
 
-@pytest.mark.parametrize(("name", "path"), [run for run in RUNS if run[0] != "mscales"])
+# Hugging Face's module ignores "mscales", of Phi-3.5-MoE alone.
+THEIRS = [
+    (name, path)
+    for name, path in RUNS
+    if name != "mscales" and BUNDLES[name]["rope_type"] in HF_ROPE_TYPES
+]
+LENGTHS = (1, BOUNDARY - 1, BOUNDARY, BOUNDARY + 1, ROWS - 3, ROWS, 2)
+
+
+@pytest.mark.parametrize(("name", "path"), THEIRS)
 def test_equal_to_transformers(get_bundle, name, path):
-    """Each runtime at untraced sizes, on both sides of the switch, with the ids in any order."""
+    """Each runtime at untraced sizes, on both sides of the boundary, with the ids in any order."""
     session = rotary_export.load(get_bundle(name), **PATHS[path])
     computes = "dynamic" in name and path in ("fused", "portable")
-    for length in (1, SWITCH - 1, SWITCH, SWITCH + 1, ROWS - 3, ROWS, 2):
-        inputs = make_inputs(name, max(length, 1))
+    for length in LENGTHS:
+        inputs = make_inputs(name, length)
         outputs = session(**inputs).values()
         for got, want in zip(outputs, run_theirs(name, inputs), strict=True):
             if path in EXACT_PATHS and not computes:
@@ -101,7 +119,18 @@ def test_equal_to_transformers(get_bundle, name, path):
                 torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize("name", [name for name in BUNDLES if "mrope_section" not in BUNDLES[name]])
+def test_equal_to_the_formula(get_bundle, name):
+    """Also of a rope type that transformers lacks. Angles are below 40: 40 * 4e-6 at most."""
+    session = rotary_export.load(get_bundle(name))
+    for length in LENGTHS:
+        inputs = make_inputs(name, length)
+        outputs = session(**inputs).values()
+        for got, want in zip(outputs, run_formula(name, inputs), strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", BUNDLES)
 def test_one_fused_node(get_bundle, name):
     bundle = get_bundle(name)
     model = onnx.load(bundle.path / "rotate.onnx")
@@ -110,20 +139,20 @@ def test_one_fused_node(get_bundle, name):
     stored = {t.name: tuple(t.dims) for t in model.graph.initializer if len(t.dims) == 2}
     half = 4 if name == "partial" else HALF
     if "dynamic" in name:
-        assert stored == {"inv_freq": (ROWS - SWITCH + 1, half)}
+        assert stored == {"inv_freq": (ROWS - BOUNDARY + 1, half)}
     else:
-        rows = ROWS + SWITCH if name in ("longrope", "mscales", "chunked-longrope") else ROWS
+        rows = ROWS + BOUNDARY if name in ("longrope", "mscales", "chunked-longrope") else ROWS
         assert stored == {"cos_cache": (rows, half), "sin_cache": (rows, half)}
 
 
 @pytest.mark.parametrize("name", ["longrope", "dynamic"])
-def test_short_tables_have_no_switch(tmp_path, name):
+def test_short_tables_have_no_boundary(tmp_path, name):
     bundle = rotary_export.export(
-        make_rope(name), tmp_path / "b", max_seq_len=SWITCH, formats=("onnx",)
+        make_rope(name), tmp_path / "b", max_seq_len=BOUNDARY, formats=("onnx",)
     )
     model = onnx.load(bundle.path / "rotate.onnx")
     stored = {t.name: tuple(t.dims) for t in model.graph.initializer if len(t.dims) == 2}
-    assert stored == {"cos_cache": (SWITCH, HALF), "sin_cache": (SWITCH, HALF)}
+    assert stored == {"cos_cache": (BOUNDARY, HALF), "sin_cache": (BOUNDARY, HALF)}
 
 
 @pytest.mark.parametrize("name", ["longrope", "dynamic", "yarn", "mscales", "proportional"])
@@ -135,7 +164,7 @@ def test_static(tmp_path, name):
     query, key = torch.randn(2, 2, 2, ROWS, 2 * HALF, generator=generator)
     for path, arguments in PATHS.items():
         session = rotary_export.load(bundle, **arguments)
-        for length in (0, 1, SWITCH, SWITCH + 1, ROWS):
+        for length in (0, 1, BOUNDARY, BOUNDARY + 1, ROWS):
             outputs = session(query=query, key=key, seq_len=torch.tensor(length)).values()
             ids = torch.arange(length)[None]
             cos, sin = make_rope(name)(ids)
@@ -172,7 +201,7 @@ def test_interleaved_and_opset_18(tmp_path, name):
 def test_bad_ids(get_bundle, name, path):
     """Refused by session(...), naming the id as it was given; never rotated by another's row."""
     session = rotary_export.load(get_bundle(name), **PATHS[path])
-    for bad in (-1, ROWS, ROWS + SWITCH):
+    for bad in (-1, ROWS, ROWS + BOUNDARY):
         inputs = make_inputs(name, ROWS)
         inputs["position_ids"][..., 2, 3] = bad
         message = f"position_ids must be in [0, {ROWS}), got {bad} at batch 2, row 3"
@@ -192,20 +221,18 @@ def test_bad_ids_in_a_bare_graph(get_bundle, name):
     session = onnxruntime.InferenceSession(
         str(get_bundle(name).path / "rotate.onnx"), options, providers=["CPUExecutionProvider"]
     )
-    for bad in (-1, ROWS, ROWS + SWITCH, ROWS + SWITCH - 1):
+    for bad in (-1, ROWS, ROWS + BOUNDARY, ROWS + BOUNDARY - 1):
         inputs = make_inputs(name, ROWS)
         inputs["position_ids"][..., 2, 3] = bad
         with pytest.raises(Exception, match=r"position_ids|[Ii]nd(ex|ices)"):
             session.run(None, {key: value.numpy() for key, value in inputs.items()})
 
 
-def test_a_wrong_switch_fails_the_proof(tmp_path, monkeypatch):
-    """A graph that always takes the short table is refused."""
-    from rotary_export.rope import query_key
+def test_a_wrong_boundary_fails_the_proof(tmp_path, monkeypatch):
+    """A graph that always reads the short table is refused."""
+    from rotary_export.rope.scaled_query_key import StoredQueryKey
 
-    monkeypatch.setattr(
-        query_key.ScaledQueryKey, "find_rows", lambda self, positions, length: positions
-    )
+    monkeypatch.setattr(StoredQueryKey, "find_rows", lambda self, position_ids: position_ids)
     with pytest.raises(CheckFailedError, match="the export is not equal to eager"):
         rotary_export.export(
             make_rope("longrope"), tmp_path / "b", max_seq_len=ROWS, formats=("onnx",)
@@ -218,7 +245,7 @@ VISION = ("kimi_k25_vision", "llama4_vision_model", "minimax_m3_vl_vision", "pix
 
 @pytest.mark.parametrize("model_type", VISION)
 def test_vision(tmp_path, model_type):
-    """Rows and columns of an image as ids, dealt out in every layout; held against the oracle."""
+    """Rows and columns of an image as ids, in every layout; compared with the oracle."""
     rope = ScaledRotaryEmbedding(read_rope({"model_type": model_type, "head_dim": 20})[None])
     bundle = rotary_export.export(
         rope, tmp_path / "b", max_seq_len=ROWS, head_dim=20, formats=("onnx",)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers.oracles import rotate_eagerly
-from helpers.scaled_bundles import HALF, ROPES, SIZES, SWITCH, make_inputs, make_values
+from helpers.rope_cases import BOUNDARY, BUNDLES, HALF
+from helpers.scaled_bundles import SIZES, make_inputs, make_values
 
 import rotary_export
 from rotary_export.cli.main import cli
@@ -26,7 +27,7 @@ def write_config(folder, values):
     return path
 
 
-@pytest.mark.parametrize(("name", "rows"), [("yarn", SWITCH), ("dynamic", 3 * SWITCH)])
+@pytest.mark.parametrize(("name", "rows"), [("yarn", BOUNDARY), ("dynamic", 3 * BOUNDARY)])
 def test_command_line(tmp_path, name, rows):
     """Heads, sizes and layout are the config's; dynamic reaches as far as its factor."""
     path = write_config(tmp_path, make_values(name))
@@ -36,14 +37,14 @@ def test_command_line(tmp_path, name, rows):
     config = manifest["config"]
     assert (config["num_heads"], config["num_kv_heads"], config["head_dim"]) == (4, 2, 2 * HALF)
     assert (config["max_seq_len"], config["interleaved"]) == (rows, False)
-    assert config["rope"]["rope_type"] == ROPES[name]["rope_type"]
+    assert config["rope"]["rope_type"] == BUNDLES[name]["rope_type"]
     assert manifest["parity"]["passed"]
     session = rotary_export.load(tmp_path / "b")
-    inputs = {key: value.numpy() for key, value in make_inputs(name, SWITCH).items()}
+    inputs = {key: value.numpy() for key, value in make_inputs(name, BOUNDARY).items()}
     assert session(**inputs)["query_out"].shape == (3, 4, 5, 2 * HALF)
     inspected = CliRunner().invoke(cli, ["inspect", str(tmp_path / "b")])
     assert inspected.exit_code == 0
-    assert ROPES[name]["rope_type"] in inspected.output
+    assert BUNDLES[name]["rope_type"] in inspected.output
 
 
 def test_command_line_layouts(tmp_path):
@@ -114,7 +115,7 @@ def test_a_layer_of_several(tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     session = rotary_export.load(tmp_path / "b", require_fused=True)
-    inputs = make_inputs("linear", SWITCH)
+    inputs = make_inputs("linear", BOUNDARY)
     got = session(**{key: value.numpy() for key, value in inputs.items()})["query_out"]
     parameters = dataclasses.replace(read_rope(make_values("linear"))[None], factor=2.0, base=1e4)
     cos, sin = ScaledRotaryEmbedding(parameters)(inputs["position_ids"])

@@ -1,17 +1,26 @@
-"""`ScaledRotaryEmbedding`: stateless, at the length that is there, in every graph format."""
+"""`ScaledRotaryEmbedding`: stateless, at the actual length, in every graph format."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import pytest
 import torch
 from helpers.hf_modules import make_config, make_rotary, run_rotary
 from helpers.oracles import assert_same_bits
-from helpers.rope_cases import CASES, MOVING, SOME, RopeCase, sweep
+from helpers.rope_cases import (
+    CASES,
+    IN_TRANSFORMERS,
+    LENGTH_DEPENDENT,
+    SOME,
+    RopeCase,
+    compute_theta,
+    sweep,
+)
 
 from rotary_export.compat.quiet import quiet_torch
-from rotary_export.rope import RopeParameters, ScaledRotaryEmbedding, read_rope
+from rotary_export.rope import ScaledRotaryEmbedding, read_rope
 from rotary_export.rope.scaled_embedding import compute_length
 
 LENGTHS = (1, 2, 1023, 1024, 1025, 1500, 1501, 2047, 2048, 2049, 5000)
@@ -38,14 +47,14 @@ def assert_same(got, want, what):
         assert_same_bits(a, b, f"{what}, {name}")
 
 
-@sweep([case for case in CASES if "no-truncate" not in case.name])
+@sweep([case for case in IN_TRANSFORMERS if "no-truncate" not in case.name])
 def test_equal_to_a_fresh_module(case):
     rope = ScaledRotaryEmbedding(read_rope(case.config)[None])
     for length in LENGTHS:
         assert_same(rope(make_ids(length)), expect_half(case, make_ids(length)), length)
 
 
-@sweep(MOVING)
+@sweep(LENGTH_DEPENDENT)
 def test_stored_frequencies_give_the_same(case):
     parameters = read_rope(case.config)[None]
     limit = 3000
@@ -55,6 +64,20 @@ def test_stored_frequencies_give_the_same(case):
     if case.rope_type == "dynamic" and limit > parameters.max_position_embeddings:
         with pytest.raises(IndexError):
             stored(make_ids(limit + 1))
+
+
+@sweep()
+def test_tables_are_right_in_float64(case):
+    """Every row, each error in units of its angle's rounding."""
+    parameters = read_rope(case.config)[None]
+    rope = ScaledRotaryEmbedding(parameters)
+    for length in (1024, 1025, 2048, 2049):
+        ids = torch.arange(length)[None]
+        angles = ids[0].double()[:, None] * torch.from_numpy(compute_theta(parameters, length))
+        factor = float(parameters.compute_attention_factor(length))
+        slack = factor * (3e-7 + 4e-6 * angles)
+        for got, want in zip(rope(ids), (angles.cos(), angles.sin()), strict=True):
+            assert ((got[0] - want * factor).abs() <= slack).all(), length
 
 
 def test_dynamic_has_no_memory():
@@ -145,9 +168,9 @@ def test_exports_to_onnx(case):
     for length in LENGTHS:
         ids = make_ids(length, batch=2, seq_len=11)
         outputs = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
-        # Pow: the base is off by 2 ulp, each power by 2 more: 4 ulp of an angle.
+        # Pow: the base differs by 2 ulp, each power by 2 more: 4 ulp of an angle.
         slack = 4 * length * 2**-23 if case.rope_type == "dynamic" else 0
-        factor = float(rope.rope_parameters.attention_factor)
+        factor = float(rope.rope_parameters.compute_attention_factor())
         for got, want in zip(outputs, rope(ids), strict=True):
             torch.testing.assert_close(
                 torch.from_numpy(got), want, rtol=0, atol=factor * (2.4e-7 + slack)
@@ -174,7 +197,7 @@ def make_mrope(layout):
 def test_mrope_is_that_of_its_family(layout):
     model_type, values = make_mrope(layout)
     parameters = read_rope(values)[None]
-    assert parameters.mrope_layout == layout
+    assert parameters.axis_layout == layout
     rope = ScaledRotaryEmbedding(parameters)
     ids = torch.stack([make_ids(length) for length in (4000, 300, 50)])
     cos, sin = run_rotary(model_type, make_config(values), ids)
@@ -217,12 +240,12 @@ def test_axial_is_that_of_qwen2_vl():
     assert_same([table[0] for table in got], (cos[:, :40], sin[:, :40]), "axial")
 
 
-def test_mrope_with_a_switch():
+def test_mrope_with_a_boundary():
     """Axes and longrope at once: the largest position of any axis decides."""
     long = next(case for case in CASES if case.name == "longrope")
     parameters = read_rope(long.config)[None]
-    section = {"mrope_section": (12, 10, 10), "mrope_layout": "interleaved"}
-    rope = ScaledRotaryEmbedding(RopeParameters(**{**vars(parameters), **section}))
+    section = {"mrope_section": (12, 10, 10), "axis_layout": "interleaved"}
+    rope = ScaledRotaryEmbedding(dataclasses.replace(parameters, **section))
     plain = ScaledRotaryEmbedding(parameters)
     for length in (1024, 1025):
         ids = torch.stack([make_ids(10), make_ids(length), make_ids(20)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.hf_modules import make_config, make_rotary
 from helpers.oracles import assert_same_bits
-from helpers.rope_cases import CASES, MOVING, RopeCase, sweep
+from helpers.rope_cases import IN_TRANSFORMERS, LENGTH_DEPENDENT, RopeCase, sweep
 from torch import nn
 
 from rotary_export.compat.quiet import quiet_torch
@@ -14,7 +14,7 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.rope.stateless import is_stateful, replace_stateful
 
 LENGTHS = (3, 1024, 1025, 2048, 2049, 6000, 3000, 10)  # up and down
-LONG = next(case for case in CASES if case.name == "longrope")
+LONG = next(case for case in LENGTH_DEPENDENT if case.name == "longrope")
 DYNAMIC = RopeCase("dynamic", {"rope_type": "dynamic", "factor": 2.0})
 # Half and interleaved tables, tables in float32, complex ones, multimodal positions.
 FAMILIES = ("llama", "cohere", "olmo2", "deepseek_v2", "glm4v_text", "qwen2_vl_text", "gpt_oss")
@@ -42,19 +42,19 @@ def make_values(model_type, case):
 
 
 def check(model_type, config, x=None, layer_type=None):
-    """Call the stand-in up and down, and compare with a fresh module each time."""
+    """Call the replacement up and down, and compare with a fresh module each time."""
     x = torch.zeros(1) if x is None else x
     options = {} if layer_type is None else {"layer_type": layer_type}
     module = make_rotary(model_type, config)
-    stand_in = replace_stateful(module)
-    assert stand_in is not None
+    replacement = replace_stateful(module)
+    assert replacement is not None
     for length in LENGTHS:
         want = make_rotary(model_type, config)(x, make_ids(length), **options)
-        assert_same(stand_in(x, position_ids=make_ids(length), **options), want, length)
-    return module, stand_in
+        assert_same(replacement(x, position_ids=make_ids(length), **options), want, length)
+    return module, replacement
 
 
-@sweep(MOVING)
+@sweep(LENGTH_DEPENDENT)
 def test_llama(case):
     check("llama", make_config(case.config))
 
@@ -101,8 +101,8 @@ def test_phimoe_is_as_transformers_has_it():
 def test_the_module_is_left_as_it_was():
     module = make_rotary("llama", make_config(LONG.config))
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    stand_in = replace_stateful(module)
-    stand_in(torch.zeros(1), make_ids(5000))
+    replacement = replace_stateful(module)
+    replacement(torch.zeros(1), make_ids(5000))
     for name, buffer in module.named_buffers():
         assert_same_bits(buffer, before[name], name)
     assert [name for name, _ in module.named_modules()] == [""]
@@ -111,17 +111,17 @@ def test_the_module_is_left_as_it_was():
 @pytest.mark.parametrize("case", [LONG, DYNAMIC], ids=lambda case: case.name)
 @pytest.mark.parametrize("model_type", ["llama", "qwen2_vl_text"])
 def test_exports(case, model_type):
-    """As a program and to ONNX, which Hugging Face's dynamic does not; right past the switch."""
+    """As a program and to ONNX, which Hugging Face's dynamic does not; right past the boundary."""
     import onnxruntime
 
     values = make_values(model_type, case)
-    stand_in = replace_stateful(make_rotary(model_type, make_config(values)))
+    replacement = replace_stateful(make_rotary(model_type, make_config(values)))
     x = torch.zeros(1)
     batch, seq = torch.export.Dim("batch"), torch.export.Dim("seq")
     shapes = {"x": None, "position_ids": {0: batch, 1: seq}}
     with quiet_torch():
         program = torch.export.export(
-            stand_in, (x, make_ids(7)), dynamic_shapes=shapes, strict=False
+            replacement, (x, make_ids(7)), dynamic_shapes=shapes, strict=False
         )
         onnx = torch.onnx.export(program, dynamo=True, opset_version=23, verbose=False)
     session = onnxruntime.InferenceSession(
@@ -129,7 +129,7 @@ def test_exports(case, model_type):
     )
     for length in LENGTHS:
         ids = make_ids(length, 3, 9)
-        want = stand_in(x, ids)
+        want = replacement(x, ids)
         assert_same(program.module()(x, ids), want, length)
         slack = 4 * length * 2**-23 if case is DYNAMIC else 0
         for got, table in zip(
@@ -143,14 +143,16 @@ def test_exports(case, model_type):
 @pytest.mark.parametrize("case", [LONG, DYNAMIC], ids=lambda case: case.name)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_traces(model_type, case):
-    """Traced at a short length; Hugging Face's own bakes the side of the switch that it saw."""
+    """Traced at a short length; Hugging Face's own bakes the side of the boundary that it saw."""
     values = make_values(model_type, case)
-    stand_in = replace_stateful(make_rotary(model_type, make_config(values)))
+    replacement = replace_stateful(make_rotary(model_type, make_config(values)))
     x = torch.zeros(1)
     with quiet_torch():
-        traced = torch.jit.trace(stand_in, (x, make_ids(7)), check_trace=False)
+        traced = torch.jit.trace(replacement, (x, make_ids(7)), check_trace=False)
     for length in LENGTHS:
-        assert_same(traced(x, make_ids(length, 3, 9)), stand_in(x, make_ids(length, 3, 9)), length)
+        assert_same(
+            traced(x, make_ids(length, 3, 9)), replacement(x, make_ids(length, 3, 9)), length
+        )
 
 
 @pytest.mark.parametrize("case", [LONG, DYNAMIC], ids=lambda case: case.name)
@@ -200,7 +202,7 @@ def test_a_whole_model(case):
 
 
 def test_nothing_to_replace():
-    for case in CASES:
+    for case in IN_TRANSFORMERS:
         if case.rope_type in ("default", "yarn", "llama3"):
             module = make_rotary("llama", make_config(case.config))
             assert not is_stateful(module)

@@ -28,7 +28,7 @@ from rotary_export import RotaryEmbedding, RotaryQueryKey, rotary_embedding
 from rotary_export.bundle.manifest import TensorInfo
 from rotary_export.cli.terminal import Terminal
 from rotary_export.exporters.onnx import export_onnx
-from rotary_export.graphs.graphs import Graph
+from rotary_export.graphs.graph import Graph
 from rotary_export.op import library as op_library
 from rotary_export.op import spec
 
