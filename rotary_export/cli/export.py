@@ -16,7 +16,7 @@ from rotary_export.errors import RotaryExportError
 
 
 @click.command()
-@click.option("--dim", type=int, help="Channels of a head that are rotated; even.")
+@click.option("--dim", type=int, help="Number of rotated channels of a head; even.")
 @click.option(
     "--hf-config",
     type=click.Path(path_type=Path),
@@ -28,7 +28,7 @@ from rotary_export.errors import RotaryExportError
 @click.option("--interpolation-factor", type=float, default=1.0, show_default=True)
 @click.option("--base", type=float, default=10000.0, show_default=True)
 @click.option("--base-rescale-factor", type=float, default=1.0, show_default=True)
-@click.option("--max-seq-len", type=int, help="Rows of the tables; default: as --hf-config says.")
+@click.option("--max-seq-len", type=int, help="Rows of the tables; default: those of --hf-config.")
 @click.option("--num-heads", type=int, help="Heads of query; default: a dynamic axis.")
 @click.option("--num-kv-heads", type=int, help="Heads of key; default: as --num-heads.")
 @click.option("--head-dim", type=int, help="Channels of a head; default: as --dim.")
@@ -60,7 +60,7 @@ _EMBEDDING = ("use_xpos", "scale_base", "interpolation_factor", "base", "base_re
 
 
 def _make_rope(options: dict[str, Any]) -> Any:
-    """Make what is exported; takes its own options out, and fills in what the config says."""
+    """Make the module to export; removes its own options, and adds those of the config."""
     dim, path = options.pop("dim"), options.pop("hf_config")
     layer_type = options.pop("layer_type")
     embedding = {name: options.pop(name) for name in _EMBEDDING}
@@ -77,7 +77,7 @@ def _make_rope(options: dict[str, Any]) -> Any:
     for name in _EMBEDDING:
         if given(name) is ParameterSource.COMMANDLINE:
             flag = "--" + name.replace("_", "-")
-            raise RotaryExportError(f"{flag} is for --dim; with --hf-config the config says it")
+            raise RotaryExportError(f"{flag} is for --dim; with --hf-config the config contains it")
     from rotary_export.rope import ScaledRotaryEmbedding
     from rotary_export.rope.config import read_attention
 
@@ -90,7 +90,7 @@ def _make_rope(options: dict[str, Any]) -> Any:
         options[name] = value if options[name] is None else options[name]
     if options["interleaved"] is None:
         raise RotaryExportError(
-            f"{path}: the layout of its model_type is not known: say --interleaved or --half"
+            f"{path}: the layout of its model_type is not known: pass --interleaved or --half"
         )
     return ScaledRotaryEmbedding(parameters)
 
@@ -126,7 +126,7 @@ def export_model(source: str, out: Path, dtype: str | None, as_json: bool, **opt
     if loaded.note:
         terminal.line(f"note: {loaded.note}")
     terminal.table(
-        ("function", "calls", "fused", "what", "left alone because"),
+        ("function", "calls", "fused", "what", "not replaced because"),
         [list(row.values()) for row in rotary],
     )
     print_report(terminal, bundle.report.to_dict())

@@ -28,10 +28,10 @@ from rotary_export.cli.terminal import Terminal
 def fuse(
     source: Path, out: Path, shapes: tuple[tuple[int, int, int], ...], force: bool, as_json: bool
 ) -> None:
-    """Put one fused node wherever IN.onnx applies a rotary embedding, and prove it equal.
+    """Replace each rotary embedding of IN.onnx by one fused node, and prove it equal.
 
-    IN.onnx may be any exporter's. It is run before and after; OUT.onnx is written if nothing
-    differs.
+    IN.onnx may come from any exporter. It is run before and after; OUT.onnx is written only if the
+    outputs agree.
     """
     from rotary_export.fusion.fuse import check_out
 

@@ -1,4 +1,4 @@
-"""The commands that look: `inspect` and `doctor`."""
+"""The commands that print facts: `inspect` and `doctor`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rotary_export.cli.terminal import Terminal
 @click.argument("path", type=click.Path(path_type=Path))
 @json_option
 def inspect(path: Path, as_json: bool) -> None:
-    """Say what is in PATH, a bundle or an .onnx file."""
+    """Print the contents of PATH, a bundle or an .onnx file."""
     from rotary_export.cli.inspection import inspect_path
 
     terminal = Terminal(as_json)
@@ -33,7 +33,7 @@ def inspect(path: Path, as_json: bool) -> None:
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Say what this machine can run, and why CUDA or the op library are or are not there."""
+    """Print what this machine can run, and why CUDA or the op library is not available."""
     from rotary_export.cli.inspection import examine_machine
 
     terminal = Terminal(as_json)

@@ -49,7 +49,7 @@ def bundle_options(dtype: str | None) -> Decorator:
             "--dtype",
             type=click.Choice(DTYPES),
             default=dtype,
-            show_default=dtype or "that of the model",
+            show_default=dtype is not None or "that of the model",
         ),
         out_option,
         force_option("an existing bundle"),

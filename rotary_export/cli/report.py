@@ -1,4 +1,4 @@
-"""How the proof is printed."""
+"""The proof as a table, for the commands that export or verify."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from rotary_export.cli.terminal import Terminal
 
 
 def print_report(terminal: Terminal, report: dict[str, Any]) -> None:
-    """Print the proof as a table."""
+    """Print the proof as a table.
+
+    Args:
+        terminal: Where to print.
+        report: As `Report.to_dict` returns it.
+    """
     headers = (
         "graph", "output", "runtime", "kernel", "max abs", "ulp", "allowed", "exact",
         "ulp to float64", "ok",

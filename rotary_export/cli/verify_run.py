@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 
 import rotary_export
+from rotary_export.bundle.atomic import check_file
 from rotary_export.cli.options import bundle_argument, force_option, json_option
 from rotary_export.cli.report import print_report
 from rotary_export.cli.terminal import Terminal
-from rotary_export.errors import RotaryExportError
 from rotary_export.measure.timing import SECONDS
 
 
@@ -44,7 +44,7 @@ def verify(bundle: Path, as_json: bool) -> None:
 @click.option("--runtime", default="onnxruntime", show_default=True)
 @click.option("--provider", "providers", multiple=True, help="Of ONNX Runtime; may be repeated.")
 @click.option("--no-op-library", is_flag=True, help="Run the function body.")
-@click.option("--require-fused", is_flag=True, help="Fail where the fused kernel can't run.")
+@click.option("--require-fused", is_flag=True, help="Fail if the fused kernel can't run.")
 @force_option("an existing --out")
 @json_option
 def run(
@@ -63,8 +63,7 @@ def run(
     from rotary_export.cli.arrays import read_inputs, write_outputs
 
     terminal = Terminal(as_json)
-    if out.exists() and not force:
-        raise RotaryExportError(f"{out} exists; --force replaces it")
+    check_file(out, force)
     arrays = read_inputs(inputs)
     with terminal.progress() as progress:
         progress(f"run {graph}")
@@ -107,7 +106,7 @@ def run(
 @click.option("--seconds", type=click.FloatRange(0), default=SECONDS, show_default=True)
 @json_option
 def bench(bundle: Path, shapes: tuple[tuple[int, int], ...], seconds: float, as_json: bool) -> None:
-    """Time the rotate graph of BUNDLE on the CPU, in every runtime that is here.
+    """Time the rotate graph of BUNDLE on the CPU, in every installed runtime.
 
     Each shape is measured for about --seconds.
     """
