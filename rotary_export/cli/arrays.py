@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rotary_export.bundle.atomic import write_files
 from rotary_export.errors import RotaryExportError
 from rotary_export.runtime.tensors import make_bfloat16
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from rotary_export.types import Array, Arrays
 
 
 def read_inputs(arguments: Sequence[str]) -> dict[str, Any]:
-    """Read what `run --input` names.
+    """Read the inputs of `run --input`.
 
     Args:
-        arguments: NAME=FILE.npy, NAME=INTEGER, or FILE.npz (every array in it).
+        arguments: NAME=FILE.npy, NAME=INTEGER, or FILE.npz with any number of arrays.
 
     Returns:
         Arrays or ints by name.
 
     Raises:
-        RotaryExportError: A file is missing or not a plain numpy file, or a name comes twice.
+        RotaryExportError: A file is missing or not a plain numpy file, or a name is given twice.
     """
     inputs: dict[str, Any] = {}
     for argument in arguments:
@@ -42,7 +41,7 @@ def read_inputs(arguments: Sequence[str]) -> dict[str, Any]:
         else:
             array = _load(value)
             if not isinstance(array, np.ndarray):
-                raise RotaryExportError(f"{value} holds several arrays: --input {value}")
+                raise RotaryExportError(f"{value} contains several arrays: --input {value}")
             found = {name: array}
         for key in found.keys() & inputs.keys():
             raise RotaryExportError(f"the input {key!r} is given twice")
@@ -65,25 +64,19 @@ def _load(file: str) -> Array | dict[str, Array]:
 
 
 def _read_bfloat16(array: Array) -> Array:
-    """Give bfloat16 its type back: numpy writes it as raw two-byte items."""
+    """Restore the type of bfloat16, which numpy writes as raw two-byte items."""
     return array.view(make_bfloat16()) if array.dtype == np.dtype("V2") else array
 
 
-def write_outputs(file: Path, outputs: Mapping[str, Array]) -> None:
+def write_outputs(file: Path, outputs: Arrays) -> None:
     """Write an `.npz`; it appears whole or not at all.
 
     Args:
-        file: Its folder exists.
+        file: In a folder that exists.
         outputs: Arrays by name.
+
+    Raises:
+        RotaryExportError: The file can't be written.
     """
-    if not file.parent.is_dir() or file.is_dir():
-        raise RotaryExportError(
-            f"{file} can't be written: its folder must exist, it must be a file"
-        )
-    part = file.with_name(f".{file.name}.part")
-    try:
-        with part.open("wb") as stream:
-            np.savez(stream, **outputs)  # type: ignore[arg-type]
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    with write_files(file) as staging, (staging / file.name).open("wb") as stream:
+        np.savez(stream, **outputs)  # type: ignore[arg-type]

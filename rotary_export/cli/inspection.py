@@ -1,4 +1,4 @@
-"""What `inspect` and `doctor` find out."""
+"""The facts that `inspect` and `doctor` print."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
         path: A bundle's folder, or an .onnx file.
 
     Returns:
-        Facts by name; a list holds rows of one table.
+        Facts by name; a list contains the rows of one table.
 
     Raises:
         RotaryExportError: It is neither.

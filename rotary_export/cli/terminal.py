@@ -1,4 +1,4 @@
-"""What commands print: rich tables and a spinner on a terminal, plain lines in a pipe, or JSON."""
+"""The output of commands: tables and a spinner on a terminal, plain lines in a pipe, or JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = Sequence[object]
 
 
 class Terminal:
-    """Where a command's output goes.
+    """The output of a command.
 
     Args:
         as_json: Print one JSON document on standard output and nothing else.
@@ -26,17 +26,17 @@ class Terminal:
         self._err = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def finish(self, result: Any) -> None:
-        """Print a command's result, if it is wanted as JSON."""
+        """Print a command's result as JSON, if --json was given."""
         if self._as_json:
             print(json.dumps(result, indent=1, allow_nan=False))
 
     def line(self, text: str) -> None:
-        """Print a line for a person."""
+        """Print a human-readable line."""
         if not self._as_json:
             self._out.print(text, markup=False)
 
     def table(self, headers: Sequence[str], rows: Sequence[Row]) -> None:
-        """Print a table for a person; in a pipe, aligned columns that are never cut."""
+        """Print a human-readable table; in a pipe, aligned columns that are never truncated."""
         if self._as_json:
             return
         cells = [[str(cell) for cell in row] for row in rows]
@@ -53,7 +53,7 @@ class Terminal:
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[str], None]]:
-        """Show what is being done, on standard error: a spinner, or in a pipe a line each."""
+        """Show the current step on standard error: a spinner, or in a pipe a line each."""
         if not self._err.is_terminal:
             yield lambda what: self._err.print(what, markup=False)
             return

@@ -1,4 +1,4 @@
-"""What the kit for C++ with ONNX Runtime needs besides: the sources of the op library."""
+"""The kit for C++ with ONNX Runtime also contains the sources of the op library."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rotary_export.package import package_folders
 
 
 def copy_op_library(staging: Path, manifest: Manifest, graph: str) -> None:
-    """Copy the op library's sources: the kit builds it for the machine that it stands on."""
-    del manifest, graph  # The library is the same for all.
+    """Copy the sources of the op library, which the kit builds for its own machine."""
+    del manifest, graph  # The library does not depend on the bundle.
     # More than one folder: an editable install keeps built files and sources apart.
     folders = [folder / "csrc" for folder in package_folders()]
     shutil.copytree(next(f for f in folders if f.is_dir()), staging / "csrc")

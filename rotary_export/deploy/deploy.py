@@ -1,13 +1,11 @@
-"""`deploy`: a target's kit and a bundle, in one folder that is copied and built as it stands."""
+"""`deploy`: a target's kit and a bundle in one folder, complete in itself."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,11 +18,13 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.package import __version__
 from rotary_export.proof.sample_inputs import fit_shapes
 from rotary_export.runtime.load import RUNTIMES, open_session
-from rotary_export.runtime.tensors import is_torch, make_bfloat16
+from rotary_export.runtime.tensors import to_numpy
+from rotary_export.types import Progress, ignore_progress
 
-# What a kit may have been built into, in a checkout.
-LEFT_BEHIND = ("build", "node_modules", "__pycache__")
+# Build outputs that a kit may have in a checkout.
+NOT_COPIED = ("build", "node_modules", "__pycache__")
 KITS = Path(__file__).parent / "kits"
+SHARED = "shared"  # the folder in KITS of sources that several kits use
 FILE_NAME = "kit.json"  # marks a folder as one that deploy wrote
 
 
@@ -34,55 +34,54 @@ def deploy(
     out: str | os.PathLike[str],
     *,
     force: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = ignore_progress,
 ) -> Path:
     """Write the folder that runs a bundle on a target.
 
-    It holds the target's kit (sources, README.md), the bundle in `bundle/`, one example in
-    `example/` (`NAME.npy` of each input and, in `expected/`, of each output, as the bundle's
-    TorchScript or program computes it), and `kit.json`, which says what is what.
+    It contains the target's kit (sources, README.md), the bundle in `bundle/`, one example in
+    `example/`, and `kit.json`. The example is `NAME.npy` of each input and, in `expected/`, of each
+    output as the bundle's TorchScript or program computes it. `kit.json` lists their names.
 
     Args:
-        target: Of `rotary_export.deploy.targets.TARGETS`.
+        target: A key of `rotary_export.deploy.targets.TARGETS`.
         bundle: The bundle's folder.
-        out: The folder to write; it must not exist, or be one that deploy wrote and `force` given.
-        force: Replace what deploy wrote before.
-        progress: Called with what is being done.
+        out: The folder to write. It must not exist; with `force`, deploy must have written it.
+        force: Replace a folder that deploy wrote.
+        progress: Called with the current step.
 
     Returns:
         The folder.
 
     Raises:
-        RotaryExportError: The target is unknown, the bundle is damaged or lacks what the target
-            opens, or `out` is in the way; nothing is left behind.
+        RotaryExportError: The target is unknown, the bundle is damaged or lacks the format that
+            the target opens, or `out` already exists. Nothing is left behind.
     """
     if target not in TARGETS:
         raise RotaryExportError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
     source, path = Path(bundle), Path(out).absolute()
-    say = progress or (lambda _: None)
-    say("check the bundle")
+    progress("check the bundle")
     manifest = read_manifest(source)
     check_files(source, manifest)
     graph = find_main_graph(source, manifest)
-    needs = TARGETS[target].format
-    if needs not in manifest.graphs[graph].files:
+    known = TARGETS[target]
+    if known.format not in manifest.graphs[graph].files:
         raise RotaryExportError(
-            f"{target} needs the format {needs!r}, but the bundle was exported with "
+            f"{target} needs the format {known.format!r}, but the bundle was exported with "
             f"{', '.join(manifest.graphs[graph].files)}"
         )
     with write_folder(path, force, _check_owned) as staging:
-        say(f"copy the kit {target}")
-        left = shutil.ignore_patterns(*LEFT_BEHIND)
-        shutil.copytree(KITS / target, staging, ignore=left, dirs_exist_ok=True)
+        progress(f"copy the kit {target}")
+        ignore = shutil.ignore_patterns(*NOT_COPIED)
+        for folder in (*([f"{SHARED}/{known.shared}"] if known.shared else []), target):
+            shutil.copytree(KITS / folder, staging, ignore=ignore, dirs_exist_ok=True)
         (staging / "bundle").mkdir()
         for name in (MANIFEST, *manifest.files):
             shutil.copy2(source / name, staging / "bundle" / name)
-        say("run the example")
+        progress("run the example")
         facts = _write_example(staging, manifest, graph)
-        prepare = TARGETS[target].prepare
-        if prepare is not None:
-            say(f"write what {target} needs")
-            prepare(staging, manifest, graph)
+        if known.prepare is not None:
+            progress(f"write the files of {target} for this bundle")
+            known.prepare(staging, manifest, graph)
         kit = {"target": target, "rotary_export": __version__, **facts}
         (staging / FILE_NAME).write_text(json.dumps(kit, indent=1) + "\n", encoding="utf-8")
     return path
@@ -91,11 +90,11 @@ def deploy(
 def _check_owned(path: Path) -> None:
     """Refuse to replace a folder that deploy did not write."""
     if not (path / FILE_NAME).is_file():
-        raise RotaryExportError(f"{path} exists and deploy did not write it; it is left as it is")
+        raise RotaryExportError(f"{path} exists and deploy did not write it; it was not changed")
 
 
 def _write_example(staging: Path, manifest: Manifest, graph: str) -> dict[str, object]:
-    """Write inputs and outputs of one call, and return what they are."""
+    """Write inputs and outputs of one call, and return their names and origin."""
     info = manifest.graphs[graph]
     batch_size, seq_len = next(iter(fit_shapes(manifest, graph, [SHAPE])))
     inputs = make_example(manifest, graph, batch_size, seq_len)
@@ -108,21 +107,10 @@ def _write_example(staging: Path, manifest: Manifest, graph: str) -> dict[str, o
     expected.mkdir(parents=True)
     for folder, arrays in ((expected.parent, inputs), (expected, outputs)):
         for name, value in arrays.items():
-            np.save(folder / f"{name}.npy", _to_numpy(value))
+            np.save(folder / f"{name}.npy", to_numpy(value))
     return {
         "graph": graph,
         "inputs": [i.name for i in info.inputs],
         "outputs": [o.name for o in info.outputs],
         "expected_by": runtime,
     }
-
-
-def _to_numpy(value: Any) -> np.ndarray[Any, Any]:
-    """Return an array, or a tensor as one; numpy writes bfloat16 as raw two-byte items."""
-    if not is_torch(value):
-        return np.asarray(value)
-    import torch
-
-    if value.dtype == torch.bfloat16:
-        return np.asarray(value.view(torch.int16).numpy()).view(make_bfloat16())
-    return np.asarray(value.numpy())

@@ -19,8 +19,8 @@ def make_example(
 ) -> Mapping[str, Any]:
     """Make inputs of `rotate` (numpy) or `model` (torch), each row with positions of its own.
 
-    Rows count in steps of 1, 2, 3, ...: attention sees distances alone, so that a model gives the
-    same when a runtime mistakes one row's positions for another's that are merely shifted.
+    Row r counts in steps of r + 1. Attention depends on distances only: with rows that are merely
+    shifted, a runtime that swaps the positions of two rows would give the same result.
     """
     inputs = dict(make_inputs(manifest, graph, batch_size, seq_len))
     info = next((i for i in manifest.graphs[graph].inputs if i.name == "position_ids"), None)

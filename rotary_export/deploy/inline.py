@@ -1,7 +1,7 @@
 """`GRAPH.inlined.onnx`: the graph without model-local functions, which some runtimes can't run.
 
-OpenVINO gets the bodies that the bundle has, tract primitives of opset 18. The file stands beside
-`bundle/`, whose `.data` file it shares, and is compared with the bundle's own before it counts.
+OpenVINO gets the function bodies of the bundle, tract gets primitives of opset 18. The file lies
+beside `bundle/`, whose `.data` file it shares. It is compared with the bundle's own graph first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rotary_export.runtime.load import open_session
 from rotary_export.runtime.providers import CPU
 from rotary_export.runtime.tensors import is_torch
 
-SHAPES = ((2, 7), (3, 1), (1, 5))  # batch_size, seq_len; compared at
+SHAPES = ((2, 7), (3, 1), (1, 5))  # batch_size, seq_len of the comparison
 TRACT_OPSET = 18
 
 
@@ -29,7 +29,7 @@ def prepare_openvino(staging: Path, manifest: Manifest, graph: str) -> None:
     """Inline, with the tables of a whole model computed for the whole batch.
 
     Raises:
-        RotaryExportError: OpenVINO does not compute in the bundle's type, or was not shown to.
+        RotaryExportError: OpenVINO does not compute in the bundle's type, or can't be compared.
     """
     if manifest.dtype == "float64":
         raise RotaryExportError(
@@ -46,10 +46,11 @@ def prepare_openvino(staging: Path, manifest: Manifest, graph: str) -> None:
 
 
 def prepare_tract(staging: Path, manifest: Manifest, graph: str) -> None:
-    """Inline primitives of opset 18, and leave shapes open that the kit sets for each plan.
+    """Inline primitives of opset 18; shapes stay open, since the kit sets them for each plan.
 
     Raises:
-        RotaryExportError: The bundle has what tract or opset 18 does not.
+        RotaryExportError: The bundle has a type that tract lacks, or an operator that opset 18
+            lacks.
     """
     import onnx
 
@@ -75,7 +76,7 @@ def prepare_tract(staging: Path, manifest: Manifest, graph: str) -> None:
 
 
 def _read(staging: Path, manifest: Manifest, graph: str) -> Any:
-    """Read the bundle's graph; what is in `bundle/GRAPH.onnx.data` stays there."""
+    """Read the bundle's graph; external data stay in `bundle/GRAPH.onnx.data`."""
     import onnx
 
     file = staging / "bundle" / manifest.graphs[graph].files["onnx"]
@@ -90,9 +91,9 @@ def _read(staging: Path, manifest: Manifest, graph: str) -> Any:
 def _widen_probes(proto: Any) -> Any:
     """Return the model with each probe of a rotary function expanded to the batch of its X.
 
-    `export_model` asks a function for its tables with a constant row of batch 1 and one head.
-    OpenVINO takes that for a rotary embedding like any other, and fuses it to an op whose output
-    has the probe's batch: the first row's positions would be everyone's.
+    `export_model` calls a function with a constant row of batch 1 and one head for its tables.
+    OpenVINO treats this call as a rotary embedding and fuses it to an op whose output has the
+    probe's batch: every row would get the positions of the first.
     """
     from onnxscript import ir
 
@@ -121,10 +122,10 @@ def _widen_probes(proto: Any) -> Any:
 
 
 def _find_probes(tables: Sequence[Any]) -> set[Any]:
-    """Return what tables are computed from, of the form of `models.rotation.make_probe`.
+    """Return the probes, as `make_probe` of `models/` makes them, of which tables are computed.
 
-    Those of which something is reshaped on the way are left: its sizes are written there, and
-    OpenVINO does not take them for a rotary embedding. Its kit looks for any that it does.
+    A probe that is reshaped on the way is not returned: the reshape contains its sizes, and
+    OpenVINO does not fuse it. The kit reports any other that OpenVINO does fuse.
     """
     probes, seen, queue = set(), set(), list(tables)
     while queue:
@@ -143,7 +144,7 @@ def _find_probes(tables: Sequence[Any]) -> set[Any]:
 
 
 def _is_reshaped(probe: Any) -> bool:
-    """Whether anything between a probe and the rotary nodes has sizes of its own."""
+    """Whether a node between a probe and the rotary nodes has sizes of its own."""
     from rotary_export.fusion.rules.join import is_rotary
 
     seen, queue = set(), [probe]
@@ -164,7 +165,7 @@ def _write(model: Any, staging: Path, manifest: Manifest, graph: str) -> None:
 
     from rotary_export.op import spec
 
-    # A runtime holds sizes there against those that it is given, and infers them by itself.
+    # tract compares these sizes with those that the kit sets, and infers them by itself.
     del model.graph.value_info[:]
     model = onnx.inliner.inline_local_functions(model)
     kept = [o for o in model.opset_import if o.domain != spec.DOMAIN]
@@ -189,9 +190,9 @@ def _compare(staging: Path, manifest: Manifest, graph: str, file: str) -> None:
     shapes = fit_shapes(manifest, graph, SHAPES)
     cases = [make_example(manifest, graph, *shape) for shape in shapes]
     info = replace(manifest.graphs[graph], files={"onnx": file})
-    wanted = _run(staging / "bundle", manifest, graph, cases)
+    expected = _run(staging / "bundle", manifest, graph, cases)
     got = _run(staging, replace(manifest, graphs={graph: info}), graph, cases)
-    for shape, ours, theirs in zip(shapes, got, wanted, strict=True):
+    for shape, ours, theirs in zip(shapes, got, expected, strict=True):
         for output in info.outputs:
             left, right = ours[output.name], theirs[output.name]
             allowed = TOLERANCES[_choose_tolerance(manifest, graph, output.dtype)].max_ulp
@@ -218,7 +219,7 @@ def _choose_tolerance(manifest: Manifest, graph: str, dtype: str) -> str:
 def _run(
     folder: Path, manifest: Manifest, graph: str, cases: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Run every case in one session, which is gone afterwards."""
+    """Run every case in one session, which is released afterwards."""
     from rotary_export.proof.comparison import to_comparable
 
     session = open_session(folder, manifest, graph, "onnxruntime", [CPU], use_op_library=False)

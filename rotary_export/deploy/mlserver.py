@@ -1,4 +1,4 @@
-"""What MLServer needs to serve a bundle: model-settings.json."""
+"""The settings of MLServer for a bundle: model-settings.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`signature.txt`: what a graph takes and gives, for programs that read no JSON."""
+"""`signature.txt`: inputs, outputs and limits of a graph, for programs without a JSON parser."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rotary_export.bundle.manifest import Manifest
 def write_signature(staging: Path, manifest: Manifest, graph: str) -> None:
     """Write a line for each input and output, and limit.
 
-    `input NAME DTYPE DIM... [in LOW HIGH]`, `output NAME`, and `max_size DIM SIZE` for an axis that
-    is limited; a sum of sizes is one word.
+    `input NAME DTYPE DIM... [in LOW HIGH]`, `output NAME`, and `max_size DIM SIZE` for an axis of
+    limited size. A sum of sizes is written without spaces. HIGH is the largest legal value.
 
     Args:
         staging: The folder to write it in.

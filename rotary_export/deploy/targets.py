@@ -1,4 +1,8 @@
-"""The targets that `deploy` knows: what each runs, and what it needs besides its kit."""
+"""The targets of `deploy`: one entry each.
+
+To add a target, add an entry here and a folder in `kits/` of the same name: a `README.md` and
+whatever program it describes. `rotary_export/deploy/README.md` has the recipe.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,15 @@ class Target:
 
     Attributes:
         what: In a few words.
-        format: Of the bundle's files, the one that it opens: "onnx", "torchscript", "program",
-            "aoti".
-        prepare: Writes what depends on the bundle into the folder, if anything does.
+        format: The format of the bundle that it opens: "onnx", "torchscript", "program", "aoti".
+        prepare: Writes the files that depend on the bundle into the folder, if there are any.
+        shared: A folder of `kits/shared/`, whose files are copied too.
     """
 
     what: str
     format: str
     prepare: Prepare | None = None
+    shared: str | None = None
 
 
 def _find(module: str, name: str) -> Prepare:
@@ -43,17 +48,25 @@ TARGETS: dict[str, Target] = {
         "a C++ program, ONNX Runtime", "onnx", _find("cpp_onnxruntime", "copy_op_library")
     ),
     "cpp-libtorch": Target(
-        "a C++ program, libtorch: TorchScript", "torchscript", _find("signature", "write_signature")
+        "a C++ program, libtorch: TorchScript",
+        "torchscript",
+        _find("signature", "write_signature"),
+        shared="libtorch",
     ),
     "cpp-aoti": Target(
         "a C++ program, libtorch: compiled by AOTInductor",
         "aoti",
         _find("signature", "write_signature"),
+        shared="libtorch",
     ),
-    "node": Target("a program for Node.js, onnxruntime-node", "onnx"),
-    "browser": Target("a page, onnxruntime-web", "onnx"),
-    "openvino": Target("OpenVINO, from Python", "onnx", _find("inline", "prepare_openvino")),
-    "tract": Target("tract, from Python", "onnx", _find("inline", "prepare_tract")),
+    "node": Target("a program for Node.js, onnxruntime-node", "onnx", shared="javascript"),
+    "browser": Target("a page, onnxruntime-web", "onnx", shared="javascript"),
+    "openvino": Target(
+        "OpenVINO, from Python", "onnx", _find("inline", "prepare_openvino"), shared="python"
+    ),
+    "tract": Target(
+        "tract, from Python", "onnx", _find("inline", "prepare_tract"), shared="python"
+    ),
     "triton": Target(
         "a model repository for Triton Inference Server",
         "onnx",

@@ -1,7 +1,7 @@
-"""What Triton Inference Server needs: a model repository with a model for each of three backends.
+"""The model repository for Triton Inference Server, with one model for each of three backends.
 
-Source: Triton's model configuration, `model_config.proto`. Dimensions there leave out the batch
-where `max_batch_size` is not 0.
+Source: Triton's model configuration, `model_config.proto`. Its dimensions omit the batch unless
+`max_batch_size` is 0.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from rotary_export.package import package_folders
 from rotary_export.serving.core import DATATYPES, MAX_BATCH_SIZE, find_batch_axes
 
 REPOSITORY = "model_repository"
-MOUNT = "/models"  # where the container has the repository
+MOUNT = "/models"  # the path of the repository in the container
 QUEUE_MICROSECONDS = 500
 TYPES = {dtype: f"TYPE_{datatype}" for dtype, datatype in DATATYPES.items()} | {
     "bfloat16": "TYPE_BF16"
 }
-# What of the package the Python backend does not need.
-LEFT_OUT = ("csrc", "kits", "__pycache__", "librotary_export.so.*")
+# Files of the package that the Python backend does not need.
+NOT_COPIED = ("csrc", "kits", "__pycache__", "librotary_export.so.*")
 
 
 def write_repository(staging: Path, manifest: Manifest, graph: str) -> None:
     """Write the model repository: GRAPH_onnxruntime, GRAPH_pytorch (TorchScript), GRAPH_python.
 
-    Triton has no scalars; a graph that takes one gets GRAPH_python alone, which makes them of (1,).
+    Triton has no scalars. For a graph with a scalar input only GRAPH_python is written, which
+    accepts a tensor of shape (1,) instead.
 
     Args:
-        staging: The folder that deploy writes; `bundle/` and the kit are there.
+        staging: The folder that deploy writes; it contains `bundle/` and the kit.
         manifest: Of the bundle.
         graph: Its main graph.
     """
@@ -83,9 +84,9 @@ def _make_version(model: Path) -> Path:
 
 
 def _write_configs(folder: Path, config: str, operations: str = "", *, gpu: bool = True) -> None:
-    """Write config.pbtxt for the CPU and, as `--model-config-name=gpu` wants it, for a GPU.
+    """Write config.pbtxt for the CPU and, for `--model-config-name=gpu`, that for a GPU.
 
-    The op library is for the CPU alone: in a session on a GPU it would pull nodes off it.
+    Only the CPU's registers the op library: in a session on a GPU it would pull nodes off it.
     """
     (folder / "config.pbtxt").write_text(config + operations + _describe_instances("KIND_CPU"))
     if gpu:
@@ -108,7 +109,7 @@ def _describe(
     *,
     ragged: bool = False,
 ) -> str:
-    """Return a model's configuration, but for its instances.
+    """Return a model's configuration, without its instances.
 
     Args:
         info: The graph.
@@ -117,7 +118,7 @@ def _describe(
         batched: Whether the first axis is the batch, and requests may run together.
         names: Of the tensors, where the backend has its own.
         types: Triton's of our dtypes.
-        ragged: Whether requests of several lengths come to the backend together.
+        ragged: Whether the backend accepts requests of several lengths together.
     """
 
     def describe(kind: str, tensors: Iterable[TensorInfo]) -> str:
@@ -140,8 +141,8 @@ def _describe(
 
 
 def _copy_package(to: Path) -> None:
-    """Copy this package, for a server on which it is not installed."""
+    """Copy this package, for a server without it."""
     # More than one folder: an editable install keeps built files and sources apart.
     for folder in package_folders():
-        ignore = shutil.ignore_patterns(*LEFT_OUT)
+        ignore = shutil.ignore_patterns(*NOT_COPIED)
         shutil.copytree(folder, to, ignore=ignore, dirs_exist_ok=True)

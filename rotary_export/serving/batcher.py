@@ -1,4 +1,4 @@
-"""Adaptive batching: while one run is on, or for a moment that is asked for, requests gather."""
+"""Adaptive batching: requests that arrive during a run, or within a delay, run together."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from rotary_export.serving.core import Array, Arrays, ServedModel
+from rotary_export.serving.core import ServedModel
+from rotary_export.types import Array, Arrays
 
 
 class Batcher:
-    """Runs what waits together, in one thread.
+    """Runs the waiting requests together, in one thread.
 
     Args:
-        served: What runs it.
-        on_take: Called with how many requests were taken together.
-        delay: Seconds that a request waits for company, at most, where no run is on.
+        served: The model.
+        on_batch: Called with the number of requests of each batch.
+        delay: Longest time in seconds that a request waits to be batched while the model is idle.
     """
 
     def __init__(
-        self, served: ServedModel, on_take: Callable[[int], None], delay: float = 0.0
+        self, served: ServedModel, on_batch: Callable[[int], None], delay: float = 0.0
     ) -> None:
         self._served = served
         self._delay = delay
-        self._on_take = on_take
+        self._on_batch = on_batch
         self._waiting: list[tuple[Arrays, asyncio.Future[dict[str, Array]]]] = []
         self._full = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -32,7 +33,7 @@ class Batcher:
         """Run one request.
 
         Raises:
-            RotaryExportError: What is wrong with it.
+            RotaryExportError: The request is invalid.
         """
         future: asyncio.Future[dict[str, Array]] = asyncio.get_running_loop().create_future()
         self._waiting.append((inputs, future))
@@ -49,18 +50,18 @@ class Batcher:
                     with suppress(TimeoutError):
                         await asyncio.wait_for(self._full.wait(), self._delay)
                 size = self._served.max_batch_size
-                taken, self._waiting = self._waiting[:size], self._waiting[size:]
+                batch, self._waiting = self._waiting[:size], self._waiting[size:]
                 if len(self._waiting) < size:
                     self._full.clear()
-                self._on_take(len(taken))
-                requests = [inputs for inputs, _ in taken]
+                self._on_batch(len(batch))
+                requests = [inputs for inputs, _ in batch]
                 results: Sequence[dict[str, Array] | Exception]
                 try:
                     results = await asyncio.to_thread(self._served.run_many, requests)
-                except Exception as error:  # whoever waits must hear of a bug, too
-                    results = [error] * len(taken)
-                for (_, future), result in zip(taken, results, strict=True):
-                    if future.done():  # its client has left
+                except Exception as error:  # a bug; every waiting request gets it
+                    results = [error] * len(batch)
+                for (_, future), result in zip(batch, results, strict=True):
+                    if future.done():  # its client has disconnected
                         continue
                     if isinstance(result, Exception):
                         future.set_exception(result)

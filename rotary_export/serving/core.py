@@ -1,14 +1,15 @@
-"""What every server does with a bundle: check each request by itself, then run them together."""
+"""A served bundle: each request is checked by itself, then they run together."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rotary_export.bundle.dims import BATCH
 from rotary_export.bundle.manifest import (
     GraphInfo,
     Manifest,
@@ -20,13 +21,10 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.runtime.load import load
 from rotary_export.runtime.session import check_session_inputs
 from rotary_export.runtime.tensors import make_bfloat16
+from rotary_export.types import Array, Arrays
 
-Array = np.ndarray[Any, np.dtype[Any]]
-Arrays = Mapping[str, Array]
-
-# Runtimes that are served; the protocol's name of the platform.
+# The protocol's name of each runtime.
 PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "torchscript": "pytorch_torchscript"}
-BATCH = "batch_size"
 MAX_BATCH_SIZE = 64
 DATATYPES = {
     "bool": "BOOL",
@@ -37,22 +35,22 @@ DATATYPES = {
     "float16": "FP16",
     "float32": "FP32",
     "float64": "FP64",
-    "bfloat16": "FP32",  # JSON has no BF16, and half of the protocol's servers neither
+    "bfloat16": "FP32",  # JSON has no BF16, nor have half of the protocol's servers
 }
 
 
 class ServedModel:
-    """One graph of a bundle, and what the Open Inference Protocol says of it.
+    """One graph of a bundle, and its metadata in the Open Inference Protocol.
 
-    Arrays come and go in the protocol's datatypes. bfloat16 has none that every server knows, so it
-    is FP32 there: rounded to bfloat16 on arrival, exact on the way back.
+    Arrays have the protocol's datatypes. No datatype for bfloat16 works in every server, so it is
+    FP32: rounded to bfloat16 in requests, exact in answers.
 
     Args:
         bundle_dir: The bundle's folder.
         graph: Default: "rotate" or "model", whichever the bundle has.
-        runtime: Of PLATFORMS.
+        runtime: A key of PLATFORMS.
         allow_torchscript: Open a TorchScript file, whose code runs here. Without it, an error.
-        max_batch_size: Rows of a run, at most; a request of more runs alone.
+        max_batch_size: Largest number of rows of a run; a request of more runs alone.
         name: Of the model; default: the bundle's.
 
     Attributes:
@@ -60,8 +58,8 @@ class ServedModel:
         kernel_path: As `Session.kernel_path`.
         providers: As `Session.providers`.
         batches: Whether requests run together.
-        max_batch_size: Rows of a run, at most.
-        datatypes: The protocol's, of each output.
+        max_batch_size: Largest number of rows of a run.
+        datatypes: The protocol's datatype of each output.
 
     Raises:
         RotaryExportError: As `load`; or TorchScript is not allowed.
@@ -84,7 +82,7 @@ class ServedModel:
         if runtime == "torchscript" and not allow_torchscript:
             raise RotaryExportError(
                 "a TorchScript file is code that runs here: serve it with --allow-torchscript if "
-                "you know who made it"
+                "you trust its author"
             )
         if max_batch_size < 1:
             raise RotaryExportError(f"max_batch_size must be >= 1, got {max_batch_size}")
@@ -108,11 +106,11 @@ class ServedModel:
         self.datatypes = {info.name: DATATYPES[info.dtype] for info in self._info.outputs}
 
     def decode(self, name: str, datatype: str, shape: Sequence[int], data: Any) -> Array:
-        """Make the array of one input from what a request says of it.
+        """Make the array of one input from its parts in a request.
 
         Args:
             name: Of the input.
-            datatype: The protocol's.
+            datatype: In the protocol.
             shape: Of the input.
             data: Numbers in row-major order, in a list (nested or not) or an array.
 
@@ -120,40 +118,39 @@ class ServedModel:
             The array.
 
         Raises:
-            RotaryExportError: The graph has no such input, the datatype is not its own, or the
-                numbers are not of that datatype or not as many as the shape says.
+            RotaryExportError: The graph has no such input, the datatype is not that of the input,
+                or the numbers do not match the datatype or the shape.
         """
         info = self._find_input(name)
-        wanted = DATATYPES[info.dtype]
-        if datatype != wanted:
-            raise RotaryExportError(f"{name} must have the datatype {wanted}, got {datatype}")
+        expected = DATATYPES[info.dtype]
+        if datatype != expected:
+            raise RotaryExportError(f"{name} must have the datatype {expected}, got {datatype}")
         sizes = tuple(shape)
         if any(size < 0 for size in sizes):
             raise RotaryExportError(f"{name} must have a shape without negatives, got {sizes}")
-        values = _read_numbers(name, data, _find_wire_dtype(info), wanted)
+        values = _read_numbers(name, data, _find_wire_dtype(info), expected)
         count = 1
         for size in sizes:
-            count *= size  # of Python, which does not overflow
+            count *= size  # Python's integers do not overflow
         if values.size != count:
             raise RotaryExportError(
-                f"{name} must have as many numbers as its shape {sizes} says, {count}, got "
-                f"{values.size}"
+                f"{name} must have {count} numbers for its shape {sizes}, got {values.size}"
             )
         return values.reshape(sizes)
 
-    def find_outputs(self, wanted: Sequence[str]) -> list[str]:
+    def find_outputs(self, names: Sequence[str]) -> list[str]:
         """Return the outputs that a request names, or all.
 
         Raises:
             RotaryExportError: The graph has no such output.
         """
-        for name in wanted:
+        for name in names:
             if name not in self.datatypes:
                 raise RotaryExportError(
-                    f"{self._session.graph_name} has no output {name!r}; it gives "
+                    f"{self._session.graph_name} has no output {name!r}; it returns "
                     f"{', '.join(self.datatypes)}"
                 )
-        return list(dict.fromkeys(wanted)) or list(self.datatypes)
+        return list(dict.fromkeys(names)) or list(self.datatypes)
 
     def check(self, inputs: Arrays) -> dict[str, Array]:
         """Check one request.
@@ -162,10 +159,10 @@ class ServedModel:
             inputs: Arrays by name.
 
         Returns:
-            Arrays as the session takes them.
+            Arrays as the session accepts them.
 
         Raises:
-            RotaryExportError: An input is missing, unknown, of a wrong dtype or shape, or out of
+            RotaryExportError: An input is missing, unknown, of a wrong dtype or shape, or outside
                 its limits.
         """
         checked = dict(inputs)
@@ -176,13 +173,13 @@ class ServedModel:
         return checked
 
     def run_many(self, requests: Sequence[Arrays]) -> list[dict[str, Array] | RotaryExportError]:
-        """Run requests, together where that changes no answer; one that fails fails alone.
+        """Run requests, together where that changes no answer; an invalid one fails alone.
 
         Args:
-            requests: Arrays by name, each.
+            requests: Arrays by name, for each request.
 
         Returns:
-            For each request its outputs by name, or what is wrong with it.
+            For each request its outputs by name, or its error.
         """
         results: list[dict[str, Array] | RotaryExportError | None] = [None] * len(requests)
         groups: dict[object, list[tuple[int, dict[str, Array]]]] = {}
@@ -204,7 +201,7 @@ class ServedModel:
     def _find_input(self, name: str) -> TensorInfo:
         if name not in self._inputs:
             raise RotaryExportError(
-                f"{self._session.graph_name} has no input {name!r}; it takes "
+                f"{self._session.graph_name} has no input {name!r}; it accepts "
                 f"{', '.join(self._inputs)}"
             )
         return self._inputs[name]
@@ -215,7 +212,7 @@ class ServedModel:
         return int(inputs[name].shape[self._axes[name]])
 
     def _find_group(self, inputs: Arrays) -> object:
-        """Return what requests that run together have in common: every size but the batch's."""
+        """Return the sizes that requests must share to run together: all but the batch's."""
         assert self._axes is not None
         return tuple(
             size
@@ -227,7 +224,7 @@ class ServedModel:
     def _divide(
         self, group: Sequence[tuple[int, dict[str, Array]]]
     ) -> list[list[tuple[int, dict[str, Array]]]]:
-        """Divide requests into runs of at most so many rows."""
+        """Divide requests into runs of at most `max_batch_size` rows."""
         if not self.batches:
             return [[request] for request in group]
         runs: list[list[tuple[int, dict[str, Array]]]] = []
@@ -244,7 +241,7 @@ class ServedModel:
     def _run_together(
         self, requests: Sequence[dict[str, Array]]
     ) -> list[dict[str, Array] | RotaryExportError]:
-        """Run checked requests in one call; should it fail, each in its own."""
+        """Run checked requests in one call; if it fails, run each by itself."""
         if len(requests) == 1:
             return [self._run_one(requests[0])]
         assert self._axes is not None
@@ -264,7 +261,7 @@ class ServedModel:
             outputs = self._session(**inputs)
         except RotaryExportError as error:
             return error
-        except Exception as error:  # torch lets through what its operators raise
+        except Exception as error:  # an error of a torch operator, of any type
             return RotaryExportError(f"{self._session.graph_name} failed: {error}")
         return {
             info.name: np.asarray(outputs[info.name]).astype(_find_wire_dtype(info), copy=False)
@@ -275,8 +272,8 @@ class ServedModel:
 def find_batch_axes(manifest: Manifest, graph: GraphInfo) -> dict[str, int] | None:
     """Return the batch axis of every input and output; None: requests can't run together.
 
-    They can where every tensor has that axis, and where no row's answer depends on another's: the
-    angles of dynamic and longrope are chosen by the longest sequence of the batch.
+    Every tensor must have that axis, and no row's answer may depend on another row: with dynamic
+    and longrope, the longest sequence of the batch selects the angles.
     """
     rope = manifest.config.get("rope") or {}
     if manifest.config.get("thresholds") or rope.get("rope_type") in ("dynamic", "longrope"):
@@ -299,12 +296,12 @@ def _describe(info: TensorInfo) -> dict[str, Any]:
 
 
 def _read_numbers(name: str, data: Any, dtype: np.dtype[Any], datatype: str) -> Array:
-    """Return numbers as a flat array; what the datatype can't hold is refused, not rounded off."""
-    wrong = RotaryExportError(f"{name} must hold {datatype} numbers")
+    """Return numbers as a flat array; values outside the datatype's range are refused."""
+    wrong = RotaryExportError(f"{name} must contain {datatype} numbers")
     if isinstance(data, np.ndarray) and data.dtype == dtype:
         return data.reshape(-1)
     try:
-        # JSON has no NaN: it is null there.
+        # JSON has no NaN; null stands for it.
         values = np.asarray(data, dtype=np.float64 if dtype.kind == "f" else None).reshape(-1)
     except (ValueError, TypeError, OverflowError):
         raise wrong from None
@@ -320,5 +317,5 @@ def _read_numbers(name: str, data: Any, dtype: np.dtype[Any], datatype: str) -> 
     else:
         fits = cast == values
     if not fits.all():
-        raise RotaryExportError(f"{name} must hold {datatype} numbers, got {values[~fits][0]}")
+        raise RotaryExportError(f"{name} must contain {datatype} numbers, got {values[~fits][0]}")
     return cast

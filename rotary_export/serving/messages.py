@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from rotary_export.errors import RotaryExportError
-from rotary_export.serving.core import DATATYPES, Array, Arrays, ServedModel
+from rotary_export.serving.core import DATATYPES, ServedModel
+from rotary_export.types import Array, Arrays
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # of the JSON that binary tensors follow
 WIRE_DTYPES = {wire: np.dtype(name) for name, wire in DATATYPES.items() if name != "bfloat16"}
-# Where gRPC carries numbers that are not raw; it has no such place for FP16.
+# gRPC's fields of numbers that are not raw; FP16 has none.
 CONTENTS = {
     "BOOL": "bool_contents",
     "UINT8": "uint_contents",
@@ -35,9 +36,9 @@ class InferCall:
 
     Attributes:
         inputs: Arrays by name.
-        outputs: Names of those that are wanted, and whether as binary tensors; none: all of them.
-        binary: Whether outputs that are not named come as binary tensors.
-        id: Sent back with the answer.
+        outputs: The requested names, and whether as binary tensors; empty: all outputs.
+        binary: Whether outputs that are not named are sent as binary tensors.
+        id: Returned with the answer.
     """
 
     inputs: dict[str, Array]
@@ -50,12 +51,12 @@ def read_http(served: ServedModel, body: bytes, header_length: str | None) -> In
     """Read the body of an HTTP request.
 
     Args:
-        served: The model that it is for.
-        body: JSON, followed by binary tensors if `header_length` is there.
+        served: The model.
+        body: JSON, followed by binary tensors if `header_length` is given.
         header_length: The value of HEADER_LENGTH.
 
     Raises:
-        RotaryExportError: It is not what the protocol says, or does not fit the model.
+        RotaryExportError: It is not a message of the protocol, or does not match the model.
     """
     size = len(body)
     if header_length is not None:
@@ -67,7 +68,7 @@ def read_http(served: ServedModel, body: bytes, header_length: str | None) -> In
         size = int(header_length)
     try:
         request = json.loads(body[:size])
-    except ValueError as error:  # json's and unicode's alike
+    except ValueError as error:  # of JSON or of UTF-8
         raise RotaryExportError(f"the body must be JSON: {error}") from None
     except RecursionError:
         raise RotaryExportError("the body must be JSON: it is nested too deep") from None
@@ -89,12 +90,12 @@ def read_http(served: ServedModel, body: bytes, header_length: str | None) -> In
             data, rest = _read_raw(name, datatype, rest[:data_size]), rest[data_size:]
         _add(inputs, name, served.decode(name, datatype, shape, data))
     if len(rest):
-        raise RotaryExportError(f"the body has {len(rest)} bytes more than its inputs take")
+        raise RotaryExportError(f"the body has {len(rest)} bytes after its inputs")
     binary = request.get_parameters().value.get("binary_data_output") is True
     outputs = {}
     for output in request.get_objects("outputs") if "outputs" in request.value else []:
-        wants = output.get_parameters().value.get("binary_data", binary)
-        outputs[output.get_str("name")] = wants is True
+        is_binary = output.get_parameters().value.get("binary_data", binary)
+        outputs[output.get_str("name")] = is_binary is True
     served.find_outputs(list(outputs))
     id_ = request.get_str("id") if "id" in request.value else ""
     return InferCall(inputs, outputs, binary, id_)
@@ -106,7 +107,7 @@ def write_http(
     """Return the body of the answer to an HTTP request, and its headers.
 
     Raises:
-        RotaryExportError: JSON can't say it.
+        RotaryExportError: An output is infinite, which JSON can't represent.
     """
     tensors, raw = [], []
     for name in call.outputs or outputs:
@@ -137,8 +138,8 @@ def read_grpc(served: ServedModel, request: Any) -> InferCall:
     raws = request.raw_input_contents
     if raws and len(raws) != len(request.inputs):
         raise RotaryExportError(
-            f"raw_input_contents must hold one item for each of {len(request.inputs)} inputs, or "
-            f"none at all, got {len(raws)}"
+            f"raw_input_contents must contain one item for each of {len(request.inputs)} inputs, "
+            f"or none at all, got {len(raws)}"
         )
     inputs: dict[str, Array] = {}
     for index, tensor in enumerate(request.inputs):
@@ -199,7 +200,7 @@ class _Object:
     def get_shape(self) -> Sequence[int]:
         shape = self.get("shape", list)
         if any(type(size) is not int for size in shape):
-            raise RotaryExportError(f"shape of {self.where} must hold integers, got {shape}")
+            raise RotaryExportError(f"shape of {self.where} must contain integers, got {shape}")
         return tuple(shape)
 
 
@@ -214,8 +215,8 @@ def _read_raw(name: str, datatype: str, data: bytes | memoryview) -> Array:
     dtype = WIRE_DTYPES.get(datatype, np.dtype("uint8"))
     if len(data) % dtype.itemsize:
         raise RotaryExportError(
-            f"{name} must hold {datatype} numbers of {dtype.itemsize} bytes each, got {len(data)} "
-            "bytes"
+            f"{name} must contain {datatype} numbers of {dtype.itemsize} bytes each, "
+            f"got {len(data)} bytes"
         )
     return np.frombuffer(data, dtype.newbyteorder("<"))
 

@@ -1,14 +1,55 @@
-"""The ports that a server listens on."""
+"""The addresses that a server listens on."""
 
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 
 from rotary_export.errors import RotaryExportError
 
 
+@dataclass(frozen=True)
+class Addresses:
+    """A host and its ports.
+
+    Attributes:
+        host: A name or an address.
+        http_port: Of HTTP.
+        grpc_port: Of gRPC.
+        metrics_port: Of Prometheus metrics.
+    """
+
+    host: str
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+
+    @property
+    def url_host(self) -> str:
+        """The host as URLs write it: an IPv6 address in brackets."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    def describe(self, name: str, state: str, metrics_host: str | None = None) -> str:
+        """Return the line that a server prints once it is ready.
+
+        Args:
+            name: Of the model.
+            state: The kernel path, and other facts.
+            metrics_host: Of the metrics; default: the same host.
+        """
+        return (
+            f"serving {name} ({state}) on http://{self.url_host}:{self.http_port}, "
+            f"grpc://{self.url_host}:{self.grpc_port}, "
+            f"metrics http://{metrics_host or self.url_host}:{self.metrics_port}/metrics"
+        )
+
+
 def find_ports(host: str, *ports: int) -> list[int]:
-    """Return the ports, free ones for those that are 0; one that is taken is an error."""
+    """Return the ports, with a free port for each 0.
+
+    Raises:
+        RotaryExportError: A port is already in use, or the host is not an address of this machine.
+    """
     found, sockets = [], []
     try:
         for port in ports:

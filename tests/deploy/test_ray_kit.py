@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
 from helpers.bundles import get_bundle
 from helpers.processes import wait_for
-from helpers.serving_runs import make_environment
-from helpers.target_runs import Row, read_version, record, require
+from helpers.serving_runs import RAY, make_environment, run_serve
+from helpers.target_runs import Row, read_version, record
 
 from rotary_export.deploy.deploy import deploy
 from rotary_export.serving.ports import find_ports
@@ -22,7 +23,7 @@ from rotary_export.serving.ray.reaper import start_reaper
 
 @pytest.fixture(scope="module")
 def python():
-    return require("ray") / "venv" / "bin" / "python"
+    return RAY.python
 
 
 def test_kit(python, tmp_path):
@@ -81,23 +82,19 @@ def is_up(url):
         return False
 
 
-def test_what_a_newcomer_gets_wrong_is_one_line(tmp_path):
-    bundle, engine = str(get_bundle("plain").path), ["--engine", "ray"]
+def test_without_ray_the_command_names_what_to_install(tmp_path):
+    bundle = str(get_bundle("plain").path)
     cases = [
-        (": pip install 'rotary_export[ray]'", [bundle, *engine]),
+        (": pip install 'rotary_export[ray]'", [bundle, "--engine", "ray"]),
         ("--replicas must be 1 for the engine mlserver, got 2", [bundle, "--replicas", "2"]),
     ]
     for message, arguments in cases:
-        run = subprocess.run(
-            [sys.executable, "-m", "rotary_export", "serve", *arguments],
-            env=make_environment(tmp_path), cwd=tmp_path, capture_output=True, text=True,
-            check=False, timeout=60,
-        )  # fmt: skip
+        run = run_serve(Path(sys.executable), tmp_path, *arguments)
         assert (run.returncode, run.stdout) == (2, ""), run.stderr
         assert message in run.stderr
 
 
-def test_what_can_not_be_served_is_one_line(python, tmp_path):
+def test_a_mistake_at_the_start_is_one_line(python, tmp_path):
     bundle = str(get_bundle("plain").path)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -109,11 +106,7 @@ def test_what_can_not_be_served_is_one_line(python, tmp_path):
             ("needs a free port", [bundle, "--grpc-port", port]),
         ]
         for message, arguments in cases:
-            run = subprocess.run(
-                [python, "-m", "rotary_export", "serve", "--engine", "ray", *arguments],
-                env=make_environment(tmp_path), cwd=tmp_path, capture_output=True, text=True,
-                check=False, timeout=60,
-            )  # fmt: skip
+            run = run_serve(python, tmp_path, "--engine", "ray", *arguments)
             assert (run.returncode, run.stdout) == (2, ""), run.stderr
             assert message in run.stderr
             assert run.stderr.count("\n") == 1, run.stderr

@@ -78,7 +78,7 @@ LAYERS = {"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_att
         (
             make_values("yarn") | {"model_type": "mine"},
             (),
-            "layout of its model_type is not known: say --interleaved or --half",
+            "layout of its model_type is not known: pass --interleaved or --half",
         ),
         (make_values("yarn") | {"rope_parameters": {"rope_type": "x"}}, (), "got 'x' in the rope"),
     ],

@@ -28,7 +28,7 @@ def get_served(bundle="plain", **options):
 
 
 def spoil(inputs):
-    """Put an id where there is no row."""
+    """Put in an id outside the tables."""
     ids = inputs["position_ids"].copy()
     ids[-1, -1] = 99
     return inputs | {"position_ids": ids}
@@ -82,7 +82,7 @@ def test_only_equal_sizes_run_together(monkeypatch):
     assert runs == [4, 3, 3]
 
 
-def test_runs_have_at_most_so_many_rows(monkeypatch):
+def test_runs_have_at_most_n_rows(monkeypatch):
     served = get_served(max_batch_size=4)
     requests = [make_arrays("plain", batch=b, seed=b) for b in (3, 1, 1, 9, 2)]
     runs = watch_runs(served, monkeypatch)
@@ -90,7 +90,7 @@ def test_runs_have_at_most_so_many_rows(monkeypatch):
     assert runs == [4, 1, 9, 2]
 
 
-def test_a_run_that_fails_is_taken_apart(monkeypatch):
+def test_requests_of_a_failed_run_run_one_by_one(monkeypatch):
     served = get_served()
     requests = [make_arrays("plain", batch=1, seed=seed) for seed in range(3)]
     run = served._session._run
@@ -119,7 +119,7 @@ def test_a_whole_model():
 
 
 @pytest.mark.parametrize("name", ["longrope", "dynamic"])
-def test_where_the_longest_row_chooses_the_angles_nothing_runs_together(name):
+def test_requests_run_alone_where_the_longest_row_selects_the_angles(name):
     rope = make_scaled_rope(name)
     path = make_folder() / f"served-{name}"
     rotary_export.export(rope, path, max_seq_len=40, num_heads=4, num_kv_heads=2, formats=("onnx",))
@@ -186,20 +186,23 @@ def test_bfloat16_is_float32_on_the_wire():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (("q", "FP32", [1], [1]), "rotate has no input 'q'; it takes query, key, position_ids"),
+        (("q", "FP32", [1], [1]), "rotate has no input 'q'; it accepts query, key, position_ids"),
         (("query", "FP16", [1], [1]), "query must have the datatype FP32, got FP16"),
-        (("query", "FP32", [2, 2], [1, 2, 3]), "its shape (2, 2) says, 4, got 3"),
+        (
+            ("query", "FP32", [2, 2], [1, 2, 3]),
+            "query must have 4 numbers for its shape (2, 2), got 3",
+        ),
         (("query", "FP32", [-1], [1]), "query must have a shape without negatives, got (-1,)"),
-        (("query", "FP32", [2**40] * 2, [1]), "says, 1208925819614629174706176, got 1"),
-        (("query", "FP32", [1], [1e40]), "query must hold FP32 numbers, got 1e+40"),
-        (("query", "FP32", [2], [[1], [1, 2]]), "query must hold FP32 numbers"),
-        (("query", "FP32", [1], ["a"]), "query must hold FP32 numbers"),
-        (("query", "FP32", [1], {"a": 1}), "query must hold FP32 numbers"),
-        (("position_ids", "INT64", [1], [1.5]), "position_ids must hold INT64 numbers"),
-        (("position_ids", "INT64", [1], [True]), "position_ids must hold INT64 numbers"),
-        (("position_ids", "INT64", [1], [None]), "position_ids must hold INT64 numbers"),
-        (("position_ids", "INT64", [1], [2**63]), "position_ids must hold INT64 numbers"),
-        (("position_ids", "INT64", [1], [2**70]), "position_ids must hold INT64 numbers"),
+        (("query", "FP32", [2**40] * 2, [1]), "must have 1208925819614629174706176 numbers"),
+        (("query", "FP32", [1], [1e40]), "query must contain FP32 numbers, got 1e+40"),
+        (("query", "FP32", [2], [[1], [1, 2]]), "query must contain FP32 numbers"),
+        (("query", "FP32", [1], ["a"]), "query must contain FP32 numbers"),
+        (("query", "FP32", [1], {"a": 1}), "query must contain FP32 numbers"),
+        (("position_ids", "INT64", [1], [1.5]), "position_ids must contain INT64 numbers"),
+        (("position_ids", "INT64", [1], [True]), "position_ids must contain INT64 numbers"),
+        (("position_ids", "INT64", [1], [None]), "position_ids must contain INT64 numbers"),
+        (("position_ids", "INT64", [1], [2**63]), "position_ids must contain INT64 numbers"),
+        (("position_ids", "INT64", [1], [2**70]), "position_ids must contain INT64 numbers"),
     ],
 )
 def test_decode_refuses(call, message):
@@ -207,14 +210,14 @@ def test_decode_refuses(call, message):
         get_served().decode(*call)
 
 
-def test_decode_takes_nested_lists_arrays_and_no_numbers():
+def test_decode_accepts_nested_lists_arrays_and_no_numbers():
     served = get_served()
     flat, nested = [1, 2.5, None, 4], [[1, 2.5], [None, 4]]
     want = np.array([[1, 2.5], [np.nan, 4]], np.float32)
     for data in (flat, nested, want):
         np.testing.assert_array_equal(served.decode("query", "FP32", [2, 2], data), want)
     assert served.decode("position_ids", "INT64", [0, 3], []).shape == (0, 3)
-    with pytest.raises(RotaryExportError, match="no output 'x'; it gives query_out, key_out"):
+    with pytest.raises(RotaryExportError, match="no output 'x'; it returns query_out, key_out"):
         served.find_outputs(["x"])
     assert served.find_outputs([]) == ["query_out", "key_out"]
 
@@ -248,30 +251,30 @@ def test_torchscript_is_opened_only_where_allowed():
 
 
 def run_together(served, requests, delay=0.0):
-    """Send requests at once; return results and how many were taken each time."""
-    taken = []
+    """Send requests at once; return results, and the number of requests of each batch."""
+    batches = []
 
     async def send():
-        batcher = Batcher(served, taken.append, delay)
+        batcher = Batcher(served, batches.append, delay)
         calls = (batcher.run(request) for request in requests)
         return await asyncio.gather(*calls, return_exceptions=True)
 
-    return asyncio.run(send()), taken
+    return asyncio.run(send()), batches
 
 
 @pytest.mark.parametrize("delay", [0.0, 60.0])
-def test_batcher_takes_what_waits(delay):
+def test_batcher_runs_waiting_requests_together(delay):
     served = get_served(max_batch_size=8)
     requests = [make_arrays("plain", batch=1, seed=seed) for seed in range(16)]
     requests[3] = spoil(requests[3])
-    results, taken = run_together(served, requests, delay)  # full: it does not wait for 60 s
-    assert taken == [8, 8]
+    results, batches = run_together(served, requests, delay)  # full: it does not wait for 60 s
+    assert batches == [8, 8]
     assert isinstance(results.pop(3), RotaryExportError)
     del requests[3]
     check_eager("plain", requests, results)
 
 
-def test_batcher_goes_on_after_a_client_left_and_after_a_bug(monkeypatch):
+def test_batcher_continues_after_a_disconnect_and_after_a_bug(monkeypatch):
     served, request = get_served(), make_arrays("plain")
 
     async def leave():

@@ -1,4 +1,4 @@
-"""The embedded server: MLServer in this process, with one model."""
+"""`rotary-export serve`: MLServer in this process, with one model."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
+from rotary_export.compat.servers import get_http_app
 from rotary_export.errors import RotaryExportError
 from rotary_export.serving.options import Options
-from rotary_export.serving.ports import find_ports
+from rotary_export.types import Progress
 
 try:
     import mlserver
     from mlserver.errors import MLServerError, ModelNotFound
     from mlserver.repository import ModelRepository
 
-    from rotary_export.serving.http_guard import add_guards
+    from rotary_export.serving.mlserver.http_guard import add_guards
     from rotary_export.serving.mlserver.model import RotaryModel, opened
 except ImportError as error:
     raise RotaryExportError(
@@ -29,13 +31,13 @@ _POLL_S = 0.05
 
 
 class _NoRefusals(logging.Filter):
-    """Lets through all but what a client was told: it is no trouble of the server's."""
+    """Drops errors that were returned to a client: they are not errors of the server."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (record.exc_info and isinstance(record.exc_info[1], MLServerError))
 
 
-# Of MLServer and uvicorn: troubles alone, on standard error.
+# MLServer and uvicorn: warnings and errors only, on standard error.
 _LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
@@ -49,7 +51,7 @@ _LOGGING = {
 
 
 class _OneModel(ModelRepository):  # type: ignore[misc]  # mlserver has no types
-    """The repository: this model; a client can name no other to be loaded."""
+    """A repository of this model only: a client can't load another."""
 
     def __init__(self, root: str, settings: Any) -> None:
         self._settings = settings
@@ -63,19 +65,19 @@ class _OneModel(ModelRepository):  # type: ignore[misc]  # mlserver has no types
         return [self._settings]
 
 
-def serve(options: Options, say: Callable[[str], None]) -> None:
-    """Serve a bundle until SIGTERM or SIGINT; requests that are in are answered first.
+def serve(options: Options, report_ready: Progress) -> None:
+    """Serve a bundle until SIGTERM or SIGINT; in-flight requests are completed first.
 
     Args:
         options: What to serve, and where.
-        say: Called with one line, once the server answers.
+        report_ready: Called with one line, once every port answers.
 
     Raises:
-        RotaryExportError: The bundle can't be served, or a port is taken.
+        RotaryExportError: The bundle can't be served, or a port is already in use.
     """
     served = options.open()
-    name, host = served.metadata["name"], options.host
-    ports = find_ports(host, options.http_port, options.grpc_port, options.metrics_port)
+    name = served.metadata["name"]
+    addresses = options.find_addresses()
     opened[name] = served
     model = mlserver.ModelSettings(
         name=name,
@@ -84,40 +86,28 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
         parameters={
             "uri": str(options.bundle),
             "version": served.metadata["versions"][0],
-            "extra": {
-                "graph": options.graph,
-                "runtime": options.runtime,
-                "allow_torchscript": options.allow_torchscript,
-                "max_batch_size": options.max_batch_size,
-                "max_batch_delay_ms": options.max_batch_delay_ms,
-            },
+            "extra": options.to_arguments(),
         },
     )
     limit = options.max_request_mib * _MIB
     settings = mlserver.Settings(
         debug=False,
-        gzip_enabled=False,  # it takes ten times as long as all the rest
+        gzip_enabled=False,  # ten times slower than everything else together
         logging_settings=_LOGGING,
         server_name="rotary_export",
         parallel_workers=0,
-        host=host,
-        http_port=ports[0],
-        grpc_port=ports[1],
-        metrics_port=ports[2],
+        **asdict(addresses),
         grpc_max_message_length=limit,
         model_repository_implementation=_OneModel,
         model_repository_implementation_args={"settings": model},
     )
-    where = (
-        f"serving {name} ({served.kernel_path}) on http://{host}:{ports[0]}, "
-        f"grpc://{host}:{ports[1]}, metrics http://{host}:{ports[2]}/metrics"
-    )
-    asyncio.run(_run(settings, model, limit, lambda: say(where)))
+    line = addresses.describe(name, served.kernel_path)
+    asyncio.run(_run(settings, model, limit, lambda: report_ready(line)))
 
 
 async def _run(settings: Any, model: Any, limit: int, ready: Callable[[], None]) -> None:
-    server = mlserver.MLServer(settings)  # it takes the signals
-    add_guards(server._rest_server._app, limit)
+    server = mlserver.MLServer(settings)  # it handles the signals
+    add_guards(get_http_app(server), limit)
     announced = asyncio.create_task(_announce(settings, model.name, ready))
     try:
         await server.start([model])

@@ -12,32 +12,31 @@ from mlserver.errors import InferenceError
 from mlserver.utils import get_model_uri
 
 from rotary_export.errors import RotaryExportError
-from rotary_export.serving.batcher import Batcher
 from rotary_export.serving.core import ServedModel
-from rotary_export.serving.metrics import get_metrics
+from rotary_export.serving.mlserver.metrics import get_metrics
+from rotary_export.serving.options import ModelOptions
 
-opened: dict[str, ServedModel] = {}  # by name: what `serve` has opened, until it is taken
+opened: dict[str, ServedModel] = {}  # by name: models that `serve` has opened, until they load
 
 
 class RotaryModel(mlserver.MLModel):  # type: ignore[misc]  # mlserver has no types
     """One graph of a bundle.
 
-    Of model-settings.json, `parameters.uri` is the bundle's folder, `parameters.extra` has the
-    arguments of `ServedModel` and `max_batch_delay_ms`. MLServer's own batching stays off: it joins
-    requests before anyone has looked at them, and one bad id fails all.
+    In model-settings.json, `parameters.uri` is the bundle's folder and `parameters.extra` contains
+    the options: those of `ModelOptions`. MLServer's own batching stays off: it joins requests
+    before they are checked, so that one bad id would fail all.
     """
 
     async def load(self) -> bool:
         """Open the bundle."""
-        arguments = dict(self.settings.parameters.extra or {})
-        delay = arguments.pop("max_batch_delay_ms", 0) / 1000
-        served = opened.pop(self.name, None) or ServedModel(
-            await get_model_uri(self.settings), **arguments, name=self.name
-        )
+        options = ModelOptions(**(self.settings.parameters.extra or {}) | {"name": self.name})
+        served = opened.pop(self.name, None)
+        if served is None:
+            served = options.open_bundle(await get_model_uri(self.settings))
         kernel_path, together = get_metrics()
         kernel_path.labels(model=self.name, kernel_path=served.kernel_path).set(1)
         self._served = served
-        self._batcher = Batcher(served, together.labels(model=self.name).observe, delay)
+        self._batcher = options.make_batcher(served, together.labels(model=self.name).observe)
         self.settings.platform = served.metadata["platform"]
         self.settings.versions = served.metadata["versions"]
         self.inputs, self.outputs = (
@@ -47,12 +46,14 @@ class RotaryModel(mlserver.MLModel):  # type: ignore[misc]  # mlserver has no ty
         return True
 
     async def predict(self, payload: Any) -> Any:
-        """Answer one request; it is checked by itself, and run with those that wait beside it."""
+        """Check one request by itself, then run it together with those that are waiting."""
         try:
             inputs = {}
             for tensor in payload.inputs:
                 if tensor.name in inputs:
-                    raise RotaryExportError(f"the input {tensor.name!r} is given twice")
+                    raise RotaryExportError(
+                        f"the input {tensor.name!r} must be given once, got it twice"
+                    )
                 data = getattr(tensor.data, "root", tensor.data)
                 inputs[tensor.name] = self._served.decode(
                     tensor.name, tensor.datatype, tensor.shape, data
@@ -84,7 +85,7 @@ def _is_json(payload: Any) -> bool:
 
 
 def _refuse_infinite(outputs: Mapping[str, Any]) -> None:
-    """Refuse what JSON can't say: it would be null, which is a NaN."""
+    """Refuse infinities, which JSON lacks: they would be null, which is NaN."""
     for name, value in outputs.items():
         if value.dtype.kind == "f" and np.isinf(value).any():
             raise RotaryExportError(f"{name} must be finite for JSON, got inf; use gRPC")

@@ -1,7 +1,7 @@
 """A bundle as an application of Ray Serve: HTTP and gRPC requests, run in batches by replicas.
 
-`rotary-export serve --engine ray` starts it on one machine; on a cluster a config file does, with
-`build_app` (the kit that `rotary-export deploy ray` writes).
+`rotary-export serve --engine ray` starts it on one machine. On a cluster, a config file starts it
+through `build_app`: see the kit that `rotary-export deploy ray` writes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from tritonclient.grpc import service_pb2 as pb
 
 from rotary_export.errors import RotaryExportError
 from rotary_export.package import __version__
-from rotary_export.serving.batcher import Batcher
-from rotary_export.serving.core import ServedModel
 from rotary_export.serving.messages import (
     HEADER_LENGTH,
     read_grpc,
@@ -28,15 +26,16 @@ from rotary_export.serving.messages import (
     write_grpc,
     write_http,
 )
+from rotary_export.serving.metrics import BUCKETS, KERNEL_PATH, REQUESTS_TOGETHER
+from rotary_export.serving.options import MAX_REQUEST_MIB, ModelOptions
 
 SERVER = {"name": "rotary_export", "version": __version__}
 EXTENSIONS = ["binary_tensor_data"]
-MAX_REQUEST_MIB = 64
-ONGOING = 256  # requests that a replica takes at a time, so that they can run together
+ONGOING = 256  # requests in a replica at a time, so that they can run together
 
 
 class RefusedError(RotaryExportError):
-    """A request that gets an answer of its own kind: (HTTP status, gRPC status, message)."""
+    """A refused request: (HTTP status, gRPC status, message)."""
 
     def __init__(self, http: int, code: grpc.StatusCode, message: str) -> None:
         super().__init__(message)
@@ -49,37 +48,28 @@ class OpenInference:
 
     Args:
         bundle_dir: The bundle's folder, on the replica's machine.
-        max_request_mib: Of a request's body over HTTP; one that is larger is refused.
-        max_batch_delay_ms: As `Options`.
-        **options: As `ServedModel`.
+        max_request_mib: Largest body of a request over HTTP; a larger one is refused.
+        **options: As `ModelOptions`.
     """
 
     def __init__(
         self,
         bundle_dir: str,
         max_request_mib: int = MAX_REQUEST_MIB,
-        max_batch_delay_ms: float = 0,
         **options: Any,
     ) -> None:
-        self._served = ServedModel(bundle_dir, **options)
+        model_options = ModelOptions(**options)
+        self._served = model_options.open_bundle(bundle_dir)
         self._largest_body = max_request_mib << 20
         labels = {
             "model": self._served.metadata["name"],
             "kernel_path": self._served.kernel_path,
         }
-        # Kept, or Ray would forget it. Ray writes ray_ before the names.
-        self._gauge = Gauge(
-            "rotary_export_kernel_path",
-            "What computes the rotary nodes; the value is 1.",
-            tag_keys=tuple(labels),
-        )
+        # Kept, or Ray would drop it. Ray prefixes the names with ray_.
+        self._gauge = Gauge(*KERNEL_PATH, tag_keys=tuple(labels))
         self._gauge.set(1, tags=labels)
-        together = Histogram(
-            "rotary_export_requests_together",
-            "Requests that were taken from the queue together",
-            boundaries=[1, 2, 4, 8, 16, 32, 64, 128],
-        )
-        self._batcher = Batcher(self._served, together.observe, max_batch_delay_ms / 1000)
+        together = Histogram(*REQUESTS_TOGETHER, boundaries=list(BUCKETS))
+        self._batcher = model_options.make_batcher(self._served, together.observe)
 
     async def __call__(self, request: Request) -> Response:
         """Answer an HTTP request."""
@@ -111,7 +101,9 @@ class OpenInference:
                 )
                 return Response(content, headers=headers)
         raise RefusedError(
-            404, grpc.StatusCode.NOT_FOUND, f"there is no {request.method} {request.url.path}"
+            404,
+            grpc.StatusCode.NOT_FOUND,
+            f"{request.method} {request.url.path} is not part of the protocol",
         )
 
     async def answer(self, method: str, request: bytes) -> tuple[Any, grpc.StatusCode, str]:
@@ -122,7 +114,7 @@ class OpenInference:
             request: Its message.
 
         Returns:
-            The answer (empty if it failed), the status and what is wrong.
+            The answer (empty if it failed), the status and the error's message.
         """
         parse, respond, empty = METHODS[method]
         try:
@@ -132,7 +124,7 @@ class OpenInference:
         except RotaryExportError as error:
             return empty(), grpc.StatusCode.INVALID_ARGUMENT, str(error)
         except DecodeError:
-            return empty(), grpc.StatusCode.INVALID_ARGUMENT, f"{method} must hold its message"
+            return empty(), grpc.StatusCode.INVALID_ARGUMENT, f"{method} must contain its message"
 
     async def answer_bytes(self, method: str, request: bytes) -> tuple[bytes, grpc.StatusCode, str]:
         """Answer as `answer`, with bytes: a message of tritonclient's can't be pickled."""
@@ -151,18 +143,18 @@ class OpenInference:
     async def _describe_server(self, _: Any) -> Any:
         return pb.ServerMetadataResponse(**SERVER, extensions=EXTENSIONS)
 
-    async def _say_live(self, _: Any) -> Any:
+    async def _report_live(self, _: Any) -> Any:
         return pb.ServerLiveResponse(live=True)
 
-    async def _say_ready(self, _: Any) -> Any:
+    async def _report_ready(self, _: Any) -> Any:
         return pb.ServerReadyResponse(ready=True)
 
-    async def _say_model_ready(self, request: Any) -> Any:
+    async def _report_model_ready(self, request: Any) -> Any:
         self._check_name(request.name, request.version)
         return pb.ModelReadyResponse(ready=True)
 
     def get_kernel_path(self) -> str:
-        """Return what computes the rotary nodes."""
+        """Return the kernel path: what computes the rotary nodes."""
         return self._served.kernel_path
 
     def _check_name(self, name: str, version: str = "") -> None:
@@ -172,19 +164,18 @@ class OpenInference:
             raise RefusedError(
                 404,
                 grpc.StatusCode.NOT_FOUND,
-                f"there is no model {name!r}{version}; this server has {known['name']!r} version "
-                f"{', '.join(known['versions'])}",
+                f"the model {name!r}{version} does not exist; this server has {known['name']!r} "
+                f"version {', '.join(known['versions'])}",
             )
 
 
-# The protocol's gRPC methods: what reads the message of each, what answers it, and the message of a
-# failure.
+# The protocol's gRPC methods: the parser of each, its handler, and the answer to a failed call.
 METHODS: dict[str, tuple[Callable[[bytes], Any], Callable[..., Any], Callable[[], Any]]] = {
     name: (getattr(pb, f"{name}Request").FromString, respond, getattr(pb, f"{name}Response"))
     for name, respond in {
-        "ServerLive": OpenInference._say_live,
-        "ServerReady": OpenInference._say_ready,
-        "ModelReady": OpenInference._say_model_ready,
+        "ServerLive": OpenInference._report_live,
+        "ServerReady": OpenInference._report_ready,
+        "ModelReady": OpenInference._report_model_ready,
         "ServerMetadata": OpenInference._describe_server,
         "ModelMetadata": OpenInference._describe_model,
         "ModelInfer": OpenInference._infer_grpc,
@@ -208,7 +199,7 @@ def build_app(args: Mapping[str, Any], num_replicas: int = 1) -> serve.Applicati
     """Return the application, for `serve.run` or a config file.
 
     Args:
-        args: `bundle_dir`, and what else `OpenInference` takes.
+        args: `bundle_dir`, and other arguments of `OpenInference`.
         num_replicas: A config file overrides it.
     """
     deployment = serve.deployment(
@@ -244,13 +235,13 @@ def _is_call(path: list[str], call: str) -> bool:
 
 
 def _make_error(status: int, message: str) -> Response:
-    # After a body that was not read there may be no other request.
+    # A body that was not read must not be parsed as the next request.
     headers = {"Connection": "close"} if status in (413, 415) else None
     return JSONResponse({"error": message}, status, headers)
 
 
 async def _read_body(request: Request, largest: int) -> bytes:
-    """Return the body; one that is too large, or says that it will be, is refused early."""
+    """Return the body; one that is too large, or announces it, is refused early."""
     if request.headers.get("content-encoding", "identity") != "identity":
         raise RefusedError(415, grpc.StatusCode.INVALID_ARGUMENT, "the body must not be compressed")
     too_large = RefusedError(

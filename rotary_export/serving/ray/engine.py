@@ -13,13 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+from rotary_export.compat.servers import get_ray_settings
 from rotary_export.errors import RotaryExportError
 from rotary_export.serving.options import Options
-from rotary_export.serving.ports import find_ports
+from rotary_export.serving.ports import Addresses
 from rotary_export.serving.ray.reaper import start_reaper
+from rotary_export.types import Progress
 
-# Read when Ray is imported. With the first, Ray's own sockets stay on the loopback interface (the
-# name notwithstanding, on Linux too); what they take must carry a token, new for each start.
+# Read when Ray is imported. The first keeps Ray's own sockets on the loopback interface (on Linux
+# too, in spite of its name). A new token for each start authenticates what they accept.
 os.environ.update(
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     RAY_AUTH_MODE="token",
@@ -42,42 +44,33 @@ except ImportError as error:
 APPLICATION = "rotary_export"
 OBJECT_STORE_BYTES = 128 << 20
 CALLS = 128  # of gRPC at a time
-STOP_S = 5  # that calls get to end
+STOP_S = 5  # for calls to end
 
 
-def serve(options: Options, say: Callable[[str], None]) -> None:
-    """Serve a bundle until SIGTERM or SIGINT; nothing of Ray is left running.
+def serve(options: Options, report_ready: Progress) -> None:
+    """Serve a bundle until SIGTERM or SIGINT; no process of Ray remains.
 
     Args:
         options: What to serve, and where.
-        say: Called with one line, once the server answers.
+        report_ready: Called with one line, once every port answers.
 
     Raises:
-        RotaryExportError: The bundle can't be served, or a port is taken.
+        RotaryExportError: The bundle can't be served, or a port is already in use.
     """
-    served = options.open()  # what is wrong with the bundle is said here, not by a replica
-    name = served.metadata["name"]
-    http_port, grpc_port, metrics_port = find_ports(
-        options.host, options.http_port, options.grpc_port, options.metrics_port
-    )
+    name = options.open().metadata["name"]  # raises here, not in a replica
+    addresses = options.find_addresses()
     args = {
         "bundle_dir": str(options.bundle.absolute()),
-        "graph": options.graph,
-        "runtime": options.runtime,
-        "allow_torchscript": options.allow_torchscript,
-        "max_batch_size": options.max_batch_size,
-        "max_batch_delay_ms": options.max_batch_delay_ms,
-        "name": options.name,
         "max_request_mib": options.max_request_mib,
+        **options.to_arguments(),
     }
-    del served
     for logger in ("ray", "ray.serve"):
         logging.getLogger(logger).setLevel(logging.WARNING)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
-    folder = tempfile.mkdtemp(prefix="ray-")  # short: it holds sockets
+    folder = tempfile.mkdtemp(prefix="ray-")  # a short path: it contains sockets
     server = None
-    # SystemExit: of Ray's own handler of SIGTERM, while it starts.
+    # SystemExit: Ray's own handler of SIGTERM raises it during the start.
     with start_reaper(folder), suppress(KeyboardInterrupt, SystemExit):
         try:
             ray.init(
@@ -87,28 +80,25 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
                 object_store_memory=OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
-                _metrics_export_port=metrics_port,
-                _temp_dir=folder,
+                **get_ray_settings(folder, addresses.metrics_port),
             )
             signal.signal(signal.SIGTERM, _interrupt)  # Ray has set its own
             ray_serve.start(
-                proxy_location="HeadOnly", http_options={"host": options.host, "port": http_port}
+                proxy_location="HeadOnly",
+                http_options={"host": addresses.host, "port": addresses.http_port},
             )
             app = build_app(args, options.replicas)
             handle = ray_serve.run(app, name=APPLICATION, route_prefix="/")
             kernel_path = handle.get_kernel_path.remote().result()
-            host = f"[{options.host}]" if ":" in options.host else options.host
-            server = _start_grpc(handle, f"{host}:{grpc_port}", options.max_request_mib << 20)
+            server = _start_grpc(handle, addresses, options.max_request_mib << 20)
             replicas = "1 replica" if options.replicas == 1 else f"{options.replicas} replicas"
-            say(
-                f"serving {name} ({kernel_path}, {replicas}) on http://{host}:{http_port}, "
-                f"grpc://{host}:{grpc_port}, metrics http://127.0.0.1:{metrics_port}/metrics"
-            )
+            state = f"{kernel_path}, {replicas}"
+            report_ready(addresses.describe(name, state, metrics_host="127.0.0.1"))
             threading.Event().wait()  # for a signal
         finally:
             if server is not None:
                 server.stop(STOP_S).wait()
-                ray_serve.delete(APPLICATION)  # replicas end what they have begun
+                ray_serve.delete(APPLICATION)  # replicas complete their requests
             ray.shutdown()
 
 
@@ -116,10 +106,10 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _start_grpc(handle: Any, address: str, largest: int) -> Any:
-    """Start a gRPC server that hands calls to replicas.
+def _start_grpc(handle: Any, addresses: Addresses, largest: int) -> Any:
+    """Start a gRPC server that forwards calls to replicas.
 
-    Ray's own gRPC proxy can't be told what address to listen on: it is on every interface.
+    Ray's own gRPC proxy always listens on every interface.
     """
     server = grpc.server(
         ThreadPoolExecutor(CALLS),
@@ -130,13 +120,13 @@ def _start_grpc(handle: Any, address: str, largest: int) -> Any:
         ],
     )
     add_open_inference(_Front(handle), server)
-    server.add_insecure_port(address)
+    server.add_insecure_port(f"{addresses.url_host}:{addresses.grpc_port}")
     server.start()
     return server
 
 
 class _Front:
-    """Hands the calls of the protocol's service to replicas."""
+    """Forwards the calls of the protocol's service to replicas."""
 
     def __init__(self, handle: Any) -> None:
         for name in METHODS:

@@ -31,7 +31,7 @@ async function main() {
   showDrawing(graph, inputs, outputs);
   const passed = results.every((result) => result.passed);
   globalThis.report = { version: ort.env.versions.web, results }; // for check.mjs
-  finish(passed ? "passed" : "failed", passed ? "passed" : "failed: not what was expected");
+  finish(passed ? "passed" : "failed", passed ? "passed" : "failed: an output differs");
 }
 
 async function importRuntime() {
@@ -104,7 +104,7 @@ function showPairs({ manifest }, inputs, outputs) {
   find("h2").textContent = "Each pair of channels, before and after";
   find("#legend").innerHTML =
     '<span class="swatch before"></span>before &emsp; <span class="swatch after"></span>after, as ' +
-    "onnxruntime-web gives it &emsp; below: the angle between them, which grows with the position " +
+    "onnxruntime-web computes it &emsp; below: the angle between them, which grows with the position " +
     "id, fast in the first pairs and slowly in the last";
   redraw();
 }

@@ -10,7 +10,7 @@ const TYPES = {
   ".html": "text/html; charset=utf-8",
   ".json": "application/json",
   ".mjs": "text/javascript",
-  ".wasm": "application/wasm", // of another type, it would be compiled only once all is there
+  ".wasm": "application/wasm", // with another type, compilation starts only after the whole file
 };
 
 /**

@@ -2,13 +2,12 @@
 //
 //   run GRAPH.aoti.pt2 signature.txt FOLDER...
 //
-// Of each FOLDER, NAME.npy are the inputs; outputs go to FOLDER/out/NAME.npy, and are compared with
-// FOLDER/expected/NAME.npy where that is there.
+// NAME.npy in each FOLDER are the inputs. Outputs go to FOLDER/out/NAME.npy and are compared with
+// FOLDER/expected/NAME.npy, where that file exists.
 #include <ATen/Version.h>
-#include <c10/core/InferenceMode.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
-#include <iostream>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -35,24 +34,9 @@ void CheckMachine(const std::string& package) {
 }
 
 int main(int argc, char** argv) {
-  if (argc < 4) {
-    std::cerr << "usage: run GRAPH.aoti.pt2 signature.txt FOLDER...\n";
-    return 2;
-  }
-  try {
-    const Signature signature = ReadSignature(argv[2]);
-    CheckMachine(argv[1]);
-    AOTIModelPackageLoader loader(argv[1]);
-    for (int i = 3; i < argc; ++i) {
-      const std::vector<at::Tensor> inputs = ReadInputs(signature, argv[i]);
-      const c10::InferenceMode guard;
-      WriteOutputs(signature, argv[i], loader.run(inputs));
-    }
-  } catch (const c10::Error& error) {
-    std::cerr << "error: " << Describe(error) << "\n";
-    return 1;
-  } catch (const std::exception& error) {
-    std::cerr << "error: " << error.what() << "\n";
-    return 1;
-  }
+  return RunFolders(argc, argv, "GRAPH.aoti.pt2", [](const std::string& path) {
+    CheckMachine(path);
+    auto loader = std::make_shared<AOTIModelPackageLoader>(path);
+    return [loader](const std::vector<at::Tensor>& inputs) { return loader->run(inputs); };
+  });
 }

@@ -26,7 +26,7 @@ async function main() {
   const outputs = await graph.run(inputs);
   const results = expected && compareOutputs(graph, outputs, expected);
 
-  console.log(`${kit.graph}, portable, onnxruntime-node ${ort.env.versions.node}`);
+  console.log(`${kit.graph}, function body, onnxruntime-node ${ort.env.versions.node}`);
   for (const [name, { type, dims }] of Object.entries(outputs)) {
     const result = results?.find((r) => r.name === name);
     console.log(`${name} ${type} (${dims.join(", ")})${result ? describe(result) : ""}`);

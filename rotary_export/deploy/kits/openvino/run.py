@@ -4,15 +4,11 @@ python run.py               the example, compared with what PyTorch computed
 python run.py INPUTS OUT    NAME.npy of each input is in INPUTS, of each output goes into OUT
 """
 
-import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import openvino as ov
-from arrays import check_inputs, compare, read_arrays, write_arrays
-
-HERE = Path(__file__).resolve().parent
+from arrays import HERE, check_inputs, read_graph, run_model
 
 
 class Model:
@@ -20,9 +16,7 @@ class Model:
 
     def __init__(self, device="CPU"):
         """Read and compile what `rotary-export deploy` wrote here."""
-        graph = json.loads((HERE / "kit.json").read_text())["graph"]
-        info = json.loads((HERE / "bundle" / "manifest.json").read_text())["graphs"][graph]
-        self.inputs, self.outputs = info["inputs"], info["outputs"]
+        graph, self.inputs, self.outputs = read_graph()
         # Without the hint, a processor with bfloat16 instructions computes float32 in bfloat16.
         options = {"INFERENCE_PRECISION_HINT": "f32"}
         self.compiled = ov.Core().compile_model(HERE / f"{graph}.inlined.onnx", device, options)
@@ -37,7 +31,14 @@ class Model:
                 )
 
     def __call__(self, arrays):
-        """Return outputs by name."""
+        """Run the graph.
+
+        Args:
+            arrays: Inputs by name.
+
+        Returns:
+            Outputs by name.
+        """
         check_inputs(self.inputs, arrays)
         feeds = {i["name"]: make_tensor(arrays[i["name"]], i["dtype"]) for i in self.inputs}
         results = self.compiled(feeds)
@@ -47,9 +48,13 @@ class Model:
                 outputs[info["name"]] = outputs[info["name"]].view("V2")
         return outputs
 
+    def describe(self):
+        """Return the version, and how many operations are OpenVINO's own RoPE."""
+        return f"OpenVINO {ov.__version__}: {len(self.ropes)} operations are its own RoPE"
+
 
 def make_tensor(array, dtype):
-    """Return an input as OpenVINO takes it."""
+    """Return an input as OpenVINO accepts it."""
     if dtype != "bfloat16":
         return array
     tensor = ov.Tensor(ov.Type.bf16, ov.Shape(array.shape))
@@ -57,19 +62,5 @@ def make_tensor(array, dtype):
     return tensor
 
 
-def main():
-    """Run the example, or what is asked for."""
-    if len(sys.argv) not in (1, 3):
-        sys.exit(__doc__)
-    model = Model()
-    print(f"OpenVINO {ov.__version__}: {len(model.ropes)} operations are its own RoPE")
-    inputs, *out = sys.argv[1:] or [HERE / "example"]
-    outputs = model(read_arrays(inputs, model.inputs))
-    if out:
-        write_arrays(out[0], outputs)
-    else:
-        compare(model.outputs, outputs, read_arrays(HERE / "example/expected", model.outputs))
-
-
 if __name__ == "__main__":
-    main()
+    run_model(Model, __doc__)

@@ -1,6 +1,8 @@
-// Inputs from a folder of .npy files, outputs into its folder out/.
+// Runs a graph on folders of .npy files: inputs from a folder, outputs into its folder out/.
 #ifndef ROTARY_EXPORT_FOLDER_H_
 #define ROTARY_EXPORT_FOLDER_H_
+
+#include <c10/core/InferenceMode.h>
 
 #include <filesystem>
 #include <iostream>
@@ -20,7 +22,7 @@ inline std::vector<at::Tensor> ReadInputs(const Signature& signature,
   return inputs;
 }
 
-// Also says how far each is from expected/NAME.npy, where that is there.
+// Also prints the difference from expected/NAME.npy, where that file exists.
 inline void WriteOutputs(const Signature& signature, const std::filesystem::path& folder,
                          const std::vector<at::Tensor>& outputs) {
   std::filesystem::create_directories(folder / "out");
@@ -41,6 +43,31 @@ inline void WriteOutputs(const Signature& signature, const std::filesystem::path
 inline std::string Describe(const c10::Error& error) {
   const std::string text = error.what_without_backtrace();
   return "torch: " + text.substr(0, text.find('\n'));
+}
+
+// The program `run GRAPH signature.txt FOLDER...`. `load` accepts the path of the graph and returns
+// a function from inputs to outputs. Returns the exit code.
+template <typename Load>
+int RunFolders(int argc, char** argv, const std::string& graph, Load load) {
+  if (argc < 4) {
+    std::cerr << "usage: run " << graph << " signature.txt FOLDER...\n";
+    return 2;
+  }
+  try {
+    const Signature signature = ReadSignature(argv[2]);
+    auto run = load(std::string(argv[1]));
+    for (int i = 3; i < argc; ++i) {
+      const std::vector<at::Tensor> inputs = ReadInputs(signature, argv[i]);
+      const c10::InferenceMode guard;
+      WriteOutputs(signature, argv[i], run(inputs));
+    }
+    return 0;
+  } catch (const c10::Error& error) {
+    std::cerr << "error: " << Describe(error) << "\n";
+  } catch (const std::exception& error) {
+    std::cerr << "error: " << error.what() << "\n";
+  }
+  return 1;
 }
 
 #endif  // ROTARY_EXPORT_FOLDER_H_

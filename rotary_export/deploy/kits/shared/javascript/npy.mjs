@@ -2,7 +2,7 @@
 
 export class RotaryExportError extends Error {}
 
-// numpy's code, the type as manifests and ONNX Runtime call it, the array that holds it. float16
+// numpy's code, the name in manifests and ONNX Runtime, the array of its items. float16
 // is kept as bits, since Float16Array is missing before Node.js 24; bool as bytes, as in ort.Tensor.
 // numpy writes bfloat16, which it does not know, as raw items of two bytes.
 const TYPES = [
@@ -27,11 +27,11 @@ const MAGIC = "\x93NUMPY";
  * @param {Uint8Array} bytes The file.
  * @param {string} name Of the file, for messages.
  * @returns {{type: string, dims: number[], data: ArrayBufferView}} In C order.
- * @throws {RotaryExportError} It is no .npy file, is cut off, or holds what can't be read.
+ * @throws {RotaryExportError} It is not an .npy file, is truncated, or has a type that can't be read.
  */
 export function parseNpy(bytes, name) {
   if ([...MAGIC].some((char, i) => char.charCodeAt(0) !== bytes[i])) {
-    throw new RotaryExportError(`${name} must be an .npy file, it does not begin as one`);
+    throw new RotaryExportError(`${name} must be an .npy file, but lacks its signature`);
   }
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const start = bytes[6] === 1 ? 10 : 12; // of the header; its length is before it
@@ -47,7 +47,7 @@ export function parseNpy(bytes, name) {
   }
   const known = TYPES.find(([numpy]) => numpy === code);
   if (known === undefined) {
-    throw new RotaryExportError(`${name} must hold numbers, little-endian, got numpy's '${code}'`);
+    throw new RotaryExportError(`${name} must contain numbers, little-endian, got numpy's '${code}'`);
   }
   if (/'fortran_order': *True/.test(header)) {
     throw new RotaryExportError(`${name} must be in C order, got Fortran order`);
@@ -57,10 +57,10 @@ export function parseNpy(bytes, name) {
     .split(",")
     .filter((size) => size.trim())
     .map(Number);
-  const wanted = dims.reduce((a, b) => a * b, Items.BYTES_PER_ELEMENT);
-  if (bytes.length - end !== wanted) {
+  const expected = dims.reduce((a, b) => a * b, Items.BYTES_PER_ELEMENT);
+  if (bytes.length - end !== expected) {
     throw new RotaryExportError(
-      `${name} must have ${wanted} bytes of data, got ${bytes.length - end}`,
+      `${name} must have ${expected} bytes of data, got ${bytes.length - end}`,
     );
   }
   // A copy, as typed arrays must begin at a multiple of their item's size; the slice of a Buffer of
@@ -71,7 +71,7 @@ export function parseNpy(bytes, name) {
 
 /**
  * Write an array.
- * @param {{type: string, dims: readonly number[], data: ArrayBufferView}} tensor An ort.Tensor, say.
+ * @param {{type: string, dims: readonly number[], data: ArrayBufferView}} tensor For example an ort.Tensor.
  * @returns {Uint8Array} The file.
  */
 export function formatNpy({ type, dims, data }) {

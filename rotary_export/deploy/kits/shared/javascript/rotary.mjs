@@ -1,4 +1,4 @@
-// Opens a bundle's portable graph in ONNX Runtime's JavaScript: onnxruntime-node or onnxruntime-web.
+// Opens a graph of a bundle in ONNX Runtime's JavaScript: onnxruntime-node or onnxruntime-web.
 
 import { RotaryExportError } from "./npy.mjs";
 
@@ -13,7 +13,7 @@ const MANIFEST = "manifest.json";
  * @param {string} name Of the graph: "rotate", "model" or "tables".
  * @param {object} [options] Of ort.InferenceSession.create.
  * @returns {Promise<Graph>}
- * @throws {RotaryExportError} A file is damaged, or holds what ONNX Runtime's JavaScript can't take.
+ * @throws {RotaryExportError} A file is damaged, or ONNX Runtime's JavaScript does not support it.
  */
 export async function openBundle(ort, read, name, options) {
   const manifest = readManifest(await read(MANIFEST));
@@ -26,7 +26,7 @@ export async function openBundle(ort, read, name, options) {
     );
   }
   if (`${file}.data` in manifest.files) {
-    throw new RotaryExportError(`${file} must hold its weights itself, they are in ${file}.data`);
+    throw new RotaryExportError(`${file} must contain its weights, but they are in ${file}.data`);
   }
   for (const { name: tensor, dtype } of [...info.inputs, ...info.outputs]) {
     if (dtype === "bfloat16") {
@@ -103,7 +103,7 @@ export class Graph {
     for (const [name, { type, dims, data }] of Object.entries(inputs)) {
       feeds[name] = new this.ort.Tensor(type, data, dims);
       // Where JavaScript has Float16Array, ort.Tensor makes one of the bits, and onnxruntime-node
-      // takes it for empty (github.com/microsoft/onnxruntime/pull/32323).
+      // reads it as empty (github.com/microsoft/onnxruntime/pull/32323).
       if (type === "float16") feeds[name].cpuData = toBits(data);
     }
     return this.session.run(feeds);
@@ -111,11 +111,11 @@ export class Graph {
 }
 
 function checkInputs(graph, info, inputs) {
-  const wanted = info.inputs.map((input) => input.name);
-  const takes = `it takes ${wanted.join(", ")}`;
+  const known = info.inputs.map((input) => input.name);
+  const accepts = `it accepts ${known.join(", ")}`;
   for (const name of Object.keys(inputs)) {
-    if (!wanted.includes(name))
-      throw new RotaryExportError(`${graph} has no input '${name}'; ${takes}`);
+    if (!known.includes(name))
+      throw new RotaryExportError(`${graph} has no input '${name}'; ${accepts}`);
   }
   const sizes = {};
   const isSum = (dim) => String(dim).includes(" + ");
@@ -123,7 +123,7 @@ function checkInputs(graph, info, inputs) {
   for (const input of sumsLast) {
     const value = inputs[input.name];
     if (value === undefined) {
-      throw new RotaryExportError(`${graph} needs the input '${input.name}'; ${takes}`);
+      throw new RotaryExportError(`${graph} needs the input '${input.name}'; ${accepts}`);
     }
     if (value.type !== input.dtype) {
       throw new RotaryExportError(`${input.name} must be ${input.dtype}, got ${value.type}`);
@@ -138,7 +138,7 @@ function checkInputs(graph, info, inputs) {
   }
 }
 
-// An axis is a size, a name that means the same size wherever it stands, or a sum of these.
+// An axis is a size, a name that means the same size wherever it occurs, or a sum.
 function checkShape({ name, shape }, dims, sizes) {
   const resolve = (axis, size) => {
     if (typeof axis === "number") return axis;
@@ -175,10 +175,10 @@ function checkLimits({ name, limits }, { dims, data }) {
 const EPSILON = { float16: 2 ** -10, float32: 2 ** -23, float64: 2 ** -52 };
 
 /**
- * Compare outputs with what they should be.
+ * Compare outputs with expected values.
  *
- * The tolerance is what the manifest's parity report allows the portable graph: so many ulp of the
- * output's largest magnitude; 0 is equal to the bit.
+ * The tolerance is that of the function body in the manifest's parity report, in ulp of the output's
+ * largest magnitude; 0: equal to the bit.
  * @param {Graph} graph
  * @param {Record<string, object>} outputs Of Graph.run.
  * @param {Record<string, object>} expected By name.

@@ -23,7 +23,7 @@ inline at::Tensor ReadNpy(const std::string& path) {
   if (!file) throw std::runtime_error(path + " can't be read");
   char head[8] = {};
   file.read(head, sizeof(head));
-  if (std::string(head, 6) != "\x93NUMPY") throw std::runtime_error(path + " is no .npy file");
+  if (std::string(head, 6) != "\x93NUMPY") throw std::runtime_error(path + " is not an .npy file");
   unsigned char bytes[4] = {};
   file.read(reinterpret_cast<char*>(bytes), head[6] == 1 ? 2 : 4);
   std::string text(bytes[0] | bytes[1] << 8 | bytes[2] << 16, '\0');
@@ -33,7 +33,7 @@ inline at::Tensor ReadNpy(const std::string& path) {
   const std::regex pattern(
       ".*'descr': '[<|](..)', 'fortran_order': False, 'shape': \\((.*)\\).*\\s*");
   if (!std::regex_match(text, found, pattern) || !kNpyTypes.count(found[1])) {
-    throw std::runtime_error(path + " must be a C-contiguous array of a type that torch has, got " +
+    throw std::runtime_error(path + " must be a C-contiguous array of a type of torch, got " +
                              text.substr(0, text.find('}') + 1));
   }
   std::vector<int64_t> shape;

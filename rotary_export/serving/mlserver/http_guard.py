@@ -1,4 +1,4 @@
-"""What a FastAPI server lets in, and how it says no: as the Open Inference Protocol does."""
+"""Checks requests before FastAPI reads them; errors have the form of the protocol."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from starlette.responses import JSONResponse
 
 
 def add_guards(app: FastAPI, limit: int) -> None:
-    """Make every refusal {"error": ...}, and refuse bodies that are not to be read.
+    """Make every error {"error": ...}, and refuse bodies that must not be read.
 
     Args:
         app: Not started yet.
-        limit: Bytes of a body, at most.
+        limit: Largest number of bytes of a body.
     """
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_refused)
@@ -38,11 +38,11 @@ def _make_error(status: int, message: str) -> JSONResponse:
 
 
 class BodyGuard:
-    """Refuses a body that is too large, compressed (it may grow) or binary, unread.
+    """Refuses a body that is too large, compressed or binary, unread; ASGI middleware.
 
     Args:
-        app: What comes after.
-        limit: Bytes, at most.
+        app: The next application.
+        limit: Largest number of bytes.
     """
 
     def __init__(self, app: Any, limit: int) -> None:
@@ -53,7 +53,7 @@ class BodyGuard:
         """Answer one request."""
         refusal = self._check_headers(dict(scope.get("headers", ())))
         if refusal is not None:
-            refusal.headers["connection"] = "close"  # what follows is no request
+            refusal.headers["connection"] = "close"  # the bytes that follow are not a request
             await refusal(scope, receive, send)
             return
         received = 0

@@ -1,4 +1,4 @@
-"""The commands that export, and how they and `verify` print the proof."""
+"""The commands that write a bundle: `export` and `export-model`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ import click
 from click.core import ParameterSource
 
 import rotary_export
-from rotary_export.bundle.manifest import DEFAULT_FORMATS, SUFFIXES
+from rotary_export.cli.options import bundle_options
+from rotary_export.cli.report import print_report
 from rotary_export.cli.terminal import Terminal
 from rotary_export.errors import RotaryExportError
-from rotary_export.op import spec
-
-DTYPES = tuple(dict.fromkeys(x_type for x_type, _ in spec.TYPE_PAIRS))
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 
 
 @click.command()
-@click.option("--dim", type=int, help="Channels of a head that are rotated; even.")
+@click.option("--dim", type=int, help="Number of rotated channels of a head; even.")
 @click.option(
     "--hf-config",
     type=click.Path(path_type=Path),
@@ -32,7 +28,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 @click.option("--interpolation-factor", type=float, default=1.0, show_default=True)
 @click.option("--base", type=float, default=10000.0, show_default=True)
 @click.option("--base-rescale-factor", type=float, default=1.0, show_default=True)
-@click.option("--max-seq-len", type=int, help="Rows of the tables; default: as --hf-config says.")
+@click.option("--max-seq-len", type=int, help="Rows of the tables; default: those of --hf-config.")
 @click.option("--num-heads", type=int, help="Heads of query; default: a dynamic axis.")
 @click.option("--num-kv-heads", type=int, help="Heads of key; default: as --num-heads.")
 @click.option("--head-dim", type=int, help="Channels of a head; default: as --dim.")
@@ -43,20 +39,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 )
 @click.option("--static", is_flag=True, help="Static shapes; seq_len is an input.")
 @click.option("--batch-size", type=int, help="Of a --static export.")
-@click.option(
-    "--format",
-    "formats",
-    type=click.Choice(list(SUFFIXES)),
-    multiple=True,
-    default=DEFAULT_FORMATS,
-    show_default=True,
-    help="May be repeated.",
-)
-@click.option("--opset", type=int, default=23, show_default=True, help="Of ai.onnx, 18 to 25.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
-@json_option
+@bundle_options(dtype="float32")
 def export(out: Path, as_json: bool, dtype: str, **options: Any) -> None:
     """Export a rotary embedding as a bundle and prove it equal to eager PyTorch."""
     terminal = Terminal(as_json)
@@ -77,7 +60,7 @@ _EMBEDDING = ("use_xpos", "scale_base", "interpolation_factor", "base", "base_re
 
 
 def _make_rope(options: dict[str, Any]) -> Any:
-    """Make what is exported; takes its own options out, and fills in what the config says."""
+    """Make the module to export; removes its own options, and adds those of the config."""
     dim, path = options.pop("dim"), options.pop("hf_config")
     layer_type = options.pop("layer_type")
     embedding = {name: options.pop(name) for name in _EMBEDDING}
@@ -94,7 +77,7 @@ def _make_rope(options: dict[str, Any]) -> Any:
     for name in _EMBEDDING:
         if given(name) is ParameterSource.COMMANDLINE:
             flag = "--" + name.replace("_", "-")
-            raise RotaryExportError(f"{flag} is for --dim; with --hf-config the config says it")
+            raise RotaryExportError(f"{flag} is for --dim; with --hf-config the config contains it")
     from rotary_export.rope import ScaledRotaryEmbedding
     from rotary_export.rope.config import read_attention
 
@@ -107,27 +90,14 @@ def _make_rope(options: dict[str, Any]) -> Any:
         options[name] = value if options[name] is None else options[name]
     if options["interleaved"] is None:
         raise RotaryExportError(
-            f"{path}: the layout of its model_type is not known: say --interleaved or --half"
+            f"{path}: the layout of its model_type is not known: pass --interleaved or --half"
         )
     return ScaledRotaryEmbedding(parameters)
 
 
 @click.command("export-model")
 @click.argument("source")
-@click.option(
-    "--format",
-    "formats",
-    type=click.Choice(list(SUFFIXES)),
-    multiple=True,
-    default=DEFAULT_FORMATS,
-    show_default=True,
-    help="May be repeated.",
-)
-@click.option("--opset", type=int, default=23, show_default=True, help="Of ai.onnx, 18 to 25.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Default: as the model is.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
-@json_option
+@bundle_options(dtype=None)
 def export_model(source: str, out: Path, dtype: str | None, as_json: bool, **options: Any) -> None:
     """Export a whole model, its rotary embeddings fused, and prove it equal to eager PyTorch.
 
@@ -156,7 +126,7 @@ def export_model(source: str, out: Path, dtype: str | None, as_json: bool, **opt
     if loaded.note:
         terminal.line(f"note: {loaded.note}")
     terminal.table(
-        ("function", "calls", "fused", "what", "left alone because"),
+        ("function", "calls", "fused", "what", "not replaced because"),
         [list(row.values()) for row in rotary],
     )
     print_report(terminal, bundle.report.to_dict())
@@ -168,44 +138,4 @@ def export_model(source: str, out: Path, dtype: str | None, as_json: bool, **opt
             "rotary": rotary,
             "parity": bundle.report.to_dict(),
         }
-    )
-
-
-def print_report(terminal: Terminal, report: dict[str, Any]) -> None:
-    """Print the proof as a table."""
-    headers = (
-        "graph", "output", "runtime", "kernel", "max abs", "ulp", "allowed", "exact",
-        "ulp to float64", "ok",
-    )  # fmt: skip
-    rows = []
-    for row in report["rows"]:
-        eager, oracle = row["eager"], row["oracle"]
-        rows.append(
-            (
-                row["graph"],
-                row["output"],
-                row["runtime"],
-                row["kernel_path"],
-                f"{float(eager['max_abs']):.3g}",
-                f"{float(eager['max_ulp']):.3g}",
-                f"{row['eager_allowed']:g}",
-                "exact" if eager["exact"] else "-",
-                "-" if row["oracle_allowed"] is None else f"{float(oracle['max_ulp']):.2f}",
-                "ok" if row["passed"] else "FAILED",
-            )
-        )
-    terminal.table(headers, rows)
-    for graph, shapes in report["shapes"].items():
-        terminal.line(f"{graph} was compared at {', '.join(shapes)}")
-    for runtime, why in report["skipped"].items():
-        terminal.line(f"not run: {runtime}: {why}")
-    for what, why in report["unverified"].items():
-        terminal.line(f"not tried: {what}: {why}")
-    failed = sum(not row["passed"] for row in report["rows"])
-    has_oracle = any(row["oracle_allowed"] is not None for row in report["rows"])
-    oracle = " and the oracle" if has_oracle else ""
-    terminal.line(
-        f"FAILED: {failed} of {len(rows)} comparisons are out of tolerance"
-        if failed
-        else f"proven: {len(rows)} comparisons with eager PyTorch{oracle}, all within tolerance"
     )

@@ -1,4 +1,4 @@
-// What a graph takes and gives, from signature.txt, and a check of its inputs.
+// The inputs and outputs of a graph, from signature.txt, and the check of its inputs.
 #ifndef ROTARY_EXPORT_SIGNATURE_H_
 #define ROTARY_EXPORT_SIGNATURE_H_
 
@@ -47,11 +47,11 @@ inline Signature ReadSignature(const std::string& path) {
     input.shape = "(" + input.shape + ")";
     signature.inputs.push_back(input);
   }
-  if (signature.outputs.empty()) throw std::runtime_error(path + " is no signature");
+  if (signature.outputs.empty()) throw std::runtime_error(path + " is not a signature");
   return signature;
 }
 
-// "2 + seq_len" is written "2+seq_len"; a name that is not known yet gets the size that is there.
+// "2 + seq_len" is written "2+seq_len"; a name that is not known yet gets the actual size.
 inline int64_t ResolveDim(const std::string& dim, std::map<std::string, int64_t>& sizes,
                           int64_t got) {
   const size_t plus = dim.find('+');
@@ -62,36 +62,45 @@ inline int64_t ResolveDim(const std::string& dim, std::map<std::string, int64_t>
   return sizes.emplace(dim, got).first->second;
 }
 
+inline void CheckLimits(const Input& input, const at::Tensor& value) {
+  const at::Tensor items = value.to(at::kLong).contiguous();
+  const int64_t* ids = items.data_ptr<int64_t>();
+  for (int64_t i = 0; i < items.numel(); ++i) {
+    if (input.low <= ids[i] && ids[i] <= input.high) continue;
+    std::ostringstream text;
+    text << input.name << " must be in [" << input.low << ", " << input.high + 1 << "), got "
+         << ids[i];
+    if (value.dim() > 1) {
+      const int64_t rows = value.size(-1);
+      text << " at batch " << i / rows % value.size(-2) << ", row " << i % rows;
+    }
+    throw std::invalid_argument(text.str());
+  }
+}
+
 inline void CheckInput(const Input& input, const at::Tensor& value,
                        std::map<std::string, int64_t>& sizes) {
-  std::ostringstream said;
+  std::ostringstream text;
   const std::map<std::string, at::ScalarType> types = {
       {"float32", at::kFloat},     {"float64", at::kDouble}, {"float16", at::kHalf},
       {"bfloat16", at::kBFloat16}, {"int64", at::kLong},     {"int32", at::kInt},
       {"bool", at::kBool},
   };
   if (types.at(input.dtype) != value.scalar_type()) {
-    said << " must be " << input.dtype << ", got " << value.scalar_type();
-    throw std::invalid_argument(input.name + said.str());
+    text << " must be " << input.dtype << ", got " << value.scalar_type();
+    throw std::invalid_argument(input.name + text.str());
   }
   bool fits = value.dim() == static_cast<int64_t>(input.dims.size());
   for (int64_t axis = 0; fits && axis < value.dim(); ++axis) {
     fits = ResolveDim(input.dims[axis], sizes, value.size(axis)) == value.size(axis);
   }
   if (!fits) {
-    said << " must have shape " << input.shape;
-    for (const auto& [name, size] : sizes) said << ", " << name << "=" << size;
-    said << ", got " << value.sizes();
-    throw std::invalid_argument(input.name + said.str());
+    text << " must have shape " << input.shape;
+    for (const auto& [name, size] : sizes) text << ", " << name << "=" << size;
+    text << ", got " << value.sizes();
+    throw std::invalid_argument(input.name + text.str());
   }
-  if (input.low > input.high || value.numel() == 0) return;
-  const auto [smallest, largest] = value.aminmax();
-  const int64_t low = smallest.item<int64_t>(), high = largest.item<int64_t>();
-  if (low < input.low || high > input.high) {
-    said << " must be in [" << input.low << ", " << input.high << "], got "
-         << (low < input.low ? low : high);
-    throw std::invalid_argument(input.name + said.str());
-  }
+  if (input.low <= input.high) CheckLimits(input, value);
 }
 
 // Compiled graphs check nothing: another shape or type would be read out of bounds.

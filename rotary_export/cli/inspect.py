@@ -1,0 +1,46 @@
+"""The commands that print facts: `inspect` and `doctor`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from rotary_export.cli.options import json_option
+from rotary_export.cli.terminal import Terminal
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@json_option
+def inspect(path: Path, as_json: bool) -> None:
+    """Print the contents of PATH, a bundle or an .onnx file."""
+    from rotary_export.cli.inspection import inspect_path
+
+    terminal = Terminal(as_json)
+    found = inspect_path(path)
+    for name, value in found.items():
+        if not isinstance(value, list):
+            terminal.line(f"{name}: {value}")
+    for name, value in found.items():
+        if isinstance(value, list) and value:
+            terminal.line(f"\n{name}")
+            terminal.table(list(value[0]), [list(row.values()) for row in value])
+    terminal.finish(found)
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Print what this machine can run, and why CUDA or the op library is not available."""
+    from rotary_export.cli.inspection import examine_machine
+
+    terminal = Terminal(as_json)
+    facts, problems = examine_machine()
+    terminal.table(("what", "found"), list(facts.items()))
+    for problem in problems:
+        terminal.line(f"problem: {problem}")
+    terminal.finish({"facts": facts, "problems": problems})
+    if problems:
+        sys.exit(1)

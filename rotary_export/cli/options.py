@@ -1,0 +1,64 @@
+"""Options and arguments that several commands share, each stated once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rotary_export.bundle.manifest import DEFAULT_FORMATS, SUFFIXES
+from rotary_export.op import spec
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+DTYPES = tuple(dict.fromkeys(x_type for x_type, _ in spec.TYPE_PAIRS))
+
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
+out_option = click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write."
+)
+
+
+def force_option(what: str) -> Decorator:
+    """Return `--force`, which replaces `what`."""
+    return click.option("--force", is_flag=True, help=f"Replace {what}.")
+
+
+def bundle_options(dtype: str | None) -> Decorator:
+    """Return the options of every command that writes a bundle.
+
+    Args:
+        dtype: The default of `--dtype`; None: that of the model.
+    """
+    options = (
+        click.option(
+            "--format",
+            "formats",
+            type=click.Choice(list(SUFFIXES)),
+            multiple=True,
+            default=DEFAULT_FORMATS,
+            show_default=True,
+            help="May be repeated.",
+        ),
+        click.option(
+            "--opset", type=int, default=23, show_default=True, help="Of ai.onnx, 18 to 25."
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(DTYPES),
+            default=dtype,
+            show_default=dtype is not None or "that of the model",
+        ),
+        out_option,
+        force_option("an existing bundle"),
+        json_option,
+    )
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate

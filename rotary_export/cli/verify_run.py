@@ -1,0 +1,125 @@
+"""The commands that run a bundle: `verify`, `run`, `bench`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+import rotary_export
+from rotary_export.bundle.atomic import check_file
+from rotary_export.cli.options import bundle_argument, force_option, json_option
+from rotary_export.cli.report import print_report
+from rotary_export.cli.terminal import Terminal
+from rotary_export.measure.timing import SECONDS
+
+
+@click.command()
+@bundle_argument
+@json_option
+def verify(bundle: Path, as_json: bool) -> None:
+    """Compare every graph of BUNDLE, in every runtime, with eager PyTorch and a float64 oracle."""
+    terminal = Terminal(as_json)
+    with terminal.progress() as progress:
+        progress("import torch")
+        report = rotary_export.verify(bundle, progress)
+    print_report(terminal, report.to_dict())
+    terminal.finish(report.to_dict())
+    if not report.passed:
+        sys.exit(1)
+
+
+@click.command()
+@bundle_argument
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    required=True,
+    help="NAME=FILE.npy, NAME=INTEGER, or FILE.npz; may be repeated.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The .npz to write.")
+@click.option("--graph", default="rotate", show_default=True)
+@click.option("--runtime", default="onnxruntime", show_default=True)
+@click.option("--provider", "providers", multiple=True, help="Of ONNX Runtime; may be repeated.")
+@click.option("--no-op-library", is_flag=True, help="Run the function body.")
+@click.option("--require-fused", is_flag=True, help="Fail if the fused kernel can't run.")
+@force_option("an existing --out")
+@json_option
+def run(
+    bundle: Path,
+    inputs: tuple[str, ...],
+    out: Path,
+    graph: str,
+    runtime: str,
+    providers: tuple[str, ...],
+    no_op_library: bool,
+    require_fused: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Run one graph of BUNDLE on arrays from .npy or .npz files."""
+    from rotary_export.cli.arrays import read_inputs, write_outputs
+
+    terminal = Terminal(as_json)
+    check_file(out, force)
+    arrays = read_inputs(inputs)
+    with terminal.progress() as progress:
+        progress(f"run {graph}")
+        session = rotary_export.load(
+            bundle,
+            graph,
+            runtime,
+            list(providers) or "auto",
+            False if no_op_library else "auto",
+            require_fused,
+        )
+        outputs = session(**arrays)
+    write_outputs(out, outputs)
+    terminal.line(f"{graph} ran on {', '.join(session.providers)}: {session.kernel_path}")
+    shapes = {name: list(value.shape) for name, value in outputs.items()}
+    terminal.table(
+        ("output", "dtype", "shape"), [(n, v.dtype, v.shape) for n, v in outputs.items()]
+    )
+    terminal.line(f"wrote {out}")
+    terminal.finish(
+        {
+            "out": str(out),
+            "providers": session.providers,
+            "kernel_path": session.kernel_path,
+            "shapes": shapes,
+        }
+    )
+
+
+@click.command()
+@bundle_argument
+@click.option(
+    "--shape",
+    "shapes",
+    type=(click.IntRange(1), click.IntRange(1)),
+    multiple=True,
+    metavar="BATCH_SIZE SEQ_LEN",
+    help="May be repeated; default: decode and prefill shapes.",
+)
+@click.option("--seconds", type=click.FloatRange(0), default=SECONDS, show_default=True)
+@json_option
+def bench(bundle: Path, shapes: tuple[tuple[int, int], ...], seconds: float, as_json: bool) -> None:
+    """Time the rotate graph of BUNDLE on the CPU, in every installed runtime.
+
+    Each shape is measured for about --seconds.
+    """
+    from rotary_export.measure.benchmark import SHAPES, bench_bundle
+
+    terminal = Terminal(as_json)
+    with terminal.progress() as progress:
+        found = bench_bundle(bundle, shapes or SHAPES, seconds, progress)
+    report = found.to_dict()
+    terminal.table(*found.tabulate())
+    terminal.line("a call of session(...), allocation of its outputs included")
+    for run_name, why in report["skipped"].items():
+        terminal.line(f"not run: {run_name}: {why}")
+    if report["warning"]:
+        terminal.line(f"warning: {report['warning']}")
+    terminal.finish(report)
