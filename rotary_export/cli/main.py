@@ -80,7 +80,7 @@ cli.add_command(export_model)
 
 @cli.command()
 @click.argument("source", metavar="IN.onnx", type=click.Path(path_type=Path))
-@click.argument("out", metavar="OUT.onnx", type=click.Path(path_type=Path), required=False)
+@click.argument("out", metavar="[OUT.onnx]", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--why",
     is_flag=False,
@@ -153,7 +153,7 @@ def fuse(
     done = "nothing was written, it would fuse" if dry_run else "fused"
     terminal.line(
         f"{source if dry_run else out}: {done} {len(result.fused)} rotary calls into "
-        f"{result.nodes} nodes; not replaced: {len(result.why)}"
+        f"{result.nodes} nodes; not replaced: {report['calls_not_replaced']}"
     )
     terminal.finish({"out": None if dry_run else str(out), **report})
 
@@ -168,6 +168,8 @@ def _print_why(terminal: Terminal, why: str | None, refused: Sequence[NotReplace
         if why is not None:
             terminal.line(f"  decided by: {each.check}")
             terminal.line(f"  nearest: {each.nearest or 'no rotation is near'}")
+    if chosen and why is None:
+        terminal.line("--why names the check that decided")
 
 
 @cli.command()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from onnxscript import ir
@@ -29,7 +29,9 @@ _ROTATES_INSIDE = {"GroupQueryAttention", "Attention", "SparseAttention", "Paged
 _JOINS = {"Concat", "Reshape", "Unsqueeze", "Cast"}
 _MAX_JOINS = 5
 
-Names = Mapping[str, Sequence[str]]  # of nodes and of their outputs; the outputs of the node
+# By the name of each node, and by those of its outputs: the names of its outputs. Normalisation
+# names nodes, too, which the file's reader does not know.
+Names = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class NotReplaced:
         reason: Not replaced because of this.
         check: File and function that decided.
         nearest: The nearest rotation that it could have been; empty: nothing is near.
+        candidate: Whether it looks like a rotary embedding, not only was examined by name.
     """
 
     node: str
@@ -51,14 +54,16 @@ class NotReplaced:
     reason: str
     check: str
     nearest: str
+    candidate: bool = True
 
 
-def find_not_replaced(model: ir.Model, findings: Findings) -> list[NotReplaced]:
+def find_not_replaced(model: ir.Model, findings: Findings, names: Names) -> list[NotReplaced]:
     """List the candidates that no rule replaced.
 
     Args:
         model: After the rules.
         findings: Of the rules.
+        names: Of the model as it was read.
 
     Returns:
         One for each call; of several nodes of a call, the one that got furthest.
@@ -80,7 +85,7 @@ def find_not_replaced(model: ir.Model, findings: Findings) -> list[NotReplaced]:
             refusal = _find_refusal(node.outputs[0], findings)
             if call not in found or refusal.rank > found[call][1].rank:
                 found[call] = found.get(call, (node,))[0], refusal
-    return [_describe(node, refusal) for node, refusal in found.values()]
+    return [_describe(node, refusal, names) for node, refusal in found.values()]
 
 
 def _refuse(reason: str) -> Refusal:
@@ -91,9 +96,9 @@ def _name_op(node: ir.Node) -> str:
     return f"{node.domain or 'ai.onnx'}::{node.op_type}"
 
 
-def _describe(node: ir.Node, refusal: Refusal) -> NotReplaced:
+def _describe(node: ir.Node, refusal: Refusal, names: Names) -> NotReplaced:
     output = node.outputs[0].name or "" if node.outputs else ""
-    name = node.name or output or node.op_type
+    name = node.name if node.name and node.name in names else output or node.op_type
     return NotReplaced(name, output, _name_op(node), refusal.reason, refusal.check, refusal.nearest)
 
 
@@ -148,13 +153,14 @@ def examine_node(
     for node in model.graph.all_nodes():
         for value in node.outputs:
             if value.name in wanted:
-                return _describe(node, _examine(node, value))
-    refusal = Refusal(
-        "it is a part of a rotation that was replaced, or was folded into a constant, inlined or "
-        "merged with an equal node",
-        "fusion/normalize.py: normalize",
+                found = _describe(node, _examine(node, value), names)
+                return replace(found, candidate=False)
+    reason = (
+        "it is not in the graph after normalisation: it is a part of a rotation that was replaced, "
+        "or was removed, inlined, folded into a constant or merged with an equal node"
     )
-    return NotReplaced(name, names[name][0], "", refusal.reason, refusal.check, "")
+    check = "fusion/normalize.py: normalize"
+    return NotReplaced(name, names[name][0], "", reason, check, "", candidate=False)
 
 
 def _examine(node: ir.Node, value: ir.Value) -> Refusal:

@@ -115,22 +115,20 @@ def replace_rotations(model: ir.Model, examine: Sequence[str]) -> _Replaced:
     names = list_names(model)
     normalize(model)
     findings = apply_rules(model)
-    why = find_not_replaced(model, findings)
+    why = find_not_replaced(model, findings, names)
     nodes = sum(is_rotary(node) for node in model.graph.all_nodes())
-    candidates = len(why)
     for name in examine:
         if not any(name in (each.node, each.output) for each in why):
             found = examine_node(name, names, model, findings)
             why += [found] if found is not None else []
-    _check_found(findings, why, candidates, nodes)
+    _check_found(findings, why, nodes)
     return _Replaced(nodes, findings.fused, tuple(why))
 
 
-def _check_found(
-    findings: Findings, why: Sequence[NotReplaced], candidates: int, nodes: int
-) -> None:
+def _check_found(findings: Findings, why: Sequence[NotReplaced], nodes: int) -> None:
     if findings.fused:
         return
+    candidates = sum(each.candidate for each in why)
     if nodes and not candidates:
         message = f"the model is fused already: {nodes} node{'s' * (nodes > 1)}"
     elif not candidates:

@@ -42,7 +42,7 @@ class FuseResult:
         nodes: Rotary nodes in the model; a node with a key does two calls.
         fused: How each call was written before, by the name of its output.
         why: Candidates that were not replaced, each with the check that refused it, and the
-            nearest rotation that it could have been.
+            nearest rotation that it could have been; and nodes that were examined by name.
         check: What was compared, at which shapes; nothing after a dry run.
     """
 
@@ -117,7 +117,10 @@ class FuseResult:
 
 def describe_why(why: Sequence[NotReplaced]) -> dict[str, Any]:
     """Return what was not replaced as values that JSON can express."""
-    return {"calls_not_replaced": len(why), "not_replaced": [asdict(each) for each in why]}
+    return {
+        "calls_not_replaced": sum(each.candidate for each in why),
+        "not_replaced": [asdict(each) for each in why],
+    }
 
 
 def check_out(path: Path, force: bool, sources: Sequence[Path]) -> None:

@@ -215,7 +215,7 @@ def damage_attribute(model):
 
 
 BAD = {
-    "newer-opset": (damage_opset, r"has opset 99 and IR version 10; the installed onnx .* supports"),
+    "newer-opset": (damage_opset, r"opset 99 and IR version 10; the installed onnx .* supports"),
     "newer-ir": (damage_ir, r"has opset 18 and IR version 99; the installed onnx"),
     "older-opset": (damage_old, r"has opset 17, it must be >= 18: onnx.version_converter raises"),
     "newer-op": (damage_version, r"has version 7 of rotary_export, this release supports up to 1"),

@@ -64,9 +64,16 @@ def describe_nearest(channels: Sequence[Terms]) -> str:
     more = f" (and {len(pairs) - _MAX_NAMED} more pairs)" if len(pairs) > _MAX_NAMED else ""
     return (
         f"{best.layout.name}{where}, {best.score[0]} of {count} channels fit; channels "
-        f"{named}{more} differ: {find_difference(best.channels, *best.differing[0])}"
+        f"{named}{more} differ: {_describe_difference(best)}"
         f"{_describe_tiling(best)}"
     )
+
+
+def _describe_difference(fit: _Fit) -> str:
+    """Say what differs; the reason of the refusal shows the terms of a pair already."""
+    difference = find_difference(fit.channels, *fit.differing[0])
+    assert difference is not None
+    return str(difference) if len(difference.found) == 1 else difference.what
 
 
 def _list_tries(channels: Sequence[Terms]) -> Iterator[tuple[list[int], Layout]]:
