@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rotary_export.errors import RotaryExportError as RotaryExportError
     from rotary_export.exporters.export import Bundle as Bundle
     from rotary_export.exporters.export import export as export
-    from rotary_export.fusion.fuse import FuseResult as FuseResult
     from rotary_export.fusion.fuse import fuse as fuse
+    from rotary_export.fusion.result import FuseResult as FuseResult
     from rotary_export.models.export_model import export_model as export_model
     from rotary_export.models.find.calls import register_rotary as register_rotary
     from rotary_export.op.torch_op import rotary_embedding as rotary_embedding
@@ -38,7 +38,7 @@ _LAZY_EXPORTS = {
     "verify": "rotary_export.proof.verify",
     "Report": "rotary_export.proof.report",
     "fuse": "rotary_export.fusion.fuse",
-    "FuseResult": "rotary_export.fusion.fuse",
+    "FuseResult": "rotary_export.fusion.result",
 }
 __all__ = [*_LAZY_EXPORTS]
 

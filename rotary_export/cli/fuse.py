@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,10 +14,22 @@ import rotary_export
 from rotary_export.cli.options import force_option, json_option
 from rotary_export.cli.terminal import Terminal
 
+if TYPE_CHECKING:
+    from rotary_export.fusion.candidates import NotReplaced
+
 
 @click.command()
 @click.argument("source", metavar="IN.onnx", type=click.Path(path_type=Path))
-@click.argument("out", metavar="OUT.onnx", type=click.Path(path_type=Path))
+@click.argument("out", metavar="[OUT.onnx]", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--why",
+    is_flag=False,
+    flag_value="",
+    metavar="[NODE]",
+    help="Name the check that refused each call, and the nearest rotation; or only those of "
+    "NODE, by its name or that of an output. Put it last, or write --why=NODE.",
+)
+@click.option("--dry-run", is_flag=True, help="Run nothing and write nothing; no OUT.onnx needed.")
 @click.option(
     "--shape",
     "shapes",
@@ -26,26 +41,44 @@ from rotary_export.cli.terminal import Terminal
 @force_option("an existing file")
 @json_option
 def fuse(
-    source: Path, out: Path, shapes: tuple[tuple[int, int, int], ...], force: bool, as_json: bool
+    source: Path,
+    out: Path | None,
+    why: str | None,
+    dry_run: bool,
+    shapes: tuple[tuple[int, int, int], ...],
+    force: bool,
+    as_json: bool,
 ) -> None:
-    """Replace each rotary embedding of IN.onnx by one fused node, and prove it equal.
+    """Put one fused node wherever IN.onnx applies a rotary embedding, and prove it equal.
 
-    IN.onnx may come from any exporter. It is run before and after; OUT.onnx is written only if the
-    outputs agree.
+    IN.onnx may be any exporter's. It is run before and after; OUT.onnx is written if nothing
+    differs. Exit code 1: nothing was fused, or the outputs differ.
     """
-    from rotary_export.fusion.fuse import check_out
+    from rotary_export.fusion.result import NothingFusedError, check_out, describe_why
 
     terminal = Terminal(as_json)
-    check_out(out, force, [source])
-    with terminal.progress() as progress:
-        progress("import onnx")
-        result = rotary_export.fuse(source, shapes=shapes or None, progress=progress)
+    if out is None and not dry_run:
+        raise click.UsageError("Missing argument 'OUT.onnx'; --why [NODE] stands after the files.")
+    if out is not None and not dry_run:
+        check_out(out, force, [source])
+    try:
+        with terminal.progress() as progress:
+            progress("import onnx")
+            result = rotary_export.fuse(
+                source, shapes=shapes or None, dry_run=dry_run,
+                examine=[why] if why else [], progress=progress,
+            )  # fmt: skip
+    except NothingFusedError as error:
+        _print_why(terminal, why, error.why)
+        terminal.finish({"error": str(error), "calls_fused": 0, **describe_why(error.why)})
+        click.echo(f"rotary-export: {error}", err=True)
+        sys.exit(1)
+    if out is not None and not dry_run:
         result.save(out, force=force)
     report = result.to_dict()
     kinds = Counter(result.fused.values())
-    terminal.table(("fused", "which was"), [(count, how) for how, count in kinds.items()])
-    for left in result.left:
-        terminal.line(f"left: {left.node}: {left.reason or 'it is no rotation'}")
+    terminal.table(("fused", "which was"), [(count, was) for was, count in kinds.items()])
+    _print_why(terminal, why, result.why)
     headers = ("batch", "length", "past", "runtime", "before", "ulp", "allowed")
     terminal.table(
         headers,
@@ -55,10 +88,25 @@ def fuse(
             for r in report["compared"]
         ],
     )  # fmt: skip
-    for why in report["not_compared"]:
-        terminal.line(f"not compared: {why}")
+    for skipped in report["not_compared"]:
+        terminal.line(f"not compared: {skipped}")
+    done = "nothing was written, it would fuse" if dry_run else "fused"
     terminal.line(
-        f"{out}: {len(result.fused)} rotary calls fused into {result.nodes} nodes, "
-        f"{len(result.left)} left"
+        f"{source if dry_run else out}: {done} {len(result.fused)} rotary calls into "
+        f"{result.nodes} nodes; not replaced: {report['calls_not_replaced']}"
     )
-    terminal.finish({"out": str(out), **report})
+    terminal.finish({"out": None if dry_run else str(out), **report})
+
+
+def _print_why(terminal: Terminal, why: str | None, refused: Sequence[NotReplaced]) -> None:
+    """Print what was not replaced; with --why, the check that decided and what is nearest."""
+    chosen = [each for each in refused if not why or why in (each.node, each.output)]
+    if why and not chosen:
+        terminal.line(f"{why}: replaced")
+    for each in chosen:
+        terminal.line(f"not replaced: {each.node}: {each.reason}")
+        if why is not None:
+            terminal.line(f"  decided by: {each.check}")
+            terminal.line(f"  nearest: {each.nearest or 'no rotation is near'}")
+    if chosen and why is None:
+        terminal.line("--why names the check that decided")

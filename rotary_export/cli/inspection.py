@@ -123,9 +123,29 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
         "outputs": describe(model.graph.output),
         "nodes": len(model.graph.node),
         "rotary nodes": len(rotary),
+        **_count_fusible(path, model),
         "rotary": rotary,
         "functions": bodies,
     }
+
+
+def _count_fusible(path: Path, model: Any) -> dict[str, str]:
+    """Say how many calls `fuse` would replace; nothing of a file that has our node already."""
+    if any(node.domain == spec.DOMAIN for node in model.graph.node):
+        return {}
+    try:
+        from rotary_export.fusion.fuse import fuse
+        from rotary_export.fusion.result import NothingFusedError
+    except ModuleNotFoundError as error:
+        return {"fuse would replace": f"not known: this needs {error.name}"}
+    try:
+        result = fuse(path, dry_run=True)
+        fused, refused = len(result.fused), len(result.why)
+    except NothingFusedError as error:
+        fused, refused = 0, len(error.why)
+    except RotaryExportError as error:
+        return {"fuse would replace": f"not known: {error}"}
+    return {"fuse would replace": f"{fused} of {fused + refused} candidates"}
 
 
 def examine_machine() -> tuple[dict[str, str], list[str]]:

@@ -1,7 +1,12 @@
-"""Find the rotary embedding in anyone's ONNX file and fuse it; `fuse.py` puts the steps together.
+"""Find the rotary embedding in anyone's ONNX file and fuse it.
 
-`channels.py` works out what each channel of a value is computed from, with `operators.py` and
-`sums.py`; `rotation.py` recognises a rotation in that, `build.py` writes its node, `rules.py` holds
-the rewrite rules, `prepare.py` readies a graph for them, `join.py` makes query and key one node,
-`feeds.py` and `check.py` run the model before and after.
+- `fuse.py`: the one entry: `fuse`, which puts the steps together.
+- `result.py`: `FuseResult`: what was fused, what was not and why; and how it is written.
+- `read.py`: reads a model, and refuses what is damaged or too new.
+- `normalize.py`: flat, folded, with known shapes: the form that the rules read.
+- `candidates.py`: what looks like a rotary embedding and was not replaced, with the reason.
+- `values.py`: sizes, constants and attributes of values and nodes.
+- `symbolic/`: what each channel is computed from, and whether that is a rotation.
+- `rules/`: the rewrite rules, and the nodes that they write.
+- `check/`: runs the model before and after, and compares.
 """

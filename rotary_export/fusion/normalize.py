@@ -1,7 +1,7 @@
-"""Bring any exporter's graph into the form that the rules read: flat, folded, with known shapes.
+"""Normalise any exporter's graph to the form that the rules read: flat, folded, known shapes.
 
-The TorchScript exporter, and with it optimum, writes no shapes and computes every size at run time;
-torch's newer one writes both.
+torch's TorchScript exporter, and with it optimum, writes no shapes and computes every size at run
+time; its newer exporter writes both.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ import onnx_ir.passes.common as passes
 from onnxscript import ir, optimizer
 from onnxscript.rewriter import pattern
 
-from rotary_export.fusion.symbolic.polynomials import read_constant, read_dims, read_ints
+from rotary_export.fusion.rules.base import Op, Result
 from rotary_export.fusion.symbolic.shapes import clear_generated_dims, fill_shapes
+from rotary_export.fusion.values import (
+    read_constant,
+    read_dims,
+    read_int_attribute,
+    read_ints,
+)
 from rotary_export.op import spec
-
-Op = Any
-Result = Any
 
 _MAX_STEPS = 8
 
 
 class SizeRule(pattern.RewriteRuleClassBase):
-    """One static size of a shape is a constant; halves are cut at size / 2."""
+    """One static size of a shape becomes a constant: halves are cut at size / 2."""
 
     def __init__(self) -> None:
         super().__init__(remove_nodes=False)
@@ -48,7 +51,7 @@ class SizeRule(pattern.RewriteRuleClassBase):
 
 
 class RepeatRule(pattern.RewriteRuleClassBase):
-    """Channels that torch's old exporter repeats without knowing how many there are.
+    """Channels that torch's old exporter repeats although their number is unknown.
 
     It brings them to the front, repeats them along a new axis, picks with GatherND and moves them
     back. Once their number is known, that is one Gather.
@@ -78,8 +81,8 @@ class RepeatRule(pattern.RewriteRuleClassBase):
         assert transpose is not None
         if dims is None or sizes is None or indices is None:
             return pattern.MatchResult().fail("a size is not known", wide)
-        batch, perm = gather.attributes.get("batch_dims"), transpose.attributes.get("perm")
-        is_pair = indices.ndim == 2 and indices.shape[1] == 2 and not (batch and batch.as_int())
+        batch, perm = read_int_attribute(gather, "batch_dims"), transpose.attributes.get("perm")
+        is_pair = indices.ndim == 2 and indices.shape[1] == 2 and not batch
         is_same = None not in dims and [*sizes[:1], *sizes[2:]] == dims
         if read_ints(axes) != [1] or not is_pair or not is_same:
             return pattern.MatchResult().fail("more than one axis is repeated", wide)
@@ -104,7 +107,7 @@ def _is_short_filling(node: ir.Node) -> bool | None:
     return True if is_short else None
 
 
-def prepare(model: ir.Model) -> None:
+def normalize(model: ir.Model) -> None:
     """Inline functions, infer shapes, fold constants, share what is computed twice; in place."""
     for identifier in list(model.functions):
         if identifier[:2] == (spec.DOMAIN, spec.OP_TYPE):

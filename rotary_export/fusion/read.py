@@ -1,4 +1,4 @@
-"""Read the model that `fuse` is given, and refuse what is none, is damaged, or is too new."""
+"""Read a model to fuse; refuse what is not a model, is damaged, or is too new or too old."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Model = onnx.ModelProto | str | os.PathLike[str]
 
 @contextmanager
 def explain(model: Model, what: str) -> Iterator[None]:
-    """Turn what onnx-ir and the rules raise on a damaged model into one clear error.
+    """Turn what onnx-ir and the rules raise for a damaged model into one clear error.
 
     Args:
         model: As `read_model`.
@@ -37,7 +37,7 @@ def explain(model: Model, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # SerdeError, RuntimeError, TypeError, ... by the damage
         cause: BaseException = error
-        while cause.__cause__ is not None:  # onnx-ir says last where it was, first what it found
+        while cause.__cause__ is not None:  # onnx-ir reports first what it found, last where
             cause = cause.__cause__
         reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
         raise RotaryExportError(f"{_name(model)} {what}: {reason}") from error
@@ -75,12 +75,12 @@ def read_model(model: Model) -> ir.Model:
     if opset > newest or proto.ir_version > onnx.IR_VERSION:
         raise RotaryExportError(
             f"{name} has opset {opset} and IR version {proto.ir_version}; the installed onnx "
-            f"{onnx.__version__} knows up to {newest} and {onnx.IR_VERSION}"
+            f"{onnx.__version__} supports up to {newest} and {onnx.IR_VERSION}"
         )
     if versions.get(spec.DOMAIN, 0) > spec.OP_VERSION:
         raise RotaryExportError(
-            f"{name} has version {versions[spec.DOMAIN]} of {spec.DOMAIN}, this release knows up "
-            f"to {spec.OP_VERSION}"
+            f"{name} has version {versions[spec.DOMAIN]} of {spec.DOMAIN}, this release "
+            f"supports up to {spec.OP_VERSION}"
         )
     if opset < OLDEST_OPSET:
         raise RotaryExportError(
@@ -106,7 +106,7 @@ def read_model(model: Model) -> ir.Model:
         _check_external(source, name)
     elif has_external(source):
         raise RotaryExportError(
-            "the model has external data, which a ModelProto does not locate: give its path"
+            "the model has external data, which a ModelProto does not locate: pass its path"
         )
     return source
 
@@ -127,7 +127,7 @@ def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
 
 
 def has_external(model: ir.Model) -> bool:
-    """Whether some weights are in files of their own."""
+    """Return whether some weights are in files of their own."""
     return bool(_external_tensors(model))
 
 

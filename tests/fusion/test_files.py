@@ -47,7 +47,7 @@ def test_the_command_writes_a_file_that_runs_with_and_without_the_library(file, 
     result = CliRunner().invoke(cli, ["fuse", str(file), str(tmp_path / "out.onnx")])
     assert result.exit_code == 0, result.output
     assert "2      primitives, half" in result.stdout
-    assert "out.onnx: 2 rotary calls fused into 1 nodes, 0 left" in result.stdout
+    assert "out.onnx: fused 2 rotary calls into 1 nodes; not replaced: 0" in result.stdout
     assert list_names(tmp_path) == {"in.onnx", "out.onnx"}
     assert file.read_bytes() == before
     fused = onnx.load(tmp_path / "out.onnx")
@@ -61,7 +61,7 @@ def test_the_command_prints_json(file, tmp_path):
     options = ["--json", "--shape", "2", "3", "0"]
     result = CliRunner().invoke(cli, ["fuse", str(file), out, *options])
     report = json.loads(result.stdout)
-    assert (report["calls_fused"], report["nodes"], report["calls_left"]) == (2, 1, 0)
+    assert (report["calls_fused"], report["nodes"], report["calls_not_replaced"]) == (2, 1, 0)
     assert {(r["batch"], r["length"], r["past"]) for r in report["compared"]} == {(2, 3, 0)}
 
 
@@ -146,7 +146,7 @@ def test_external_data_must_be_there(tmp_path, damage):
 def test_a_proto_without_its_data_is_refused(tmp_path):
     save_external(tmp_path / "in.onnx")
     proto = onnx.load(tmp_path / "in.onnx", load_external_data=False)
-    with pytest.raises(RotaryExportError, match="which a ModelProto does not locate: give its"):
+    with pytest.raises(RotaryExportError, match="which a ModelProto does not locate: pass its"):
         rotary_export.fuse(proto)
 
 
@@ -215,10 +215,10 @@ def damage_attribute(model):
 
 
 BAD = {
-    "newer-opset": (damage_opset, r"has opset 99 and IR version 10; the installed onnx .* knows"),
+    "newer-opset": (damage_opset, r"opset 99 and IR version 10; the installed onnx .* supports"),
     "newer-ir": (damage_ir, r"has opset 18 and IR version 99; the installed onnx"),
     "older-opset": (damage_old, r"has opset 17, it must be >= 18: onnx.version_converter raises"),
-    "newer-op": (damage_version, r"has version 7 of rotary_export, this release knows up to 1"),
+    "newer-op": (damage_version, r"has version 7 of rotary_export, this release supports up to 1"),
     "twice": (damage_twice, r"the model is damaged: ValueError: Output .* is redeclared"),
     "dangling": (damage_input, r"damaged: no node before Unsqueeze computes its input nobody"),
     "no-type": (damage_type, r"the model is damaged: ValueError: 99 is not a valid DataType"),

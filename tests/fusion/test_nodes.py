@@ -41,7 +41,7 @@ def test_torch_s_nodes_become_one_and_run_at_any_batch(partial):
     result = rotary_export.fuse(model)
     (node,) = find_rotary(result.model)
     assert read(node) == ({"rotary_embedding_dim": 4} if partial else {})
-    assert {row.against for row in result.check.comparisons} == {"as it is", "row by row"}
+    assert {row.run_mode for row in result.check.comparisons} == {"as it is", "row by row"}
     rows = [
         run(model, {k: v if k == "position_ids" else v[i : i + 1] for k, v in feeds.items()})
         for i in range(3)
@@ -123,7 +123,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("options", "reason"), REFUSED.values(), ids=REFUSED)
-def test_microsoft_s_node_is_left_where_it_does_not_fit(options, reason):
+def test_microsoft_s_node_is_not_replaced_where_it_does_not_fit(options, reason):
     with pytest.raises(CheckFailedError, match=reason):
         rotary_export.fuse(write_microsoft(**options).model())
 

@@ -121,7 +121,7 @@ def test_what_optimum_writes(tmp_path, kind):
         )  # fmt: skip
     result = rotary_export.fuse(file)
     nodes = 2 if kind is Esm else 1  # each of its calls computes its own tables
-    assert (len(result.fused), result.nodes, result.left) == (2, nodes, ())
+    assert (len(result.fused), result.nodes, result.why) == (2, nodes, ())
     feeds = {"input_ids": torch.randint(0, 50, (3, 11)), "position_ids": torch.randint(64, (3, 11))}
     given = {i.name for i in result.model.graph.input}
     got = run(result.model, {name: feeds[name].numpy() for name in given})
@@ -177,7 +177,7 @@ def test_a_decoder_with_a_cache(tmp_path, dynamo):
                 dynamic_axes=axes,
             )  # fmt: skip
     result = rotary_export.fuse(file)
-    assert (len(result.fused), result.nodes, result.left) == (4, 2, ())
+    assert (len(result.fused), result.nodes, result.why) == (4, 2, ())
     tried = {(c.shape.batch, c.shape.length, c.shape.past) for c in result.check.comparisons}
     assert tried == {(1, 7, 0), (3, 13, 5), (2, 1, 19)}
     # One token after nine, at another batch than the traced one.
@@ -239,8 +239,8 @@ def write_genai(do_rotary: bool = False, half: int = D // 2) -> onnx.ModelProto:
 def test_what_onnxruntime_genai_writes(half):
     """Its attention runs several new tokens after a cache for one row only, before and after."""
     result = rotary_export.fuse(write_genai(half=half))
-    assert (len(result.fused), result.nodes, result.left) == (2, 1, ())
-    assert {c.against for c in result.check.comparisons} == {"as it is", "row by row"}
+    assert (len(result.fused), result.nodes, result.why) == (2, 1, ())
+    assert {c.run_mode for c in result.check.comparisons} == {"as it is", "row by row"}
     (node,) = find_rotary(result.model)
     attributes = {a.name: a.i for a in node.attribute}
     assert attributes.pop("rotary_embedding_dim", D) == 2 * half

@@ -142,7 +142,7 @@ def test_a_pattern_becomes_one_node(write, interleaved, rotary_dim, opset):
     copy = model.SerializeToString()
     result = rotary_export.fuse(model)
     assert model.SerializeToString() == copy
-    assert (len(result.fused), result.nodes, result.left) == (2, 1, ())
+    assert (len(result.fused), result.nodes, result.why) == (2, 1, ())
     (node,) = find_rotary(result.model)
     attributes = {a.name: a.i for a in node.attribute}
     assert attributes.get("interleaved", 0) == interleaved
@@ -235,4 +235,4 @@ def test_bfloat16_is_checked_by_onnx_reference_where_ort_does_not_run_it():
     half(g)
     result = rotary_export.fuse(g.model())
     assert result.nodes == 1
-    assert {row.against for row in result.check.comparisons} == {"by onnx.reference"}
+    assert {row.run_mode for row in result.check.comparisons} == {"by onnx.reference"}

@@ -1,4 +1,4 @@
-"""What `fuse` must leave alone, with the reason; and what it must not break around it."""
+"""What `fuse` must not replace, with the reason; and what it must not break around it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from onnx import TensorProto
 import rotary_export
 from rotary_export.errors import CheckFailedError
 from rotary_export.fusion.check import compare as check_module
-from rotary_export.fusion.rules import rewrite_rules
+from rotary_export.fusion.rules import build
+from rotary_export.fusion.symbolic.refusal import Refusal
 
 
 def finish(g: Graph, cos: str, sin: str, turn=rotate_half) -> None:
@@ -111,7 +112,7 @@ def weights_per_channel(g: Graph) -> None:
 
 
 REFUSED = {
-    "weights-per-channel": (weights_per_channel, "no one value of the graph holds the cosines"),
+    "weights-per-channel": (weights_per_channel, "no one value of the graph contains the cosines"),
     "halves-differ": (halves_differ, "the cosines of a pair differ"),
     "constant-halves-differ": (constant_halves_differ, "the cosines of a pair differ"),
     "half-tables-for-pairs": (half_tables_for_pairs, "the cosines of a pair differ"),
@@ -132,7 +133,7 @@ def test_no_rule_fires(write, reason):
         rotary_export.fuse(g.model())
 
 
-def test_what_was_left_is_listed_beside_what_was_fused():
+def test_what_was_not_replaced_is_listed_beside_what_was_fused():
     g = Graph()
     cos, sin = write_tables(g)
     query, key = add_query_key(g)
@@ -141,9 +142,9 @@ def test_what_was_left_is_listed_beside_what_was_fused():
     g.output(add_products(g, key, cos, swapped, sin), "key_out")
     result = rotary_export.fuse(g.model())
     assert (len(result.fused), result.nodes) == (1, 1)
-    (left,) = result.left
-    assert left.reason == "the two sines of a pair must have opposite signs"
-    assert result.to_dict()["calls_left"] == 1
+    (refused,) = result.why
+    assert "the two sines of a pair must have opposite signs" in refused.reason
+    assert result.to_dict()["calls_not_replaced"] == 1
 
 
 def test_intermediate_values_that_are_used_elsewhere_stay():
@@ -191,10 +192,12 @@ def test_a_rotation_by_the_opposite_angle_gets_the_opposite_sines():
 def test_a_rule_that_is_wrong_is_caught_by_running_the_model(monkeypatch):
     def find_wrongly(value):
         found = find(value)
+        if isinstance(found, Refusal):
+            return found
         return replace(found, cos=found.sin, sin=found.cos)
 
-    find = rewrite_rules.find_rotation
-    monkeypatch.setattr(rewrite_rules, "find_rotation", find_wrongly)
+    find = build.find_rotation
+    monkeypatch.setattr(build, "find_rotation", find_wrongly)
     g = Graph()
     finish(g, *write_tables(g))
     with pytest.raises(CheckFailedError, match="is not equal to the model, nothing was written"):

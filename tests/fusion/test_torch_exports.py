@@ -87,7 +87,7 @@ def test_torch_s_export_is_fused_and_runs_at_any_shape(
         )  # fmt: skip
         program.save(file)
     result = rotary_export.fuse(file)
-    assert (len(result.fused), result.nodes, result.left) == (4, 2, ())
+    assert (len(result.fused), result.nodes, result.why) == (4, 2, ())
     assert len(find_rotary(result.model)) == 2
     onnx.checker.check_model(result.model, full_check=True)
     for batch, length in ((3, 11), (1, 1), (2, 40)):
@@ -156,7 +156,7 @@ def test_the_old_exporter_s_file_without_shapes_is_fused(
         )  # fmt: skip
     assert not any(v.type.tensor_type.HasField("shape") for v in onnx.load(file).graph.value_info)
     result = rotary_export.fuse(file)
-    assert (len(result.fused), result.nodes, result.left) == (2, 1, ())
+    assert (len(result.fused), result.nodes, result.why) == (2, 1, ())
     feeds = {"input_ids": torch.randint(0, 50, (3, 11)), "position_ids": torch.randint(64, (3, 11))}
     got = run(result.model, {name: value.numpy() for name, value in feeds.items()})
     with torch.no_grad():

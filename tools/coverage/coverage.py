@@ -237,7 +237,7 @@ def fuse_and_compare(model: Logits, file: Path) -> dict[str, Any]:
     except rotary_export.RotaryExportError as error:
         return {"status": "left", "fused": 0, "reason": describe(error)}
     row["fuse_seconds"] = round(time.perf_counter() - start, 2)
-    left = [f"{found.node}: {found.reason}" for found in result.left]
+    left = [f"{found.node}: {found.reason}" for found in result.why]
     row |= {
         "fused": len(result.fused),
         "nodes": result.nodes,

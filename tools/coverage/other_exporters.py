@@ -107,7 +107,7 @@ def fuse_file(name: str, path: Path, expected: bool) -> bool:
     worst = max(row.error.max_ulp for row in result.check.comparisons)
     how = ", ".join(sorted(set(result.fused.values())))
     print(f"{name}: {len(result.fused)} calls fused in {result.nodes} nodes ({how}), {worst:g} ulp")
-    return expected and not result.left
+    return expected and not result.why
 
 
 def main() -> int:

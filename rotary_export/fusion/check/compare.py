@@ -1,7 +1,7 @@
-"""Run a model before and after, and compare its outputs and what every rotary call gives.
+"""Run a model before and after, and compare its outputs and those of every rotary call.
 
-One session is open at a time, with the weights mapped from a file where they are large: never
-more than two copies of them in memory.
+One session is open at a time, with large weights mapped from a file: memory never contains more
+than two copies of them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ from rotary_export.runtime.providers import CPU, import_onnxruntime, library_ref
 # weights, layer after layer) enlarges that, as it does any rounding: by this much at most.
 GROWTH = {"float64": 64, "float32": 64, "float16": 8, "bfloat16": 8}
 
+# How a model ran before: with the whole batch, one row at a time where it can't run a batch, or in
+# onnx.reference where ONNX Runtime can't run it.
+AS_IT_IS, ROW_BY_ROW, BY_REFERENCE = "as it is", "row by row", "by onnx.reference"
+
 Outputs = dict[str, Array]
 Run = Outputs | str  # or why it did not run
 
@@ -39,7 +43,7 @@ class Comparison:
     Attributes:
         shape: Batch, new tokens, tokens in the cache.
         runtime: What ran the fused model.
-        against: How the model ran before: "as it is", or "row by row" where it can't run a batch.
+        run_mode: How the model ran before: `AS_IT_IS`, `ROW_BY_ROW` or `BY_REFERENCE`.
         error: The largest, in ulp of the largest magnitude of its vector or output.
         output: Where it is.
         allowed: The limit.
@@ -47,7 +51,7 @@ class Comparison:
 
     shape: Shape
     runtime: str
-    against: str
+    run_mode: str
     error: Error
     output: str
     allowed: float
@@ -106,21 +110,21 @@ def compare_models(
     if inside:
         check.skipped.append(
             f"{', '.join(inside)}: inside a subgraph, compared by the model's outputs alone, and "
-            "not at all in a branch that is not taken"
+            "not at all in a branch that does not run"
         )
     old = _observe(ir.serde.serialize_model(before), observed)
-    runs, hows = _run_before(old, folder, cases, shapes, check)
+    runs, run_modes = _run_before(old, folder, cases, shapes, check)
     new = _observe(after, observed)
     if all(isinstance(run, str) for run in runs):
         reason = runs[0]
-        runs, hows = _run_reference(old, cases), ["by onnx.reference"] * len(cases)
+        runs, run_modes = _run_reference(old, cases), [BY_REFERENCE] * len(cases)
         if all(isinstance(run, str) for run in runs):
             raise RotaryExportError(f"the model can't be verified, it runs at no shape: {reason}")
     for name, library in _find_runtimes(check):
-        results = _run_session(new, folder, cases, shapes, hows, library)
-        if all(isinstance(r, str) for r in results) and hows[0] == "by onnx.reference":
+        results = _run_session(new, folder, cases, shapes, run_modes, library)
+        if all(isinstance(r, str) for r in results) and run_modes[0] == BY_REFERENCE:
             name, results = "onnx.reference", _run_reference(new, cases)
-        for shape, want, got, how in zip(shapes, runs, results, hows, strict=True):
+        for shape, want, got, run_mode in zip(shapes, runs, results, run_modes, strict=True):
             if isinstance(want, str):
                 continue
             if isinstance(got, str):
@@ -128,7 +132,7 @@ def compare_models(
                     f"the fused model does not run at batch {shape.batch}, length {shape.length} "
                     f"({name}), the model did before: {got}"
                 )
-            check.comparisons.append(_compare(want, got, shape, name, how, observed))
+            check.comparisons.append(_compare(want, got, shape, name, run_mode, observed))
     for row in check.comparisons:
         if not row.passed:
             raise CheckFailedError(
@@ -151,14 +155,14 @@ def _find_runtimes(check: Check) -> list[tuple[str, bool]]:
 
 
 def _observe(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """Return a model with more outputs; the weights are shared where they are external."""
+    """Return a model with more outputs; external weights are shared."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    there = {value.name for value in copy.graph.output}
+    outputs = {value.name for value in copy.graph.output}
     made = {name for node in copy.graph.node for name in node.output}
     known = {value.name: value for value in copy.graph.value_info}
     for name in names:
-        if name in made and name not in there:
+        if name in made and name not in outputs:
             output = copy.graph.output.add(name=name)
             if name in known:
                 element = known[name].type.tensor_type.elem_type
@@ -184,18 +188,18 @@ def _run_session(
     folder: Path | None,
     cases: Sequence[Mapping[str, Array]],
     shapes: Sequence[Shape],
-    hows: Sequence[str],
+    run_modes: Sequence[str],
     library: bool,
 ) -> list[Run]:
-    """Run the fused model; row by row where the model itself did not run the batch, nor it does."""
+    """Run the fused model; row by row where neither it nor the model before runs the batch."""
     try:
         session = _open(model, folder, library)
     except Exception as error:  # ORT's own exceptions share no base class
         return [_describe(error)] * len(cases)
     runs = []
-    for case, shape, how in zip(cases, shapes, hows, strict=True):
+    for case, shape, run_mode in zip(cases, shapes, run_modes, strict=True):
         run = _run_case(session, case)
-        if isinstance(run, str) and how == "row by row":
+        if isinstance(run, str) and run_mode == ROW_BY_ROW:
             run = _run_rows(session, case, shape.batch) or run
         runs.append(run)
     return runs
@@ -225,21 +229,21 @@ def _run_before(
         session = _open(model, folder, library=False)
     except Exception as error:  # ORT's own exceptions share no base class
         return [_describe(error)] * len(cases), [""] * len(cases)
-    runs, hows = [], []
+    runs, run_modes = [], []
     for case, shape in zip(cases, shapes, strict=True):
-        run, how = _run_case(session, case), "as it is"
+        run, run_mode = _run_case(session, case), AS_IT_IS
         if isinstance(run, str) and shape.batch > 1:
             rows = _run_rows(session, case, shape.batch)
             if rows is not None:
-                run, how = rows, "row by row"
+                run, run_mode = rows, ROW_BY_ROW
         if isinstance(run, str):
             check.skipped.append(
                 f"batch {shape.batch}, length {shape.length}, past {shape.past}: the model does "
                 f"not run there before: {run}"
             )
         runs.append(run)
-        hows.append(how)
-    return runs, hows
+        run_modes.append(run_mode)
+    return runs, run_modes
 
 
 def _run_rows(session: Any, case: Mapping[str, Array], batch: int) -> Outputs | None:
@@ -269,10 +273,10 @@ def _run_reference(model: onnx.ModelProto, cases: Sequence[Mapping[str, Array]])
 
 
 def _compare(
-    want: Outputs, got: Outputs, shape: Shape, runtime: str, how: str, observed: Sequence[str]
+    want: Outputs, got: Outputs, shape: Shape, runtime: str, run_mode: str, observed: Sequence[str]
 ) -> Comparison:
     """Compare all outputs of one run; keep the one that is nearest to its limit."""
-    worst = Comparison(shape, runtime, how, Error(), "", TOLERANCES["native"].max_ulp)
+    worst = Comparison(shape, runtime, run_mode, Error(), "", TOLERANCES["native"].max_ulp)
     for name, value in want.items():
         dtype = value.dtype.name
         if dtype not in GROWTH:
@@ -285,7 +289,7 @@ def _compare(
             largest = wide.max(axis, keepdims=True) if value.size else np.ones((1,) * value.ndim)
             error = compare(got[name], value, compute_ulp(largest, dtype))
             allowed = TOLERANCES["native"].max_ulp * GROWTH[dtype]
-        row = Comparison(shape, runtime, how, error, name, allowed)
+        row = Comparison(shape, runtime, run_mode, error, name, allowed)
         if error.max_ulp / max(allowed, 1e-9) >= worst.error.max_ulp / max(worst.allowed, 1e-9):
             worst = row
     return worst

@@ -1,4 +1,4 @@
-"""Inputs to try a model with: random, but such that they mean something to it."""
+"""Inputs to run a model with: random, but such that they mean something to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from onnxscript import ir
 
 from rotary_export.errors import RotaryExportError
-from rotary_export.fusion.symbolic.polynomials import read_dims
+from rotary_export.fusion.values import Dims, read_dims, read_int_attribute
 from rotary_export.runtime.tensors import make_bfloat16
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -23,10 +23,10 @@ _IDS = re.compile(r"^(decoder_)?input_ids$|^tokens?$|^token_ids$")
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one try.
+    """Sizes of one run.
 
     Attributes:
-        batch: Of every axis whose name says batch, or that is an input's first.
+        batch: Of every axis whose name contains "batch", or that is an input's first.
         length: New tokens.
         past: Tokens in a key/value cache.
     """
@@ -53,13 +53,13 @@ def make_feeds(
         graph: The model's.
         shape: Which sizes.
         seed: Of the random numbers.
-        given: Inputs to take as they are; the names of their axes bind the sizes.
+        given: Inputs to use as they are; the names of their axes bind the sizes.
 
     Returns:
         Arrays by name.
 
     Raises:
-        RotaryExportError: An input has no shape, or is no tensor.
+        RotaryExportError: An input has no shape, or is not a tensor.
     """
     rng = np.random.default_rng(seed)
     given = dict(given or {})
@@ -99,16 +99,16 @@ def _find_head_dim(value: ir.Value) -> int | None:
     for user, index in value.uses():
         if user.op_type != "GroupQueryAttention" or index not in (3, 4) or user.inputs[0] is None:
             continue
-        heads = user.attributes["num_heads"].as_int()
+        heads = read_int_attribute(user, "num_heads")
         if user.inputs[1] is None:  # query, key and value in one
-            heads += 2 * user.attributes["kv_num_heads"].as_int()
+            heads += 2 * read_int_attribute(user, "kv_num_heads")
         dims = read_dims(user.inputs[0])
         if dims is not None and isinstance(dims[-1], int):
             return dims[-1] // heads
     return None
 
 
-def _read_input(value: ir.Value) -> list[int | str | None]:
+def _read_input(value: ir.Value) -> Dims:
     dims = read_dims(value)
     if dims is None or value.dtype is None:
         raise RotaryExportError(f"the input {value.name} must be a tensor of known rank")
@@ -116,7 +116,7 @@ def _read_input(value: ir.Value) -> list[int | str | None]:
 
 
 def _choose_size(name: str, axis: int, dim: str, shape: Shape) -> int:
-    """Choose the size of a named axis, by its name or by where it stands."""
+    """Choose the size of a named axis, by its name or by its place."""
     low = dim.lower()
     if "batch" in low:
         return shape.batch
@@ -185,9 +185,8 @@ def _count_rows(value: ir.Value) -> int | None:
     while queue:
         for user, index in queue.pop().uses():
             if user.op_type == "Gather" and index == 1 and user.inputs[0] is not None:
-                axis = user.attributes.get("axis")
-                dims = read_dims(user.inputs[0])
-                if dims and (axis is None or axis.as_int() == 0) and isinstance(dims[0], int):
+                dims, axis = read_dims(user.inputs[0]), read_int_attribute(user, "axis")
+                if dims and axis == 0 and isinstance(dims[0], int):
                     rows.append(dims[0])
             elif user.op_type in ("Reshape", "Cast", "Identity", "Unsqueeze", "Flatten", "Squeeze"):
                 queue.extend(user.outputs)

@@ -1,6 +1,7 @@
 """Write the fused node: half-width float32 tables of (B or 1, S, R/2), shared by all layers, and X.
 
-The op wants X as (B, N, S, H) or (B, S, N*H). What models rotate, by its axes before the channels:
+The op requires X as (B, N, S, H) or (B, S, N*H). What models rotate, by the axes before the
+channels:
 
     BNSH  (B, N, S, H), tables with an axis of 1 for the heads: as it is
     BSNH  (B, S, N, H): seen as (B, S, N*H)
@@ -10,25 +11,23 @@ The op wants X as (B, N, S, H) or (B, S, N*H). What models rotate, by its axes b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from onnxscript import ir
 
-from rotary_export.fusion.symbolic.polynomials import read_dims
-from rotary_export.fusion.symbolic.rotation import NotARotationError, Rotation, Table
+from rotary_export.fusion.rules.base import Op
+from rotary_export.fusion.symbolic.refusal import NotARotationError, Refusal, make_refusal
+from rotary_export.fusion.symbolic.rotation import Rotation, Table, find_rotation
+from rotary_export.fusion.values import Dims, read_dims
 from rotary_export.op import spec
-
-Dims = list[int | str | None]
 
 HALF_TYPES = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 X_TYPES = {*HALF_TYPES, ir.DataType.FLOAT, ir.DataType.DOUBLE}
 _LAYOUTS = {3: ("BNS", "BSN"), 2: ("SN", "BS")}
 _VIEWS = {"Unsqueeze", "Squeeze", "Slice", "Reshape", "Transpose", "Expand", "Identity"}
-
-Op = Any  # the rewriter's builder of nodes
 
 
 @dataclass(frozen=True)
@@ -46,39 +45,51 @@ class Plan:
     heads: int
 
 
+def plan_rotation(out: ir.Value) -> Plan | Refusal:
+    """Find out of what a value is the rotation, and how that becomes a node."""
+    found = find_rotation(out)
+    if isinstance(found, Refusal):
+        return found
+    try:
+        return make_plan(found)
+    except NotARotationError as error:
+        return make_refusal(error)
+
+
 def make_plan(rotation: Rotation) -> Plan:
-    """Find out how the axes of x and of the tables go together.
+    """Match the axes of x with those of the tables.
 
     Raises:
-        NotARotationError: The op can't say it; with the reason.
+        NotARotationError: The op can't express it; with the reason.
     """
-    x = rotation.x
+    x, channels = rotation.x, rotation.channels
     dims = read_dims(x)
     assert dims is not None
     if x.dtype not in X_TYPES:
-        raise NotARotationError(f"x is {x.dtype}")
-    lead = dims[:-1]
-    if len(lead) not in _LAYOUTS:
-        raise NotARotationError(f"x has {len(dims)} axes, the op takes 3 or 4")
-    shapes = [_read_lead(table, len(lead)) for table in (rotation.cos, rotation.sin)]
-    for layout in _LAYOUTS[len(lead)]:
-        if all(_fits(layout, shape, lead) for shape in shapes):
+        raise NotARotationError(f"x is {x.dtype}", channels)
+    leading = dims[:-1]
+    if len(leading) not in _LAYOUTS:
+        raise NotARotationError(f"x has {len(dims)} axes, the op accepts 3 or 4", channels)
+    shapes = [_read_leading(table, len(leading)) for table in (rotation.cos, rotation.sin)]
+    for layout in _LAYOUTS[len(leading)]:
+        if all(_fits(layout, shape, leading) for shape in shapes):
             break
     else:
         raise NotARotationError(
-            f"the tables are not broadcast over the heads: x has {lead} before its channels, "
-            f"the tables {shapes[0]} and {shapes[1]}"
+            f"the tables are not broadcast over the heads: x has {leading} before its channels, "
+            f"the tables {shapes[0]} and {shapes[1]}",
+            channels,
         )
     heads = 1
     if layout in ("BSN", "SN"):
-        size = lead[layout.index("N")]
+        size = leading[layout.index("N")]
         if not isinstance(size, int):
-            raise NotARotationError("the number of heads is not static")
+            raise NotARotationError("the number of heads is not static", channels)
         heads = size
     return Plan(rotation, layout, heads)
 
 
-def _read_lead(table: Table, rank: int) -> Dims:
+def _read_leading(table: Table, rank: int) -> Dims:
     """Return the sizes of a table's axes before the channels, aligned with those of x."""
     dims = read_dims(table.value)
     assert dims is not None
@@ -87,6 +98,7 @@ def _read_lead(table: Table, rank: int) -> Dims:
 
 
 def _fits(layout: str, table: Dims, x: Dims) -> bool:
+    """Return whether a table is one of (B or 1, S, R/2) for X in this layout."""
     for axis, own, other in zip(layout, table, x, strict=True):
         if axis == "N" and own != 1:
             return False
@@ -103,7 +115,7 @@ def write_node(op: Op, plan: Plan, shared: dict[Any, ir.Value]) -> ir.Value:
     Args:
         op: The rewriter's builder.
         plan: What to write.
-        shared: Tables that were written before, by what they are; gets the new ones.
+        shared: Tables that were written before, by what they are; new ones are added.
 
     Returns:
         The value that replaces `rotation.out`.
@@ -127,27 +139,34 @@ def write_node(op: Op, plan: Plan, shared: dict[Any, ir.Value]) -> ir.Value:
         x = _reshape(op, x, [1, -1, plan.heads * head_dim], flat)
     if plan.layout != "BNS":
         attributes["num_heads"] = plan.heads
-    attributes = {name: value for name, value in attributes.items() if value}
     y = write_rotary(op, [x, *tables], attributes)
     if flat is not None:
         back = [0, 0] if plan.layout == "BSN" else [-1]
         y = _reshape(op, y, [*back, plan.heads, head_dim], dims)
-    if found.order is not None:
-        y = like(op.Gather(y, op.Constant(value_ints=found.order), axis=-1), y)
+    order = found.layout.order
+    if order is not None:
+        y = copy_type(op.Gather(y, op.Constant(value_ints=order), axis=-1), y)
     return y
 
 
-def write_rotary(op: Op, inputs: Sequence[ir.Value | None], attributes: dict[str, int]) -> ir.Value:
-    """Write one node of our op; its output has the type and shape of X."""
+def write_rotary(
+    op: Op, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int]
+) -> ir.Value:
+    """Write one node of our op; attributes that are 0 are left out.
+
+    Returns:
+        Its output, with the type and shape of X.
+    """
+    used = {name: value for name, value in attributes.items() if value}
     y: ir.Value = op.op(
-        spec.OP_TYPE, *inputs, _domain=spec.DOMAIN, _version=spec.OP_VERSION, **attributes
+        spec.OP_TYPE, *inputs, _domain=spec.DOMAIN, _version=spec.OP_VERSION, **used
     )
     assert inputs[0] is not None
-    return like(y, inputs[0])
+    return copy_type(y, inputs[0])
 
 
-def like(value: ir.Value, other: ir.Value) -> ir.Value:
-    """Give a value another's type and shape."""
+def copy_type(value: ir.Value, other: ir.Value) -> ir.Value:
+    """Set a value's type and shape to another's, and return it."""
     value.type, value.shape = other.type, other.shape
     return value
 
@@ -166,13 +185,13 @@ def _write_table(op: Op, table: Table, plan: Plan, shared: dict[Any, ir.Value]) 
     """Write half-width channels of a table's value, in (B or 1, S, R/2)."""
     dims = read_dims(table.value)
     assert dims is not None
-    lead = dims[: len(dims) - table.rank]
-    key = (table, plan.layout[-len(lead) :] if lead else "", table.value.graph)
+    leading = dims[: len(dims) - table.rank]
+    axes = plan.layout[len(plan.layout) - len(leading) :]
+    key = (table, axes, table.value.graph)
     if key in shared:
         return shared[key]
     value = widen(op, table.value)
     value, dims = _select_channels(op, value, dims, table)
-    axes = plan.layout[len(plan.layout) - len(lead) :]
     if "N" in axes:
         axis = axes.index("N")
         del dims[axis]
@@ -189,17 +208,17 @@ def _write_table(op: Op, table: Table, plan: Plan, shared: dict[Any, ir.Value]) 
 
 
 def _select_channels(op: Op, value: ir.Value, dims: Dims, table: Table) -> tuple[ir.Value, Dims]:
-    """Take the wanted channels, along one last axis."""
-    lead, shape = dims[: len(dims) - table.rank], dims[len(dims) - table.rank :]
+    """Write what selects the wanted channels, along one last axis."""
+    leading, shape = dims[: len(dims) - table.rank], dims[len(dims) - table.rank :]
     size = int(np.prod([d for d in shape if isinstance(d, int)], initial=1))
     if table.rank != 1:
-        dims = [*lead, size]
-        zeros = [0] * len(lead)
+        dims = [*leading, size]
+        zeros = [0] * len(leading)
         value = _reshape(op, value, [*zeros, size], dims)
     picked, half = list(table.channels), len(table.channels)
     if picked == list(range(size)):
         return value, list(dims)
-    dims = [*lead, half]
+    dims = [*leading, half]
     step = picked[1] - picked[0] if half > 1 else 1
     if step > 0 and picked == list(range(picked[0], picked[0] + step * half, step)):
         bounds = ([picked[0]], [picked[-1] + 1], [-1], [step])
@@ -210,7 +229,7 @@ def _select_channels(op: Op, value: ir.Value, dims: Dims, table: Table) -> tuple
 
 
 def widen(op: Op, value: ir.Value) -> ir.Value:
-    """Return a half-precision table as it was before it was rounded, where that is there."""
+    """Return a half-precision table as it was before it was rounded, where that exists."""
     wide = _widen(op, value) if value.dtype in HALF_TYPES else None
     return value if wide is None else wide
 

@@ -1,7 +1,7 @@
 """Make query and key one node: two rotary nodes with the same tables become one with a key.
 
-This is a pass and no rewrite rule, since the two nodes are not connected: a pattern would try
-every pair of nodes of the model, and can't say that neither may come after the other.
+This is a pass and not a rewrite rule, since the two nodes are not connected: a pattern would try
+every pair of nodes, and can't express that neither is computed from the other.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any
 
 from onnxscript import ir
 
-from rotary_export.fusion.symbolic.polynomials import read_dims
+from rotary_export.fusion.values import read_dims, read_int_attribute
 from rotary_export.op import spec
 
 
 def is_rotary(node: ir.Node) -> bool:
-    """Whether this is a node of our op."""
+    """Return whether this is a node of our op."""
     return (node.domain, node.op_type) == (spec.DOMAIN, spec.OP_TYPE)
 
 
@@ -37,12 +37,12 @@ def join_query_key(graph: ir.Graph) -> int:
                 pairs += join_query_key(attribute.as_graph())
         if not is_rotary(node) or len(node.inputs) > 4 or len(node.outputs) != 1:
             continue
-        sort = _describe(node)
-        if sort is None:
+        key = _make_key(node)
+        if key is None:
             continue
-        first = waiting.pop(sort, None)
+        first = waiting.pop(key, None)
         if first is None or _depends_on(node, first, place):
-            waiting[sort] = node
+            waiting[key] = node
             continue
         _join(graph, first, node)
         pairs += 1
@@ -51,13 +51,13 @@ def join_query_key(graph: ir.Graph) -> int:
     return pairs
 
 
-def _describe(node: ir.Node) -> Any:
+def _make_key(node: ir.Node) -> Any:
     """Return what must be equal for two nodes to be one, or None."""
     x = node.inputs[0]
-    dims = read_dims(x) if x is not None else None
+    dims = read_dims(x)
     if x is None or dims is None or not isinstance(dims[-1], int):
         return None
-    heads = _read(node, "num_heads")
+    heads = read_int_attribute(node, "num_heads")
     if len(dims) == 4:
         sizes = (dims[0], dims[2], dims[3])
     else:
@@ -65,17 +65,17 @@ def _describe(node: ir.Node) -> Any:
     if None in sizes:
         return None
     tables = (*node.inputs[1:], None)[:3]
-    kind = (_read(node, "interleaved"), _read(node, "rotary_embedding_dim"), len(dims), x.dtype)
+    kind = (
+        read_int_attribute(node, "interleaved"),
+        read_int_attribute(node, "rotary_embedding_dim"),
+        len(dims),
+        x.dtype,
+    )
     return (*tables, *sizes, *kind)
 
 
-def _read(node: ir.Node, name: str) -> int:
-    attribute = node.attributes.get(name)
-    return 0 if attribute is None else attribute.as_int()
-
-
 def _depends_on(node: ir.Node, other: ir.Node, place: dict[ir.Node, int]) -> bool:
-    """Whether `node` is computed from `other`, which stands before it."""
+    """Return whether `node` is computed from `other`, which stands before it."""
     queue, seen = [node], {node}
     while queue:
         for value in _read_values(queue.pop()):
@@ -102,18 +102,22 @@ def _join(graph: ir.Graph, first: ir.Node, second: ir.Node) -> None:
     """Replace two nodes by one; the one with more heads is X."""
 
     def count_heads(node: ir.Node) -> int:
-        x = node.inputs[0]
-        dims = read_dims(x) if x is not None else None
-        size = dims[1] if dims is not None and len(dims) == 4 else _read(node, "num_heads")
+        dims = read_dims(node.inputs[0])
+        size = (
+            dims[1]
+            if dims is not None and len(dims) == 4
+            else read_int_attribute(node, "num_heads")
+        )
         return size if isinstance(size, int) else 0
 
     query, key = first, second
     if count_heads(second) > count_heads(first):
         query, key = second, first
     attributes = {
-        name: _read(query, name) for name in ("interleaved", "rotary_embedding_dim", "num_heads")
+        name: read_int_attribute(query, name)
+        for name in ("interleaved", "rotary_embedding_dim", "num_heads")
     }
-    attributes["kv_num_heads"] = _read(key, "num_heads")
+    attributes["kv_num_heads"] = read_int_attribute(key, "num_heads")
     tables = (*query.inputs[1:], None)[:3]
     node = ir.node(
         spec.OP_TYPE,

@@ -1,25 +1,26 @@
-"""What each channel of a value is computed from.
+"""Work out what each channel of a value is computed from.
 
 A value's trailing axes (its channels) are followed one by one, its leading axes (batch, heads,
 sequence) as a whole. Slice, Split, Concat, Reshape, Gather, Neg, Add, Mul, ... of channels are then
-index arithmetic (`operators.py`) on sums (`sums.py`), whichever of them an exporter chose to write.
-What is not understood becomes an atom of its own, so that equality is never claimed without a
-proof.
+index arithmetic (`operators.py`) on polynomials (`polynomials.py`), whichever of them an exporter
+wrote. A node that no handler understands becomes a symbol of its own: equality is never claimed
+without a proof.
 """
 
 from __future__ import annotations
 
 from onnxscript import ir
 
-from rotary_export.fusion.symbolic.operators import FLOATS, HANDLERS
+from rotary_export.fusion.symbolic.handler import FLOATS
+from rotary_export.fusion.symbolic.operators import HANDLERS
 from rotary_export.fusion.symbolic.polynomials import (
     Channels,
     UnknownShapeError,
-    atoms,
-    read_constant,
+    symbols,
     trace_constant,
     trailing_shape,
 )
+from rotary_export.fusion.values import read_constant
 
 _MAX_TERMS = 4
 
@@ -28,16 +29,16 @@ class Tracer:
     """Follows channels up to where they come from.
 
     Args:
-        leaf: A value that is not looked behind: its channel i is the atom ("x", i).
+        source: The value at which tracing stops: its channel i is the symbol ("source", i).
 
     Attributes:
-        factors: Values that the leaf, or what was made of it, was multiplied with, their channels
-            and the number of axes that these stand for.
+        multipliers: Values that the source, or what was made of it, was multiplied with; their
+            channels; and the number of trailing axes that are channels.
     """
 
-    def __init__(self, leaf: ir.Value | None = None) -> None:
-        self.factors: list[tuple[ir.Value, Channels, int]] = []
-        self._leaf = leaf
+    def __init__(self, source: ir.Value | None = None) -> None:
+        self.multipliers: list[tuple[ir.Value, Channels, int]] = []
+        self._source = source
         self._known: dict[tuple[ir.Value, int], Channels] = {}
 
     def trace(self, value: ir.Value, rank: int) -> Channels:
@@ -48,7 +49,7 @@ class Tracer:
             rank: Number of trailing axes that are channels.
 
         Returns:
-            Of the shape of these axes.
+            Polynomials, in the shape of these axes.
 
         Raises:
             UnknownShapeError: The sizes of these axes are not known.
@@ -60,8 +61,8 @@ class Tracer:
 
     def _compute(self, value: ir.Value, rank: int) -> Channels:
         shape = trailing_shape(value, rank)
-        if value is self._leaf:
-            return atoms("x", shape)
+        if value is self._source:
+            return symbols("source", shape)
         constant = read_constant(value)
         if constant is not None and value.dtype in FLOATS:
             return trace_constant(value, constant, rank, shape)
@@ -75,4 +76,4 @@ class Tracer:
             if found is not None and max(map(len, found.flat), default=0) <= _MAX_TERMS:
                 assert found.shape == shape, (node.op_type, found.shape, shape)
                 return found
-        return atoms("v", shape, value)
+        return symbols("value", shape, value)

@@ -1,26 +1,48 @@
-"""Recognise a rotation: what is rotated, in which layout, by which tables."""
+"""Recognise a rotation: what is rotated, in which layout, by which tables.
+
+The checks run in this order, and the first one that fails decides (`refusal.CHECKS`):
+
+1. `check_terms`: each channel is a sum of products with a channel of x.
+2. `find_rotary_dim`: the leading channels are sums of two products, the others are copied.
+3. `find_layout`: the products join the channels in pairs that the op has.
+4. `match_pairs`: both channels of a pair have the same cosine and the same sine.
+5. `find_table`: one value of the graph contains all cosines, and one all sines.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from onnxscript import ir
 
 from rotary_export.fusion.symbolic.channels import Tracer
-from rotary_export.fusion.symbolic.polynomials import (
-    Atom,
-    Channels,
-    Sum,
-    UnknownShapeError,
-    read_dims,
+from rotary_export.fusion.symbolic.pairs import (
+    Half,
+    Layout,
+    Term,
+    Terms,
+    find_difference,
+    format_terms,
+    is_paired,
+    list_layouts,
+    read_terms,
+    split_terms,
 )
+from rotary_export.fusion.symbolic.polynomials import (
+    Channels,
+    Product,
+    UnknownShapeError,
+    format_polynomial,
+)
+from rotary_export.fusion.symbolic.refusal import NotARotationError, Refusal, make_refusal
+from rotary_export.fusion.values import Dims, read_dims
 
 _CHANNEL_OPS = {
     "Add", "Sub", "Mul", "Neg", "Identity", "Slice", "Split", "Concat", "Gather", "Reshape",
     "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Cast",
 }  # fmt: skip
-_MAX_CANDIDATES = 24
+_MAX_SOURCES = 24
 _MAX_VISITED = 80
 
 
@@ -32,7 +54,7 @@ class Table:
         value: What the model multiplies with.
         rank: How many of its trailing axes are channels.
         channels: For each pair, the flat index among these.
-        factor: What the channels are to be multiplied with, too.
+        factor: A number that the channels are multiplied with, too.
     """
 
     value: ir.Value
@@ -48,60 +70,60 @@ class Rotation:
     Attributes:
         x: Of the shape of out.
         out: What the model computes with primitives.
-        interleaved: Pairs (2i, 2i + 1), else (i, i + rotary_dim / 2).
+        layout: Pairs of channels, and the order in which they come out.
         rotary_dim: R.
         cos: Table of cosines.
         sin: Table of sines.
-        order: Channels of the rotated x that make out; None: all, in order. DeepSeek's takes pairs
-            (2i, 2i + 1) and gives halves.
+        channels: Terms of out, for messages.
     """
 
     x: ir.Value
     out: ir.Value
-    interleaved: bool
+    layout: Layout
     rotary_dim: int
     cos: Table
     sin: Table
-    order: tuple[int, ...] | None = None
+    channels: tuple[Terms, ...] = field(repr=False, compare=False)
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether the pairs are (2i, 2i + 1), not (i, i + rotary_dim / 2)."""
+        return self.layout.pairs[0] == (0, 1)
 
 
-class NotARotationError(Exception):
-    """Why a value is not a rotation; empty where nothing looks like one."""
-
-
-def find_rotation(out: ir.Value) -> Rotation:
+def find_rotation(out: ir.Value) -> Rotation | Refusal:
     """Find the value of which `out` is the rotation.
 
     Args:
         out: Any value.
 
     Returns:
-        The rotation.
-
-    Raises:
-        NotARotationError: There is none; the message says why the best candidate was refused.
+        The rotation; or why it is none, for the source that got furthest.
     """
-    reason = ""
     dims = read_dims(out)
-    if dims is None or not isinstance(dims[-1] if dims else None, int):
-        raise NotARotationError("its number of channels is not static")
-    for x in _find_candidates(out):
-        try:
-            return _recognise(out, x)
-        except NotARotationError as error:
-            reason = max(reason, str(error), key=len)
-        except UnknownShapeError as error:
-            reason = reason or f"the shape of {error} is not known"
-    raise NotARotationError(reason)
+    best = None
+    try:
+        if not dims or not isinstance(dims[-1], int):
+            raise NotARotationError("its number of channels is not static")
+        for x in _list_sources(out, dims):
+            found = _try_source(out, x)
+            if isinstance(found, Rotation):
+                return found
+            if best is None or found.rank > best.rank:
+                best = found
+        if best is None:
+            raise NotARotationError(f"no value above it has its shape {dims}")
+    except NotARotationError as error:
+        return make_refusal(error)
+    return best
 
 
-def _find_candidates(out: ir.Value) -> Iterator[ir.Value]:
+def _list_sources(out: ir.Value, wanted: Dims) -> Iterator[ir.Value]:
     """Go up from `out` through what moves channels; yield values of its shape, nearest first."""
-    wanted = read_dims(out)
     queue, seen, found = [out], {out}, 0
-    while queue and len(seen) < _MAX_VISITED and found < _MAX_CANDIDATES:
+    while queue and len(seen) < _MAX_VISITED and found < _MAX_SOURCES:
         value = queue.pop(0)
-        if value is not out and _same_sizes(value, wanted) and value.const_value is None:
+        if value is not out and _has_same_sizes(value, wanted) and value.const_value is None:
             found += 1
             yield value
         node = value.producer()
@@ -113,148 +135,121 @@ def _find_candidates(out: ir.Value) -> Iterator[ir.Value]:
                 queue.append(above)
 
 
-def _same_sizes(value: ir.Value, wanted: list[int | str | None] | None) -> bool:
-    """Whether shapes agree as far as they are known; two names may stand for one size."""
+def _has_same_sizes(value: ir.Value, wanted: Dims) -> bool:
+    """Return whether shapes agree as far as they are known; two names may stand for one size."""
     dims = read_dims(value)
-    if dims is None or wanted is None or len(dims) != len(wanted):
+    if dims is None or len(dims) != len(wanted):
         return False
     return all(a == b for a, b in zip(dims, wanted, strict=True) if int in (type(a), type(b)))
 
 
-@dataclass(frozen=True)
-class _Term:
-    """coefficient * x[channel] * table."""
-
-    channel: int
-    table: tuple[object, ...]
-    factor: float
-
-
-def _read_terms(channel: Sum) -> list[_Term] | None:
-    """Read a channel as a sum of products with one channel of x each."""
-    terms = []
-    for product, factor in channel:
-        mine = [atom for atom in product if atom[0] == "x"]
-        if len(mine) != 1:
-            return None
-        rest = tuple(atom for atom in product if atom[0] != "x")
-        terms.append(_Term(mine[0][1], rest, factor))
-    return terms
+def _try_source(out: ir.Value, x: ir.Value) -> Rotation | Refusal:
+    try:
+        return _recognise(out, x)
+    except (UnknownShapeError, NotARotationError) as error:
+        return make_refusal(error)
 
 
 def _recognise(out: ir.Value, x: ir.Value) -> Rotation:
-    tracer = Tracer(leaf=x)
-    channels = tracer.trace(out, 1)
-    terms = [_read_terms(channel) for channel in channels]
-    if any(t is None for t in terms) or not any(t and len(t) == 2 for t in terms):
-        raise NotARotationError("")
-    rotated = [i for i, t in enumerate(terms) if t != [_Term(i, (), 1.0)]]
+    tracer = Tracer(source=x)
+    traced = tracer.trace(out, 1)
+    channels = check_terms(traced)
+    rotary_dim = find_rotary_dim(channels)
+    layout = find_layout(channels, rotary_dim)
+    cosines, sines = match_pairs(channels, layout)
+    cos = find_table("cosines", cosines, tracer.multipliers, channels)
+    sin = find_table("sines", sines, tracer.multipliers, channels)
+    return Rotation(x, out, layout, rotary_dim, cos, sin, tuple(channels))
+
+
+def check_terms(traced: Channels) -> list[Terms]:
+    """Read each channel as a sum of products with a channel of x."""
+    channels = read_terms(traced)
+    if not any(terms is not None and len(terms) == 2 for terms in channels):
+        raise NotARotationError(
+            "no channel is a sum of two products with x: channel 0 is "
+            f"{format_polynomial(traced[0])}"
+        )
+    for i, terms in enumerate(channels):
+        if terms is None:
+            raise NotARotationError(
+                f"channel {i} is not a sum of products with x: it is "
+                f"{format_polynomial(traced[i])}",
+                channels,
+            )
+    return channels
+
+
+def find_rotary_dim(channels: Sequence[Terms]) -> int:
+    """Count the leading channels that are sums of two products; the others must be copied."""
+    rotated = [i for i, terms in enumerate(channels) if terms != [Term(i, (), 1.0)]]
     rotary_dim = len(rotated)
     if rotated != list(range(rotary_dim)):
-        raise NotARotationError("the rotated channels are not the leading ones")
-    if rotary_dim % 2 or any(len(t or ()) != 2 for t in terms[:rotary_dim]):
-        raise NotARotationError("a channel is not the sum of two products with x")
-    pairs, order = _find_pairs([t or [] for t in terms], rotary_dim)
-    if order is not None:
-        terms = [terms[order.index(i)] for i in range(rotary_dim)]
-    cos, sin = [], []
-    for a, b in pairs:
-        own, cross = sorted(terms[a] or (), key=lambda t: t.channel != a)
-        own_b, cross_b = sorted(terms[b] or (), key=lambda t: t.channel != b)
-        if {cross.channel, own_b.channel} != {b} or cross_b.channel != a:
-            raise NotARotationError("the channels of a pair are not turned into each other")
-        if (own.table, own.factor) != (own_b.table, own_b.factor):
-            raise NotARotationError("the cosines of a pair differ, or are not known to be equal")
-        if cross.table != cross_b.table:
-            raise NotARotationError("the sines of a pair differ, or are not known to be equal")
-        if cross.factor != -cross_b.factor:
-            raise NotARotationError("the two sines of a pair must have opposite signs")
-        cos.append((own.table, own.factor))
-        sin.append((cross_b.table, cross_b.factor))
-    cosines, sines = (_find_table(wanted, tracer.factors) for wanted in (cos, sin))
-    return Rotation(x, out, pairs[0] == (0, 1), rotary_dim, cosines, sines, order)
+        raise NotARotationError(
+            f"the rotated channels are not the leading ones: channel {rotated[-1]} is rotated, "
+            f"channel {next(i for i in range(len(channels)) if i not in rotated)} is not",
+            channels,
+        )
+    for i in rotated:
+        if len(channels[i] or ()) != 2:
+            raise NotARotationError(
+                f"channel {i} is not the sum of two products with x: it is "
+                f"{format_terms(channels[i])}",
+                channels,
+            )
+    if rotary_dim % 2:
+        raise NotARotationError(f"{rotary_dim} channels are rotated, an odd number", channels)
+    return rotary_dim
 
 
-def _find_pairs(
-    terms: list[list[_Term]], rotary_dim: int
-) -> tuple[list[tuple[int, int]], tuple[int, ...] | None]:
-    """Find out which channels are turned into each other, and in which order they come out."""
-    half = rotary_dim // 2
-    halves = [(i, i + half) for i in range(half)]
-    twos = [(2 * i, 2 * i + 1) for i in range(half)]
-    apart = tuple(i for pair in zip(*twos, strict=True) for i in pair) if half else ()
-    for pairs, order in ((halves, None), (twos, None), (twos, apart)):
-        if order is not None and len(terms) != rotary_dim:
-            continue
-        places = order or range(rotary_dim)
-        place = [places.index(i) for i in range(rotary_dim)]
-        if all({t.channel for t in terms[place[c]]} == {*pair} for pair in pairs for c in pair):
-            return pairs, order
+def find_layout(channels: Sequence[Terms], rotary_dim: int) -> Layout:
+    """Find out which channels are rotated together, and in which order they come out."""
+    for layout in list_layouts(rotary_dim, len(channels)):
+        arranged = layout.arrange(channels)
+        if all(is_paired(arranged[c], pair) for pair in layout.pairs for c in pair):
+            return layout
     raise NotARotationError(
-        "the pairs are neither (i, i + rotary_dim / 2) nor (2i, 2i + 1) of the channels"
+        "the pairs are neither (i, i + rotary_dim / 2) nor (2i, 2i + 1) of the channels: "
+        f"channel 0 is {format_terms(channels[0])}",
+        channels,
     )
 
 
-def _find_table(
-    wanted: list[tuple[tuple[object, ...], float]], factors: list[tuple[ir.Value, Channels, int]]
+def match_pairs(channels: Sequence[Terms], layout: Layout) -> tuple[list[Half], list[Half]]:
+    """Return the cosine and the sine of each pair."""
+    cosines, sines = [], []
+    arranged = layout.arrange(channels)
+    for a, b in layout.pairs:
+        difference = find_difference(arranged, a, b)
+        if difference:
+            raise NotARotationError(f"channels {a} and {b}: {difference}", channels)
+        own, _ = split_terms(arranged[a], a)
+        _, cross = split_terms(arranged[b], b)
+        cosines.append((own.table, own.coefficient))
+        sines.append((cross.table, cross.coefficient))
+    return cosines, sines
+
+
+def find_table(
+    what: str,
+    wanted: Sequence[Half],
+    multipliers: Sequence[tuple[ir.Value, Channels, int]],
+    channels: Sequence[Terms],
 ) -> Table:
-    """Find a value that holds the wanted channels, but for a common factor."""
-    for value, channels, rank in factors:
-        place: dict[tuple[object, ...], tuple[int, float]] = {}
-        for i, channel in enumerate(channels.flat):
+    """Find a value that contains the wanted channels, but for a common factor."""
+    for value, traced, rank in multipliers:
+        place: dict[Product, tuple[int, float]] = {}
+        for i, channel in enumerate(traced.flat):
             if len(channel) == 1:
-                ((product, factor),) = channel
-                place.setdefault(product, (i, factor))
+                ((product, coefficient),) = channel
+                place.setdefault(product, (i, coefficient))
         if all(product in place for product, _ in wanted):
             found = [place[product] for product, _ in wanted]
-            ratios = {factor / own[1] for own, (_, factor) in zip(found, wanted, strict=True)}
-            if len(ratios) == 1:
-                return Table(value, rank, tuple(i for i, _ in found), ratios.pop())
-    raise NotARotationError("no one value of the graph holds the cosines, or the sines")
-
-
-def looks_rotary(node: ir.Node) -> tuple[object, frozenset[int]] | None:
-    """Say whether an Add or Sub adds two different channels of one value, each times something.
-
-    Args:
-        node: An Add or Sub of two Mul.
-
-    Returns:
-        What identifies the call: the value and its channels; None: it is something else.
-    """
-    tracer = Tracer()
-    try:
-        channels = tracer.trace(node.outputs[0], 1)
-    except UnknownShapeError:
-        return None
-    bases: set[object] = set()
-    touched: set[int] = set()
-    for channel in channels.flat:
-        if len(channel) != 2:
-            return None
-        (one, _), (two, _) = channel
-        shared = dict(map(_split_atom, one))
-        crossed = {
-            base: (shared[base], index)
-            for base, index in map(_split_atom, two)
-            if base in shared and index != shared[base]
-        }
-        if len(crossed) != 1 or len(one) < 2 or len(two) < 2:
-            return None
-        ((base, pair),) = crossed.items()
-        bases.add(base)
-        touched.update(pair)
-    return (bases.pop(), frozenset(touched)) if len(bases) == 1 else None
-
-
-def _split_atom(atom: Atom) -> tuple[object, int]:
-    """Return what an atom is a channel of, and which."""
-    if atom[0] == "v":
-        return atom[1], atom[2]
-    inner = atom[-1]
-    if atom[0] in ("l", "o", "e") and len(inner) == 1:
-        ((product, factor),) = inner
-        if len(product) == 1:
-            base, index = _split_atom(product[0])
-            return (*atom[:-1], base, factor), index
-    return atom, 0
+            factors = {factor / own[1] for own, (_, factor) in zip(found, wanted, strict=True)}
+            if len(factors) == 1:
+                return Table(value, rank, tuple(i for i, _ in found), factors.pop())
+    raise NotARotationError(
+        f"no one value of the graph contains the {what}: the first is "
+        f"{format_polynomial([wanted[0]])}",
+        channels,
+    )

@@ -1,7 +1,8 @@
-"""Sizes that ONNX's shape inference leaves open, where a shape computed in the graph is half known.
+"""Infer what ONNX's shape inference leaves open, where a computed shape is half known.
 
-torch's old exporter, and with it optimum, computes every shape: Tile by (batch_size, 1, 1) keeps
-the last two sizes, Reshape to (*Shape(x)[:3], -1) of (B, S, 8, 2) makes 16.
+torch's old exporter, and with it optimum, computes every shape in the graph. Tile by
+(batch_size, 1, 1) keeps the last two sizes; Reshape of (B, S, 8, 2) to (*Shape(x)[:3], -1) makes
+16.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from typing import Any
 
 from onnxscript import ir
 
-from rotary_export.fusion.symbolic.polynomials import read_constant, read_dims, read_ints
-
-Sizes = list[int | str | None]  # known, the name of a symbolic size, unknown
+from rotary_export.fusion.values import (
+    Dims,
+    read_constant,
+    read_dims,
+    read_int_attribute,
+    read_ints,
+)
 
 _MAX_SIZES = 16  # no shape has more axes
 _KEPT = {"Unsqueeze", "Squeeze", "Reshape", "Cast", "Identity"}  # the same sizes, in order
@@ -27,7 +32,7 @@ def fill_shapes(model: ir.Model) -> bool:
         model: Sorted, with inferred shapes.
 
     Returns:
-        Whether there were any.
+        Whether any were set.
     """
     changed = False
     for node in model.graph.all_nodes():
@@ -49,7 +54,7 @@ def fill_shapes(model: ir.Model) -> bool:
 
 
 def clear_generated_dims(model: ir.Model) -> None:
-    """Drop the names that shape inference made up, so that it finds better ones, in place."""
+    """Drop the names that shape inference generated, so that it finds better ones, in place."""
     for node in model.graph.all_nodes():
         for value in node.outputs:
             dims = read_dims(value)
@@ -58,12 +63,12 @@ def clear_generated_dims(model: ir.Model) -> None:
 
 
 def _is_unknown(dim: int | str | None) -> bool:
-    """Whether a size has no name, or one that shape inference made up."""
+    """Return whether a size has no name, or one that shape inference generated."""
     return dim is None or (isinstance(dim, str) and dim.startswith("unk__"))
 
 
-def read_sizes(value: ir.Value | None) -> Sizes | None:
-    """Return a vector of sizes as far as the graph says them; a scalar is a vector of one."""
+def read_sizes(value: ir.Value | None) -> Dims | None:
+    """Return a vector of sizes as far as they are known; a scalar is a vector of one."""
     constant = read_constant(value)
     if constant is not None:
         is_short = constant.size <= _MAX_SIZES and constant.dtype.kind in "biu"
@@ -77,21 +82,21 @@ def read_sizes(value: ir.Value | None) -> Sizes | None:
     return reader(node) if reader else None
 
 
-def _read_shape(node: ir.Node) -> Sizes | None:
+def _read_shape(node: ir.Node) -> Dims | None:
     dims = read_dims(node.inputs[0]) if node.inputs[0] is not None else None
     return dims if not node.attributes else None
 
 
-def _read_gather(node: ir.Node) -> Sizes | None:
+def _read_gather(node: ir.Node) -> Dims | None:
     sizes, picked = read_sizes(node.inputs[0]), read_ints(node.inputs[1])
     if sizes is None or picked is None:
         return None
     return [sizes[i] if -len(sizes) <= i < len(sizes) else None for i in picked]
 
 
-def _read_concat(node: ir.Node) -> Sizes | None:
+def _read_concat(node: ir.Node) -> Dims | None:
     parts = [read_sizes(v) for v in node.inputs]
-    found: Sizes = []
+    found: Dims = []
     for part in parts:
         if part is None:
             return None
@@ -99,8 +104,8 @@ def _read_concat(node: ir.Node) -> Sizes | None:
     return found
 
 
-def _elementwise(combine: Callable[..., Any]) -> Callable[[ir.Node], Sizes | None]:
-    def read(node: ir.Node) -> Sizes | None:
+def _elementwise(combine: Callable[..., Any]) -> Callable[[ir.Node], Dims | None]:
+    def read(node: ir.Node) -> Dims | None:
         parts = [read_sizes(v) for v in node.inputs]
         length = max((len(part) for part in parts if part is not None), default=0)
         if any(part is None or len(part) not in (1, length) for part in parts):
@@ -122,7 +127,7 @@ def _choose(flag: int | str | None, a: int | str | None, b: int | str | None) ->
     return (a if flag else b) if isinstance(flag, int) else None
 
 
-_READERS: dict[str, Callable[[ir.Node], Sizes | None]] = {
+_READERS: dict[str, Callable[[ir.Node], Dims | None]] = {
     "Shape": _read_shape,
     "Gather": _read_gather,
     "Concat": _read_concat,
@@ -131,17 +136,17 @@ _READERS: dict[str, Callable[[ir.Node], Sizes | None]] = {
 }
 
 
-def _infer_reshape(node: ir.Node) -> Sizes | None:
+def _infer_reshape(node: ir.Node) -> Dims | None:
     """(B, S, 8, 2) to (B, S, ?) makes 16."""
     assert node.inputs[0] is not None
     before, after = read_dims(node.inputs[0]), read_dims(node.outputs[0])
     wanted = read_sizes(node.inputs[1])
-    allowzero = node.attributes.get("allowzero")
-    if wanted is not None and before is not None and not (allowzero and allowzero.as_int()):
+    allowzero = read_int_attribute(node, "allowzero")
+    if wanted is not None and before is not None and not allowzero:
         named = [
             before[i] if size == 0 and i < len(before) else size for i, size in enumerate(wanted)
         ]
-        own: Sizes = [None if size == -1 else size for size in named]
+        own: Dims = [None if size == -1 else size for size in named]
         after = own if after is None or len(after) != len(own) else [
             a if isinstance(a, int) or b is None else b for a, b in zip(after, own, strict=True)
         ]  # fmt: skip
@@ -162,15 +167,15 @@ def _infer_reshape(node: ir.Node) -> Sizes | None:
     return after
 
 
-def _infer_expand(node: ir.Node) -> Sizes | None:
+def _infer_expand(node: ir.Node) -> Dims | None:
     assert node.inputs[0] is not None
     dims, wanted = read_dims(node.inputs[0]), read_sizes(node.inputs[1])
     if dims is None or wanted is None:
         return None
     rank = max(len(dims), len(wanted))
-    left: Sizes = [*[1] * (rank - len(dims)), *dims]
-    right: Sizes = [*[1] * (rank - len(wanted)), *wanted]
-    return [_broadcast(a, b) for a, b in zip(left, right, strict=True)]
+    own: Dims = [*[1] * (rank - len(dims)), *dims]
+    other: Dims = [*[1] * (rank - len(wanted)), *wanted]
+    return [_broadcast(a, b) for a, b in zip(own, other, strict=True)]
 
 
 def _broadcast(a: int | str | None, b: int | str | None) -> int | str | None:
@@ -179,7 +184,7 @@ def _broadcast(a: int | str | None, b: int | str | None) -> int | str | None:
     return a if isinstance(a, int) else b
 
 
-def _infer_tile(node: ir.Node) -> Sizes | None:
+def _infer_tile(node: ir.Node) -> Dims | None:
     assert node.inputs[0] is not None
     dims, repeats = read_dims(node.inputs[0]), read_sizes(node.inputs[1])
     if dims is None or repeats is None or len(dims) != len(repeats):
@@ -190,8 +195,8 @@ def _infer_tile(node: ir.Node) -> Sizes | None:
     ]
 
 
-def _infer_slice(node: ir.Node) -> Sizes | None:
-    """The axes that are not cut keep their sizes, wherever the others end."""
+def _infer_slice(node: ir.Node) -> Dims | None:
+    """The axes that are not cut keep their sizes, whatever becomes of the others."""
     assert node.inputs[0] is not None
     dims = read_dims(node.inputs[0])
     axes = read_ints(node.inputs[3]) if len(node.inputs) > 3 else None
@@ -203,7 +208,7 @@ def _infer_slice(node: ir.Node) -> Sizes | None:
     return [after[i] if i in cut else dim for i, dim in enumerate(dims)]
 
 
-_HANDLERS: dict[str, Callable[[ir.Node], Sizes | None]] = {
+_HANDLERS: dict[str, Callable[[ir.Node], Dims | None]] = {
     "Reshape": _infer_reshape,
     "Expand": _infer_expand,
     "Tile": _infer_tile,

@@ -1,0 +1,142 @@
+"""What `fuse` returns: the model, what was replaced, what was not and why, what was compared."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnxscript import ir
+
+from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.fusion.candidates import NotReplaced
+from rotary_export.fusion.check.compare import Check
+
+
+class NothingFusedError(CheckFailedError):
+    """No rotary embedding was replaced.
+
+    Attributes:
+        why: The candidates, each with the check that refused it.
+    """
+
+    def __init__(self, message: str, why: Sequence[NotReplaced] = ()) -> None:
+        super().__init__(message)
+        self.why = tuple(why)
+
+
+@dataclass(frozen=True)
+class FuseResult:
+    """A fused model, compared with what it was.
+
+    Attributes:
+        model: With `rotary_export::RotaryEmbedding` nodes and their bodies; where the source had
+            external data, it refers to the same files.
+        folder: Of the external data; None: the model contains its weights.
+        sources: Files that the model was read from, which `save` never writes.
+        nodes: Rotary nodes in the model; a node with a key does two calls.
+        fused: How each call was written before, by the name of its output.
+        why: Candidates that were not replaced, each with the check that refused it, and the
+            nearest rotation that it could have been; and nodes that were examined by name.
+        check: What was compared, at which shapes; nothing after a dry run.
+    """
+
+    model: onnx.ModelProto
+    folder: Path | None
+    sources: tuple[Path, ...]
+    nodes: int
+    fused: Mapping[str, str]
+    why: tuple[NotReplaced, ...]
+    check: Check
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the findings as values that JSON can express."""
+        return {
+            "calls_fused": len(self.fused),
+            "nodes": self.nodes,
+            "fused": [{"output": name, "was": was} for name, was in self.fused.items()],
+            **describe_why(self.why),
+            "compared": [
+                {
+                    **asdict(row.shape),
+                    "runtime": row.runtime,
+                    "before": row.run_mode,
+                    "output": row.output,
+                    "max_abs": row.error.max_abs,
+                    "ulp": row.error.max_ulp,
+                    "allowed": row.allowed,
+                }
+                for row in self.check.comparisons
+            ],
+            "not_compared": self.check.skipped,
+        }
+
+    def save(self, out: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write the model; it appears whole or not at all.
+
+        Args:
+            out: The file. External data is written beside it, into `<file name>.data`.
+            force: Replace an existing file.
+
+        Returns:
+            Its absolute path.
+
+        Raises:
+            RotaryExportError: It exists, is what the model was read from, or can't be written; or
+                the model was not compared.
+        """
+        if not self.check.comparisons:
+            raise RotaryExportError("a dry run can't be written: the model was not compared")
+        path = Path(out).absolute()
+        check_out(path, force, self.sources)
+        data = path.with_name(f"{path.name}.data")
+        try:
+            staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            try:
+                staged = staging / path.name
+                if self.folder is None:
+                    staged.write_bytes(self.model.SerializeToString())
+                else:
+                    model = ir.serde.deserialize_model(self.model)
+                    ir.external_data.set_base_dir(model.graph, self.folder)
+                    ir.save(model, staged, external_data=data.name)
+                    if (staging / data.name).exists():
+                        os.replace(staging / data.name, data)
+                os.replace(staged, path)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+        except OSError as error:
+            raise RotaryExportError(f"{path} can't be written: {error.strerror or error}") from None
+        return path
+
+
+def describe_why(why: Sequence[NotReplaced]) -> dict[str, Any]:
+    """Return what was not replaced as values that JSON can express."""
+    return {
+        "calls_not_replaced": sum(each.candidate for each in why),
+        "not_replaced": [asdict(each) for each in why],
+    }
+
+
+def check_out(path: Path, force: bool, sources: Sequence[Path]) -> None:
+    """Refuse to replace an existing file without `force`, and a source always.
+
+    Raises:
+        RotaryExportError: It, or its external data, exists.
+    """
+    for file in (path, path.with_name(f"{path.name}.data")):
+        try:
+            file.exists()
+        except OSError as error:  # a name that is too long
+            raise RotaryExportError(f"{file} can't be written: {error.strerror}") from None
+        if file.is_dir():
+            raise RotaryExportError(f"{file} is a folder")
+        if file.exists() and any(s.exists() and file.samefile(s) for s in sources):
+            raise RotaryExportError(f"{file} is read from: the input is never replaced")
+        if file.exists() and not force:
+            raise RotaryExportError(f"{file} exists; force=True (--force) replaces it")
