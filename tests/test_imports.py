@@ -9,7 +9,7 @@ import rotary_export
 
 PACKAGE = Path(rotary_export.__file__).parent
 LAYERS = (
-    ("errors", "package", "compat"),
+    ("errors", "package", "compat", "types"),
     ("reference",),
     ("op",),
     ("bundle", "embedding"),

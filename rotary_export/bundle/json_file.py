@@ -23,3 +23,16 @@ def read_json(path: Path) -> Any:
         raise RotaryExportError(f"{path} can't be read: {error.strerror or error}") from None
     except ValueError as error:  # of JSON or of UTF-8
         raise RotaryExportError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file that contains an object.
+
+    Raises:
+        RotaryExportError: As `read_json`, or it contains something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        name = type(content).__name__
+        raise RotaryExportError(f"{path} must contain a JSON object, got {name}")
+    return content

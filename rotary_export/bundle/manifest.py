@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rotary_export.bundle.json_file import read_json
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.op import spec
 
@@ -125,10 +126,7 @@ def read_manifest(bundle_dir: Path) -> Manifest:
     path = bundle_dir / FILE_NAME
     if not path.is_file():
         raise RotaryExportError(f"{bundle_dir} is not a bundle: it has no {FILE_NAME}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RotaryExportError(f"{path} is not valid JSON: {error}") from None
+    data = read_json(path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise RotaryExportError(f"{path} is not a {FORMAT} manifest")
     _check_version(path, "format_version", data.get("format_version"), FORMAT_VERSION)

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+EXPORTERS = ("torch.onnx", "onnxscript", "onnx_ir")
+LOADERS = ("torch._export.serde.serialize",)
+
+
+def quiet_torch() -> AbstractContextManager[None]:
+    """Silence what torch's exporters log and warn of; their errors are exceptions."""
+    return _silence(EXPORTERS)
+
+
+def quiet_loaders() -> AbstractContextManager[None]:
+    """Silence that TorchScript is deprecated, and that a `.pt2` names sizes it does not use.
+
+    Errors are exceptions.
+    """
+    return _silence(LOADERS)
 
 
 @contextmanager
-def quiet_torch() -> Iterator[None]:
-    """Silence what torch's exporters say of themselves; their errors are exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+def _silence(names: Sequence[str]) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -22,20 +37,3 @@ def quiet_torch() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextmanager
-def quiet_loaders() -> Iterator[None]:
-    """Silence that TorchScript is deprecated, and that a `.pt2` names sizes it has no use for.
-
-    Errors are exceptions.
-    """
-    logger = logging.getLogger("torch._export.serde.serialize")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

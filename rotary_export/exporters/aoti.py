@@ -10,6 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotary_export.compat.inductor import (
+    compile_module,
+    get_cache_folder,
+    get_compiler,
+    write_package,
+)
 from rotary_export.compat.quiet import quiet_loaders, quiet_torch
 from rotary_export.errors import RotaryExportError, first_line
 from rotary_export.runtime.compiled import COMPILED_FOR, find_refusal
@@ -23,12 +29,10 @@ def check_compiler() -> None:
     Raises:
         RotaryExportError: There is no C++ compiler, or the machine is of another kind.
     """
-    from torch._inductor import config
-
     refusal = find_refusal(COMPILED_FOR)
     if refusal:
         raise RotaryExportError(f"the format 'aoti' can't be proven here: {refusal}")
-    compiler = config.cpp.cxx[-1]
+    compiler = get_compiler()
     if shutil.which(compiler) is None:
         raise RotaryExportError(
             f"the format 'aoti' needs a C++ compiler, {compiler} is not there: install g++, or "
@@ -47,14 +51,12 @@ def compile_program(program: Path, example: tuple[Tensor, ...], path: Path) -> N
     Raises:
         RotaryExportError: AOTInductor or the compiler fails.
     """
-    from torch._inductor.package import package_aoti
-
     try:
         with quiet_torch(), quiet_loaders():
             module: Any = torch.export.load(program).module()
-            files: Any = torch._inductor.aot_compile(module, example, options=_make_options())
+            files = compile_module(module, example, _make_options())
             # The sources stay behind: they name places on this machine.
-            package_aoti(str(path), [file for file in files if not file.endswith(".cpp")])
+            write_package(path, [file for file in files if not file.endswith(".cpp")])
     except Exception as error:  # whatever AOTInductor lets through
         raise RotaryExportError(
             f"AOTInductor can't compile {program.name}: {first_line(error)}; leave 'aoti' out of "
@@ -63,10 +65,8 @@ def compile_program(program: Path, example: tuple[Tensor, ...], path: Path) -> N
 
 
 def _make_options() -> dict[str, Any]:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
     # Messages of the compiled code name the source file: of its folder and torch's, only these.
-    places = {cache_dir(): "aoti", str(Path(torch.__file__).parent): "torch"}
+    places = {get_cache_folder(): "aoti", str(Path(torch.__file__).parent): "torch"}
     maps = [shlex.quote(f"-ffile-prefix-map={place}={name}") for place, name in places.items()]
     return {
         "aot_inductor.package": True,

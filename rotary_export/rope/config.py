@@ -6,12 +6,12 @@ layers or one for each type of layer. transformers is not imported.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from rotary_export.bundle.json_file import read_json_object
 from rotary_export.errors import RotaryExportError
 from rotary_export.rope import families
 from rotary_export.rope.entries import read_entry, read_head_dim
@@ -32,16 +32,7 @@ def load_config(config: HuggingFaceConfig) -> Any:
     """
     if isinstance(config, (str, os.PathLike)):
         path = Path(config)
-        path = path / "config.json" if path.is_dir() else path
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RotaryExportError(f"{path} can't be read: {error.strerror or error}") from None
-        except ValueError as error:
-            raise RotaryExportError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(config, Mapping):
-            name = type(config).__name__
-            raise RotaryExportError(f"{path} must contain a JSON object, got {name}")
+        config = read_json_object(path / "config.json" if path.is_dir() else path)
     if isinstance(config, (type(None), bool, int, float, list, tuple, bytes)):
         raise RotaryExportError(
             f"config must be a dict, a config object or a path, got {type(config).__name__}"

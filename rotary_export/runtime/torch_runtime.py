@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ class TorchSession(Session):
                 elif runtime == "program":
                     self._module = torch.export.load(file).module()
                 else:
-                    self._module = _load_compiled(file)
+                    from rotary_export.compat.inductor import load_package
+
+                    self._module = load_package(file)
         except Exception as error:  # torch's loaders let through what their parsers raise
-            reason = first_line(error)
             raise RotaryExportError(
-                f"torch {torch.__version__} can't load {file.name}: {reason}"
+                f"torch {torch.__version__} can't load {file.name}: {first_line(error)}"
             ) from None
 
     def _run(self, inputs: Tensors, sizes: Mapping[str, int], wants_torch: bool) -> dict[str, Any]:
@@ -49,17 +50,3 @@ class TorchSession(Session):
         if wants_torch:
             return dict(zip(names, outputs, strict=True))
         return {name: to_numpy(value) for name, value in zip(names, outputs, strict=True)}
-
-
-def _load_compiled(file: Path) -> Callable[..., list[torch.Tensor]]:
-    """Load what AOTInductor compiled, by the class that C++ programs use.
-
-    `torch._inductor.aoti_load_package` compiles probes first, to warn of another machine.
-    """
-    loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
-
-    def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        outputs: list[torch.Tensor] = loader.boxed_run(list(tensors))
-        return outputs
-
-    return run
