@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from helpers.kernel_calls import Call, rotate
 from helpers.oracles import Tensors, assert_same_bits, compute_eager
 from helpers.paths import CSRC
 
+from rotary_export.errors import RotaryExportError
 from rotary_export.op import library as op_library
 from rotary_export.op import spec
 
@@ -92,32 +95,145 @@ def as_type(name: str, dtype: torch.dtype):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (lambda t: t.pop("X"), "X, cos_cache and sin_cache must be given"),
+        (lambda t: t.pop("cos_cache"), "X, cos_cache and sin_cache must be given"),
         (lambda t: t.pop("sin_cache"), "X, cos_cache and sin_cache must be given"),
         (lambda t: t.pop("Y"), "Y must be given"),
-        (lambda t: t.pop("key"), "key_out must be given if and only if key is, got key_out but no"),
-        (lambda t: t.pop("key_out"), "key_out must be given if and only if key is, got key but no"),
-        (as_type("X", torch.int64), "X must be float32, float16, bfloat16 or float64, got int64"),
-        (as_type("key", torch.float16), spec.bad_type_message("key", "float16", "float32")),
         (
-            as_type("cos_cache", torch.bfloat16),
-            spec.bad_type_message("cos_cache", "bfloat16", "float32"),
+            lambda t: t.pop("key"),
+            "key_out must be given if and only if key is, got key_out but no key",
         ),
+        (
+            lambda t: t.pop("key_out"),
+            "key_out must be given if and only if key is, got key but no key_out",
+        ),
+        (as_type("X", torch.int64), spec.bad_x_type_message("int64")),
+        (as_type("key", torch.float16), spec.bad_type_message("key", "float16", "float32")),
         (
             as_type("sin_cache", torch.float16),
             spec.mismatched_table_message("sin_cache", "float16", "float32"),
         ),
+        (
+            as_type("scale_cache", torch.float64),
+            spec.mismatched_table_message("scale_cache", "float64", "float32"),
+        ),
         (as_type("position_ids", torch.float32), spec.bad_id_type_message("float32")),
-        (as_type("Y", torch.float64), "Y must have the type and shape of X, got float64 (2, 3, 8"),
-        (lambda t: t.update(X=t["X"].mT), "X must be contiguous in its last dimension, got strid"),
-        (lambda t: t.update(cos_cache=t["cos_cache"].mT.contiguous().mT), "cos_cache must be con"),
+        (
+            as_type("Y", torch.float64),
+            "Y must have the type and shape of X, "
+            "got float64 (2, 3, 8, 8) and float32 (2, 3, 8, 8)",
+        ),
+        (
+            lambda t: t.update(key_out=t["key_out"][:, :1]),
+            "key_out must have the type and shape of key, "
+            "got float32 (2, 1, 8, 8) and float32 (2, 2, 8, 8)",
+        ),
+        (
+            lambda t: t.update(X=t["X"].mT),
+            "X must be contiguous in its last dimension, "
+            "got strides (192, 64, 1, 8) for shape (2, 3, 8, 8)",
+        ),
+        (
+            lambda t: t.update(key_out=t["key_out"].mT),
+            "key_out must be contiguous in its last dimension, "
+            "got strides (128, 64, 1, 8) for shape (2, 2, 8, 8)",
+        ),
+        (
+            lambda t: t.update(cos_cache=t["cos_cache"].mT.contiguous().mT),
+            "cos_cache must be contiguous, got strides (1, 8) for shape (8, 2)",
+        ),
+        (
+            lambda t: t.update(position_ids=torch.zeros(1, 16, dtype=torch.int64)[:, ::2]),
+            "position_ids must be contiguous, got strides (16, 2) for shape (1, 8)",
+        ),
     ],
 )
-def test_rotate_says_what_is_wrong(tensors, spoil, message):
-    tensors["X"] = torch.zeros(2, 3, 8, 8)  # Square, for its transpose to have a fitting shape.
+def test_rotate_reports_what_is_wrong(tensors, spoil, message):
+    tensors["X"] = torch.zeros(2, 3, 8, 8)  # Square, so that its transpose has the same shape.
     tensors |= {"Y": torch.zeros(2, 3, 8, 8), "position_ids": torch.zeros(1, 8, dtype=torch.int64)}
     tensors |= {"key": torch.zeros(2, 2, 8, 8), "key_out": torch.zeros(2, 2, 8, 8)}
     spoil(tensors)
-    assert rotate(tensors, rotary_embedding_dim=4).startswith(message)
+    assert rotate(tensors, rotary_embedding_dim=4) == message
+
+
+X, COS = (2, 3, 5, 8), (9, 4)
+BAD_SHAPES: dict[str, dict[str, object]] = {
+    "x-rank": {"x": (2, 8)},
+    "num-heads": {"x": (2, 5, 24), "num_heads": 5},
+    "kv-num-heads": {"x": (2, 5, 24), "num_heads": 3, "key": (2, 5, 16), "kv_num_heads": 3},
+    "rotary-dim-odd": {"rotary_embedding_dim": 3},
+    "rotary-dim-too-large": {"rotary_embedding_dim": 10},
+    "tables-with-ids": {"cos_cache": (9, 8)},
+    "tables-without-ids": {"position_ids": None, "cos_cache": (3, 5, 4)},
+    "ids": {"position_ids": (3, 5)},
+    "ids-1d": {"position_ids": (2,)},
+    "sin": {"sin_cache": (9, 3)},
+    "scale": {"scale_cache": (8, 4)},
+    "key-rank": {"key": (2, 5, 24)},
+    "key-sizes": {"key": (2, 3, 4, 6)},
+}
+
+
+@pytest.mark.parametrize("bad", BAD_SHAPES.values(), ids=BAD_SHAPES)
+def test_bad_shapes_have_the_message_of_spec(bad):
+    call = {"x": X, "cos_cache": COS, "position_ids": (2, 5), **bad}
+    call["sin_cache"] = call.get("sin_cache", call["cos_cache"])
+    with pytest.raises(RotaryExportError) as expected:
+        spec.check_inputs(**call)
+    shapes = {"X" if k == "x" else k: v for k, v in call.items() if isinstance(v, tuple)}
+    inputs = {
+        name: torch.zeros(shape, dtype=torch.int64 if name == "position_ids" else torch.float32)
+        for name, shape in shapes.items()
+    }
+    attributes = {k: v for k, v in call.items() if isinstance(v, int)}
+    assert rotate(inputs, **attributes) == str(expected.value)
+
+
+TYPES = {
+    name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64", "int64")
+}
+
+
+@pytest.mark.parametrize("x_type", TYPES)
+def test_the_pairs_of_types_are_those_of_spec(x_type):
+    inputs = make_inputs(np.random.default_rng(3), form="tables-shared")
+    for table_type, dtype in TYPES.items():
+        tensors = {name: x.to(dtype) for name, x in inputs.items()}
+        tensors["X"] = inputs["X"].to(TYPES[x_type])
+        tensors["Y"] = torch.empty_like(tensors["X"])
+        message = ""
+        if x_type not in spec.X_TYPES:
+            message = spec.bad_x_type_message(x_type)
+        elif (x_type, table_type) not in spec.TYPE_PAIRS:
+            message = spec.bad_type_message("cos_cache", table_type, x_type)
+        assert rotate(tensors) == message
+
+
+# (ids, table rows): the first bad id, its batch entry and its row; None: none is bad.
+IDS = {
+    "last-row": ([[0, 1, 2], [3, 3, 3]], 4, None),
+    "one-past": ([[0, 1, 2], [3, 4, 9]], 4, (4, 1, 1)),
+    "negative": ([[0, 1, -1], [3, 4, 9]], 4, (-1, 0, 2)),
+    "shared": ([[0, 1, 4]], 4, (4, 0, 2)),
+    "offset-fits": ([1], 4, None),
+    "offset-one-past": ([2], 4, (4, 0, 2)),
+    "offset-at-the-end": ([4], 4, (4, 0, 0)),
+    "offset-negative": ([-1], 4, (-1, 0, 0)),
+}
+
+
+@pytest.mark.parametrize(("ids", "rows", "bad"), IDS.values(), ids=IDS)
+def test_every_position_is_checked(ids, rows, bad):
+    inputs = {"X": torch.randn(2, 1, 3, 8), "position_ids": torch.tensor(ids)}
+    inputs |= {name: torch.randn(rows, 4) for name in ("cos_cache", "sin_cache")}
+    y = torch.full((2, 1, 3, 8), -77.0)
+    message = rotate({**inputs, "Y": y})
+    if bad is None:
+        assert message == ""
+        assert_same_bits(y, compute_eager(inputs, False)[0])
+    else:
+        assert message == spec.bad_id_message(*bad, rows)
+        assert (y == -77).all()
 
 
 def test_a_null_call_reports_whether_the_library_can_be_used(tmp_path, monkeypatch):
@@ -135,3 +251,15 @@ def test_spec_names_the_structs_fields():
     body = header.split("struct RotaryExportCall {")[1].split("};")[0]
     fields = re.findall(r"(\w+);", body)
     assert fields == [name.lower() for name, _ in Call._fields_]
+
+
+def test_the_program_of_the_page_is_plain_c_and_rotates(tmp_path):
+    page = (CSRC / "README.md").read_text()
+    (program,) = re.findall(r"^```c\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "example.c").write_text(program)
+    compiler = os.environ.get("CC", "cc")
+    flags = ["-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror", f"-I{CSRC}"]
+    command = [compiler, *flags, "example.c", str(LIBRARY), "-o", "example"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    run = subprocess.run([tmp_path / "example"], capture_output=True, text=True, check=True)
+    assert run.stdout == "-3 -4 1 2\n"

@@ -1,4 +1,4 @@
-"""What nvcc makes of rotary_kernel.cu, and how it gets into the library. No GPU is needed."""
+"""The code that nvcc compiles rotary_kernel.cu to, and the build with it. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rotary_export.op import library as op_library
 from rotary_export.op import spec
 from rotary_export.runtime.providers import CPU, CUDA
 
-FLAGS = "-fatbin -std=c++17 -O3 -fmad=false -ftz=false -prec-div=true"  # As cuda.cmake has them.
+FLAGS = "-fatbin -std=c++17 -O3 -fmad=false -ftz=false -prec-div=true"  # Those of cuda.cmake.
 ARCHITECTURES = ("80", "90", "100")
 TYPE_NAMES = {
     "float32": "Float32",
@@ -86,7 +86,7 @@ def test_the_build_uses_the_flags_that_are_tested_here():
     assert FLAGS in (CSRC / "cuda" / "cuda.cmake").read_text()
 
 
-def test_every_kernel_is_there_for_every_architecture():
+def test_every_kernel_exists_for_every_architecture():
     reports, bodies = compile_kernels()
     assert set(reports) == {(name, a) for name in KERNELS for a in ARCHITECTURES}
     assert set(bodies) == KERNELS
@@ -188,14 +188,14 @@ def test_the_driver_s_functions_are_declared_as_in_cuda_h(tmp_path, right, wrong
 # ---- the library
 
 
-def test_nvcc_brings_a_cuda_kernel_into_the_library():
+def test_with_nvcc_the_library_has_a_cuda_kernel():
     require_nvcc()
     assert op_library.library_providers() == (CPU, CUDA)
 
 
-def test_without_nvcc_there_is_a_cpu_kernel_alone(tmp_path):
+def test_without_nvcc_the_library_has_only_a_cpu_kernel(tmp_path):
     if shutil.which("cmake") is None:
-        pytest.skip("needs cmake on the PATH (pip brings its own where there is none)")
+        pytest.skip("needs cmake on the PATH (pip installs its own if there is none)")
     configure = ["cmake", "-S", str(CSRC), "-B", str(tmp_path), "-DROTARY_EXPORT_CUDA=OFF"]
     for command in (configure, ["cmake", "--build", str(tmp_path), "--parallel", "2"]):
         run = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,6 +1,6 @@
 """The CUDA kernel's code on the CPU: every thread of many launches, against the CPU kernel.
 
-What this can't show is in README.md: nothing here has run on a GPU.
+`rotary_export/csrc/README.md` lists what this does not show: nothing here has run on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from helpers.oracles import assert_same_bits
 
 from rotary_export.op import spec
 
-NO_RESERVE = 0x4000  # MAP_NORESERVE: memory that is never touched need not be there.
+NO_RESERVE = 0x4000  # MAP_NORESERVE: untouched pages need no memory.
 
 
 @pytest.mark.parametrize("interleaved", [0, 1], ids=["half", "interleaved"])
@@ -80,7 +80,7 @@ def test_sizes_that_divide_nothing():
     assert vector_launches > 100
 
 
-# Sizes at which a thread takes several heads, rows, chunks or batch entries, or none.
+# Sizes at which a thread rotates several heads, rows, chunks or batch entries, or none.
 LARGE = {
     "several-heads-per-thread": ((1, 39, 2048, 64), "float32", "offset"),
     "more-chunks-than-threads": ((1, 2, 3, 1030), "float32", "shared"),
@@ -109,7 +109,7 @@ def test_large_and_empty_sizes(case):
         assert ran.largest_grid == 2048 // (256 // 8) * (20 + 1)  # 39 query heads in pairs.
 
 
-def test_rows_are_walked_by_their_strides_and_gaps_are_left_alone():
+def test_rows_follow_their_strides_and_gaps_are_not_written():
     inputs = make_inputs(np.random.default_rng(33), kv_heads=2)
     for name in OUTPUT_OF:  # (B, S, N, H) in memory, in rows of 11 or 12: one element, or vectors.
         for width in (11, 12):
@@ -157,7 +157,7 @@ def test_a_tensor_that_is_not_aligned_is_read_element_by_element(name, offset):
         assert_same_bits(tensors[output], y)
 
 
-# Ids, and the launches that they take: 256 runs of consecutive positions each.
+# Ids, and the number of launches: each holds 256 runs of consecutive positions.
 IDS = {
     "prompt": (torch.arange(3000)[None], 1),
     "packed-100-documents": (torch.arange(10).repeat(100)[None], 1),

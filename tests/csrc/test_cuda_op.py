@@ -1,4 +1,4 @@
-"""The op for CUDA in ONNX Runtime, its kernel emulated; and that the emulator sees errors."""
+"""The op for CUDA in ONNX Runtime, with its kernel emulated; the errors that the emulator finds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_onnx_runtime_runs_the_op_for_cuda(types, form):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_values_at_the_edges_of_the_half_types(dtype):
-    # The emulator's own conversions, not the GPU's: here so that the other tests mean something.
+    # The emulator's own conversions, not the GPU's: the other tests rely on them.
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(TYPES[dtype])
     inputs = make_inputs(
         np.random.default_rng(40), (dtype, "float32"), "tables-shared", sizes=(1, 1, 1024, 64)
@@ -54,20 +54,20 @@ def test_the_contract_on_bad_ids_holds_in_onnx_runtime():
     assert spec.bad_id_message(-1, 0, 2, 8) in str(raised.value)
 
 
-# ---- the emulator sees what it is there to see
+# ---- the emulator detects wrong kernels
 
 MUTATIONS = {
     "a-row-too-many": ("row >= launch.row_count", "row > launch.row_count", "stray"),
     "every-block-does-all": ("thread.block_x * launch.threads_y + ", "", "second write|read after"),
     "chunks-overlap": ("pair = chunk * kWidth", "pair = chunk * (kWidth - 1)", "misaligned"),
-    "a-head-is-left-out": ("head < heads.count;", "head + 1 < heads.count;", "not written"),
+    "a-head-is-missing": ("head < heads.count;", "head + 1 < heads.count;", "not written"),
     "tail-not-copied": ("memory.Write(values, heads.out", "Ignore(values, heads.out", "not writ"),
     "key-reads-x": ("is_key ? launch.params.key :", "false ? launch.params.key :", "second|read"),
 }
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_the_emulator_sees_a_wrong_kernel(mutation, tmp_path):
+def test_the_emulator_detects_a_wrong_kernel(mutation, tmp_path):
     right, wrong, complaint = MUTATIONS[mutation]
     sources = tmp_path / "csrc"
     shutil.copytree(CSRC, sources)

@@ -1,7 +1,7 @@
-"""The CPU kernel by itself, in every instruction set of the machine, with and without streaming.
+"""The CPU kernel alone, in every instruction set of the machine, with and without streaming stores.
 
-Bits are compared with the oracle's, which therefore are the same in all of them. Outputs lie in
-memory that is filled with a sentinel, so that a write outside of them shows.
+All must have the bits of the oracle. Outputs lie in memory that is filled with a sentinel, so that
+a write outside of them is detected.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def test_a_row_that_is_too_long_for_one_block_of_tables(kernels, dtype, interlea
 
 
 def spread(x: torch.Tensor, strides: tuple[int, ...], memory: mmap.mmap) -> torch.Tensor:
-    """Return a copy of `x` with these strides in `memory`, which no copy could hold."""
+    """Return a copy of `x` with these strides in `memory`, which is too large to allocate."""
     whole = torch.frombuffer(memory, dtype=x.dtype)
     wide = torch.as_strided(whole, x.shape, strides)
     wide.copy_(x)
@@ -231,7 +231,7 @@ def test_strides_beyond_32_bits(kernels, dtype, interleaved):
 @LAYOUTS
 @TYPES
 def test_heads_inside_rows(kernels, dtype, interleaved):
-    """(B, S, N*H): what lies side by side in memory are the heads of a row."""
+    """(B, S, N*H): the heads of a row are adjacent in memory."""
     rng = np.random.default_rng(7)
     inputs = draw_inputs(rng, dtype, (2, 6, 40, 20), kv_heads=2, rotary_dim=12, scaled=True)
     wants = compute_eager(inputs, bool(interleaved))
@@ -248,7 +248,7 @@ def test_heads_inside_rows(kernels, dtype, interleaved):
 
 
 def every_float32_of_interest(dtype: torch.dtype) -> torch.Tensor:
-    """Return random bit patterns, and values a bit's breadth around every tie of a half type."""
+    """Return random bit patterns, every tie of a half type and the values next to it."""
     bits = np.random.default_rng(8).integers(0, 2**32, 2**16, dtype=np.uint32)
     lower = torch.arange(-(2**15), 2**15 - 1, dtype=torch.int16)
     ties = (lower.view(dtype).double() + (lower + 1).view(dtype).double()) / 2

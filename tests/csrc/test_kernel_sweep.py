@@ -1,4 +1,4 @@
-"""kernel_sweep.cc, where Python can't go: under sanitizers, and on an emulated aarch64."""
+"""kernel_sweep.cc where Python does not run: under sanitizers, and on an emulated aarch64."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 AARCH64_COMPILER = "aarch64-linux-gnu-g++"
 
 
-def need(program: str, install: str) -> str:
-    """Return where `program` is; without it, skip the test on a desk and fail it in CI."""
+def require_program(program: str, install: str) -> str:
+    """Return the path of `program`; without it, skip the test, or fail it in CI."""
     path = shutil.which(program)
     if path is None:
         message = f"needs {program}: {install}"
@@ -36,7 +36,7 @@ def run(*command: str | Path, **environment: str) -> str:
 
 
 def build(folder: Path, *targets: str, **settings: str) -> None:
-    cmake = need("cmake", "pip install cmake")
+    cmake = require_program("cmake", "pip install cmake")
     options = [f"-D{key}={value}" for key, value in settings.items()]
     options += ["-DROTARY_EXPORT_KERNEL_SWEEP=ON", "-DROTARY_EXPORT_WERROR=ON"]
     run(cmake, "-S", CSRC, "-B", folder, *options)
@@ -57,9 +57,9 @@ def test_clean_under_address_and_undefined_behavior_sanitizer(tmp_path):
 
 def test_aarch64_gives_the_same_bits(tmp_path):
     install = "apt-get install g++-aarch64-linux-gnu qemu-user"
-    need(AARCH64_COMPILER, install)
-    emulator = need("qemu-aarch64", install)
-    objdump = need("aarch64-linux-gnu-objdump", install)
+    require_program(AARCH64_COMPILER, install)
+    emulator = require_program("qemu-aarch64", install)
+    objdump = require_program("aarch64-linux-gnu-objdump", install)
     build(
         tmp_path,
         "kernel_sweep",

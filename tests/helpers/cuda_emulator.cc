@@ -115,8 +115,8 @@ void AddRegion(const RotaryExportTensor* tensor, bool is_written) {
   emulator.regions.insert(is_written ? emulator.regions.begin() : emulator.regions.end(), region);
 }
 
-// Checks that each element was written once: its bytes, and no others, have a count of 1. In place
-// the channels past rotary_dim are left alone.
+// Checks that each element was written once: its bytes, and no others, have a count of 1. In place,
+// the channels past rotary_dim are not written.
 void CheckWrites(const RotaryExportTensor* tensor, const Heads& heads, const RotaryParams& params) {
   if (tensor == nullptr) return;
   const Region* region = FindRegion(tensor->data, 1, true);

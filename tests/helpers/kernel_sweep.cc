@@ -1,8 +1,8 @@
-// Sweeps the CPU kernel where Python does not reach: under AddressSanitizer and
-// UndefinedBehaviorSanitizer, and on another processor in an emulator. Every buffer is an
-// allocation of its own that ends with the numbers, so that a sanitizer sees an access past it;
-// without one, guards around the outputs do. The oracle computes one number at a time and shares no
-// code with the kernel. Prints the number of calls, or the first that is wrong.
+// Sweeps the CPU kernel where Python does not run: under AddressSanitizer and
+// UndefinedBehaviorSanitizer, and on another processor in an emulator. Every buffer is a separate
+// allocation that ends with the numbers, so a sanitizer detects an access past it; without one,
+// guards around the outputs do. The oracle computes one number at a time and shares no code with
+// the kernel. Prints the number of calls, or the first that is wrong.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -65,7 +65,7 @@ uint16_t EncodeHalf(double value, Format format) {
   if (std::isinf(value)) return static_cast<uint16_t>(sign | infinity);
   int exponent = format.lowest;
   if (value != 0 && std::ilogb(value) > exponent) exponent = std::ilogb(value);
-  // In units of the last place, rounded to nearest even; a carry runs into the exponent by itself.
+  // In units of the last place, rounded to nearest even; a carry increments the exponent.
   const double units =
       std::nearbyint(std::ldexp(std::fabs(value), format.fraction_bits - exponent));
   const double bits = units + std::ldexp(exponent - format.lowest, format.fraction_bits);
@@ -106,8 +106,7 @@ struct Case {
   size_t in_offset, out_offset;
 };
 
-// a * b, rounded to the type that is computed in. Volatile, so that no compiler fuses it with a
-// sum.
+// a * b, rounded to the type of the computation. Volatile, so that no compiler fuses it with a sum.
 double Multiply(double a, double b, int type) {
   volatile float single = static_cast<float>(a) * static_cast<float>(b);
   volatile double both = a * b;
@@ -119,7 +118,7 @@ double Add(double a, double b, int type) {
   return type == ROTARY_EXPORT_FLOAT64 ? a + b : double{single};
 }
 
-// x (heads, seq_len, head_dim), tables (seq_len, rotary_dim / 2); `inverse`: as a key is scaled.
+// x (heads, seq_len, head_dim), tables (seq_len, rotary_dim / 2); `inverse`: scaled like a key.
 Bytes Expect(const Case& c, const Bytes& x, const Bytes* tables, bool inverse) {
   const size_t size = SizeOf(c.type), table_size = SizeOf(c.table_type);
   Bytes y = x;
@@ -178,7 +177,7 @@ RotaryExportTensor Describe(const void* data, int type, std::vector<int64_t> sha
   return tensor;
 }
 
-// Memory for numbers that begin `offset` bytes past a multiple of 64, between guards.
+// Memory for numbers that start `offset` bytes past a multiple of 64, between guards.
 class Buffer {
  public:
   Buffer(size_t size, size_t offset) : size_(size), offset_(offset + kGuard) {
@@ -207,7 +206,7 @@ class Buffer {
   size_t size_, offset_;
 };
 
-// Runs `c` with `c.heads` query heads and one key head; returns whether all is as expected.
+// Runs `c` with `c.heads` query heads and one key head. Returns whether the outputs are right.
 bool Run(const Case& c) {
   const int64_t half = c.rotary_dim / 2;
   Bytes tables[3];
@@ -253,7 +252,7 @@ bool Run(const Case& c) {
 
 int calls = 0;
 
-// Runs `c` in both layouts and in random ways otherwise; exits with the first that fails.
+// Runs `c` in both layouts, with random options. Exits at the first failure.
 void Try(Case c) {
   for (int interleaved = 0; interleaved < 2; ++interleaved) {
     c.interleaved = interleaved != 0;

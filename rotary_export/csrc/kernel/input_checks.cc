@@ -201,10 +201,10 @@ bool CheckKey(const RotaryExportCall& call, const HeadShape& x, RotaryParams* pa
   HeadShape key;
   if (!SplitHeads("key", *call.key, "kv_num_heads", call.kv_num_heads, &key, message)) return false;
   const int64_t got[] = {key.batch_size, key.seq_len, key.head_dim};
-  const int64_t want[] = {x.batch_size, x.seq_len, x.head_dim};
-  if (got[0] != want[0] || got[1] != want[1] || got[2] != want[2]) {
+  const int64_t expected[] = {x.batch_size, x.seq_len, x.head_dim};
+  if (got[0] != expected[0] || got[1] != expected[1] || got[2] != expected[2]) {
     return Fail(message, "key must have X's batch_size, seq_len and head_dim, got %s and %s",
-                FormatDims(got, 3).text, FormatDims(want, 3).text);
+                FormatDims(got, 3).text, FormatDims(expected, 3).text);
   }
   params->key.in = call.key->data;
   params->key.count = key.num_heads;
@@ -217,7 +217,7 @@ bool CheckContiguous(const NamedTensor& named, int dims, Message* message) {
   const Tensor* tensor = named.tensor;
   if (tensor == nullptr) return true;
   for (int i = 0; i < tensor->rank; ++i) {
-    if (tensor->shape[i] == 0) return true;  // NumPy gives an empty array strides of 0.
+    if (tensor->shape[i] == 0) return true;  // In NumPy, empty arrays have strides of 0.
   }
   int64_t stride = 1;
   for (int i = tensor->rank - 1; i >= 0 && i >= tensor->rank - dims; --i) {

@@ -23,7 +23,7 @@ bool Always() { return true; }
 // one is used. CMakeLists.txt has their compiler flags; the two must agree.
 #if defined(__x86_64__)
 bool HasAvx2() {
-  // Older compilers' __builtin_cpu_supports does not know f16c.
+  // Older compilers' __builtin_cpu_supports lacks f16c.
   unsigned eax, ebx, ecx, edx;
   const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
   return f16c && __builtin_cpu_supports("avx2");
