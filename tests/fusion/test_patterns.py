@@ -282,14 +282,14 @@ def test_casts_around_the_rotation_are_removed():
 
 
 def test_a_cast_to_another_type_stays():
-    """Float16 in and float32 out: the op's result would have the type of X."""
+    """Float16 in and bfloat16 out: the op's result would have the type of X."""
     g = Graph(23, TensorProto.FLOAT)
     cos, sin = write_tables(g)
     g.element = TensorProto.FLOAT16
     for x in add_query_key(g):
         wide = g.op("Cast", x, to=TensorProto.FLOAT)
         turned = add_products(g, wide, cos, rotate_half(g, wide), sin)
-        g.output(g.op("Cast", turned, to=TensorProto.DOUBLE), f"{x}_out", TensorProto.DOUBLE)
+        g.output(g.op("Cast", turned, to=TensorProto.BFLOAT16), f"{x}_out", TensorProto.BFLOAT16)
     result = rotary_export.fuse(g.model())
     assert result.nodes == 1
     types = [n.op_type for n in result.model.graph.node]
