@@ -16,7 +16,7 @@ import rotary_export
 from rotary_export.cli.main import cli
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.fusion import fuse as fuse_module
-from rotary_export.fusion.check import compare, feeds
+from rotary_export.fusion.check import feeds, runs
 
 
 def make_model(weights: int = 0) -> onnx.ModelProto:
@@ -158,8 +158,8 @@ def test_large_weights_are_mapped_while_the_model_is_run(monkeypatch):
         assert not any(t.raw_data and len(t.raw_data) > 1024 for t in model.graph.initializer)
         return opened(model, folder, library)
 
-    opened = compare._open
-    monkeypatch.setattr(compare, "_open", look)
+    opened = runs._open
+    monkeypatch.setattr(runs, "_open", look)
     monkeypatch.setattr(fuse_module, "LARGE", 2**10)
     model = make_model(4096)
     result = rotary_export.fuse(model)

@@ -158,7 +158,7 @@ def test_a_pattern_becomes_one_node(write, interleaved, rotary_dim, opset):
             np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
 
 
-def test_value_info_is_there_so_that_ort_may_work_in_place():
+def test_value_info_exists_so_that_ort_may_work_in_place():
     g = Graph()
     half(g)
     result = rotary_export.fuse(g.model())
@@ -180,6 +180,57 @@ def test_tables_are_cut_once_for_all_layers():
     result = rotary_export.fuse(g.model())
     assert (len(result.fused), result.nodes) == (6, 3)
     assert [n.op_type for n in result.model.graph.node].count("Slice") == 2
+
+
+def test_positions_that_all_rows_share_stay_shared():
+    """Tables of batch 1: nothing is expanded, and the node runs at every batch."""
+    g = Graph(23)
+    g.extra = []
+    angles = write_angles(g, batch=1)
+    cos, sin = (g.unsqueeze(g.op(f, g.join(angles, angles)), 1) for f in ("Cos", "Sin"))
+    for x in add_query_key(g):
+        g.output(add_products(g, x, cos, rotate_half(g, x), sin), f"{x}_out")
+    model = g.model()
+    result = rotary_export.fuse(model)
+    (node,) = find_rotary(result.model)
+    known = {v.name: v.type.tensor_type.shape.dim for v in result.model.graph.value_info}
+    assert [known[name][0].dim_value for name in node.input[1:3]] == [1, 1]
+    feeds = make_feeds(3, 5) | {"position_ids": np.arange(5)[None]}
+    for got, want in zip(run(result.model, feeds), run(model, feeds), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("which", ["cos", "sin"])
+def test_query_and_key_of_different_tables_are_not_joined(which):
+    g = Graph()
+    tables = dict(zip(("cos", "sin"), write_tables(g), strict=True))
+    query, key = add_query_key(g)
+    g.output(add_products(g, query, tables["cos"], rotate_half(g, query), tables["sin"]), "a")
+    tables[which] = g.op("Mul", tables[which], g.const(np.float32(1.5)))
+    g.output(add_products(g, key, tables["cos"], rotate_half(g, key), tables["sin"]), "b")
+    model = g.model()
+    result = rotary_export.fuse(model)
+    assert (len(result.fused), result.nodes) == (2, 2)
+    feeds = make_feeds(2, 5)
+    for got, want in zip(run(result.model, feeds), run(model, feeds), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
+def test_half_and_interleaved_are_not_joined():
+    """The same tables, half-width: only the layout differs."""
+    g = Graph()
+    cos, sin = write_tables(g, "none")
+    query, key = add_query_key(g)
+    a, b = g.cut(query, 0, H // 2), g.cut(query, H // 2, H)
+    first, second = add_products(g, a, cos, b, sin, "Sub"), add_products(g, b, cos, a, sin)
+    g.output(g.join(first, second), "a")
+    a, b = g.cut(key, 0, H, 2), g.cut(key, 1, H, 2)
+    first, second = add_products(g, a, cos, b, sin, "Sub"), add_products(g, b, cos, a, sin)
+    pairs = g.join(g.unsqueeze(first, -1), g.unsqueeze(second, -1))
+    g.output(g.op("Reshape", pairs, g.ints(0, 0, 0, H)), "b")
+    model = g.model()
+    result = rotary_export.fuse(model)
+    assert (len(result.fused), result.nodes) == (2, 2)
 
 
 def test_a_key_that_comes_from_the_query_is_not_joined_with_it():
@@ -211,7 +262,7 @@ def test_half_precision_takes_the_tables_from_before_they_were_rounded(element):
     assert types[node.input[0]] == element
 
 
-def test_casts_around_the_rotation_are_taken_in():
+def test_casts_around_the_rotation_are_removed():
     g = Graph(23, TensorProto.FLOAT16)
     g.element = TensorProto.FLOAT
     cos, sin = write_tables(g)
@@ -228,6 +279,21 @@ def test_casts_around_the_rotation_are_taken_in():
     graph = result.model.graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input)}
     assert types[node.input[0]] == TensorProto.FLOAT16
+
+
+def test_a_cast_to_another_type_stays():
+    """Float16 in and bfloat16 out: the op's result would have the type of X."""
+    g = Graph(23, TensorProto.FLOAT)
+    cos, sin = write_tables(g)
+    g.element = TensorProto.FLOAT16
+    for x in add_query_key(g):
+        wide = g.op("Cast", x, to=TensorProto.FLOAT)
+        turned = add_products(g, wide, cos, rotate_half(g, wide), sin)
+        g.output(g.op("Cast", turned, to=TensorProto.BFLOAT16), f"{x}_out", TensorProto.BFLOAT16)
+    result = rotary_export.fuse(g.model())
+    assert result.nodes == 1
+    types = [n.op_type for n in result.model.graph.node]
+    assert types.count("Cast") == 5  # of the position ids, and two of query and key each
 
 
 def test_bfloat16_is_checked_by_onnx_reference_where_ort_does_not_run_it():

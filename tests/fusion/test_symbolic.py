@@ -73,6 +73,7 @@ OPERATORS = {
     "reshape-pairs": lambda g, x: g.op("Reshape", x, g.ints(0, 0, 4, 2)),
     "reshape-merged": lambda g, x: g.op("Reshape", x, g.ints(2, -1)),
     "reshape-rows": lambda g, x: g.op("Reshape", x, g.ints(6, 8)),
+    "reshape-swapped": lambda g, x: g.op("Reshape", x, g.ints(3, 2, 8)),
     "flatten": lambda g, x: g.op("Flatten", x, axis=2),
     "unsqueeze": lambda g, x: g.unsqueeze(x, -1),
     "squeeze": lambda g, x: g.op("Squeeze", g.unsqueeze(x, 1), g.ints(1)),
@@ -140,7 +141,9 @@ def test_a_handler_of_channels_leaves_the_other_axes_as_they_are(name):
         np.testing.assert_allclose(got, values, rtol=1e-6)
 
 
-ROWS = ["slice-rows", "split-rows", "gather-rows", "transpose-rows", "expand-rows"]
+ROWS = [
+    "slice-rows", "split-rows", "gather-rows", "transpose-rows", "expand-rows", "reshape-swapped",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ROWS)

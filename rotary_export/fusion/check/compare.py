@@ -1,15 +1,10 @@
-"""Run a model before and after, and compare its outputs and those of every rotary call.
-
-One session is open at a time, with large weights mapped from a file: memory never contains more
-than two copies of them.
-"""
+"""Run a model before and after, and compare its outputs and those of every rotary call."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -17,23 +12,22 @@ from onnxscript import ir
 
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.fusion.check.feeds import SHAPES, Array, Shape, make_feeds
-from rotary_export.op import library as op_library
-from rotary_export.op.onnx_reference import RotaryEmbedding as ReferenceRotaryEmbedding
+from rotary_export.fusion.check.runs import (
+    BY_REFERENCE,
+    Outputs,
+    find_ways,
+    run_before,
+    run_fused,
+    run_reference,
+)
 from rotary_export.proof.comparison import Error, compare
 from rotary_export.proof.oracle import compute_ulp
 from rotary_export.proof.tolerances import TOLERANCES
-from rotary_export.runtime.providers import CPU, import_onnxruntime, library_refusal
+from rotary_export.runtime.ways import REFERENCE
 
 # A rotary call differs by TOLERANCES["native"] ulp. What follows it (softmax, norms, products with
 # weights, layer after layer) enlarges that, as it does any rounding: by this much at most.
 GROWTH = {"float64": 64, "float32": 64, "float16": 8, "bfloat16": 8}
-
-# How a model ran before: with the whole batch, one row at a time where it can't run a batch, or in
-# onnx.reference where ONNX Runtime can't run it.
-AS_IT_IS, ROW_BY_ROW, BY_REFERENCE = "as it is", "row by row", "by onnx.reference"
-
-Outputs = dict[str, Array]
-Run = Outputs | str  # or why it did not run
 
 
 @dataclass(frozen=True)
@@ -113,17 +107,18 @@ def compare_models(
             "not at all in a branch that does not run"
         )
     old = _observe(ir.serde.serialize_model(before), observed)
-    runs, run_modes = _run_before(old, folder, cases, shapes, check)
+    runs, run_modes = run_before(old, folder, cases, shapes, check.skipped)
     new = _observe(after, observed)
     if all(isinstance(run, str) for run in runs):
         reason = runs[0]
-        runs, run_modes = _run_reference(old, cases), [BY_REFERENCE] * len(cases)
+        runs, run_modes = run_reference(old, cases), [BY_REFERENCE] * len(cases)
         if all(isinstance(run, str) for run in runs):
             raise RotaryExportError(f"the model can't be verified, it runs at no shape: {reason}")
-    for name, library in _find_runtimes(check):
-        results = _run_session(new, folder, cases, shapes, run_modes, library)
+    for way in find_ways(check.skipped):
+        name = way.name
+        results = run_fused(new, folder, cases, shapes, run_modes, way.use_op_library)
         if all(isinstance(r, str) for r in results) and run_modes[0] == BY_REFERENCE:
-            name, results = "onnx.reference", _run_reference(new, cases)
+            name, results = REFERENCE.name, run_reference(new, cases)
         for shape, want, got, run_mode in zip(shapes, runs, results, run_modes, strict=True):
             if isinstance(want, str):
                 continue
@@ -144,16 +139,6 @@ def compare_models(
     return check
 
 
-def _find_runtimes(check: Check) -> list[tuple[str, bool]]:
-    runtimes = [("ONNX Runtime, function body", False)]
-    refusal = library_refusal([CPU], "auto")
-    if refusal:
-        check.skipped.append(f"ONNX Runtime, op library: {refusal}")
-    else:
-        runtimes.append(("ONNX Runtime, op library", True))
-    return runtimes
-
-
 def _observe(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     """Return a model with more outputs; external weights are shared."""
     copy = onnx.ModelProto()
@@ -168,108 +153,6 @@ def _observe(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
                 element = known[name].type.tensor_type.elem_type
                 output.type.tensor_type.elem_type = element
     return copy
-
-
-def _open(model: onnx.ModelProto, folder: Path | None, library: bool) -> Any:
-    ort = import_onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_prepacking", "1")  # a copy of the weights
-    if folder is not None:
-        key = "session.model_external_initializers_file_folder_path"
-        options.add_session_config_entry(key, str(folder))
-    if library:
-        options.register_custom_ops_library(str(op_library.op_library_path()))
-    return ort.InferenceSession(model.SerializeToString(), options, providers=[CPU])
-
-
-def _run_session(
-    model: onnx.ModelProto,
-    folder: Path | None,
-    cases: Sequence[Mapping[str, Array]],
-    shapes: Sequence[Shape],
-    run_modes: Sequence[str],
-    library: bool,
-) -> list[Run]:
-    """Run the fused model; row by row where neither it nor the model before runs the batch."""
-    try:
-        session = _open(model, folder, library)
-    except Exception as error:  # ORT's own exceptions share no base class
-        return [_describe(error)] * len(cases)
-    runs = []
-    for case, shape, run_mode in zip(cases, shapes, run_modes, strict=True):
-        run = _run_case(session, case)
-        if isinstance(run, str) and run_mode == ROW_BY_ROW:
-            run = _run_rows(session, case, shape.batch) or run
-        runs.append(run)
-    return runs
-
-
-def _run_case(session: Any, case: Mapping[str, Array]) -> Run:
-    names = [value.name for value in session.get_outputs()]
-    try:
-        return dict(zip(names, session.run(names, dict(case)), strict=True))
-    except Exception as error:  # ORT's own exceptions share no base class
-        return _describe(error)
-
-
-def _describe(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _run_before(
-    model: onnx.ModelProto,
-    folder: Path | None,
-    cases: Sequence[Mapping[str, Array]],
-    shapes: Sequence[Shape],
-    check: Check,
-) -> tuple[list[Run], list[str]]:
-    """Run the model as it was; a batch that it can't run, one row at a time."""
-    try:
-        session = _open(model, folder, library=False)
-    except Exception as error:  # ORT's own exceptions share no base class
-        return [_describe(error)] * len(cases), [""] * len(cases)
-    runs, run_modes = [], []
-    for case, shape in zip(cases, shapes, strict=True):
-        run, run_mode = _run_case(session, case), AS_IT_IS
-        if isinstance(run, str) and shape.batch > 1:
-            rows = _run_rows(session, case, shape.batch)
-            if rows is not None:
-                run, run_mode = rows, ROW_BY_ROW
-        if isinstance(run, str):
-            check.skipped.append(
-                f"batch {shape.batch}, length {shape.length}, past {shape.past}: the model does "
-                f"not run there before: {run}"
-            )
-        runs.append(run)
-        run_modes.append(run_mode)
-    return runs, run_modes
-
-
-def _run_rows(session: Any, case: Mapping[str, Array], batch: int) -> Outputs | None:
-    parts = []
-    for row in range(batch):
-        cut = {
-            name: value[row : row + 1] if value.ndim and value.shape[0] == batch else value
-            for name, value in case.items()
-        }
-        run = _run_case(session, cut)
-        if isinstance(run, str):
-            return None
-        parts.append(run)
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _run_reference(model: onnx.ModelProto, cases: Sequence[Mapping[str, Array]]) -> list[Run]:
-    from onnx.reference import ReferenceEvaluator
-
-    names = [value.name for value in model.graph.output]
-    try:
-        evaluator = ReferenceEvaluator(model, new_ops=[ReferenceRotaryEmbedding])
-        results: list[Any] = [evaluator.run(None, dict(case)) for case in cases]
-    except Exception as error:  # whatever its operators raise
-        return [_describe(error)] * len(cases)
-    return [dict(zip(names, result, strict=True)) for result in results]
 
 
 def _compare(
