@@ -164,7 +164,7 @@ def test_what_is_no_config(config):
 
 def test_bad_files(tmp_path):
     path = tmp_path / "config.json"
-    with pytest.raises(RotaryExportError, match=r"config\.json can't be read: No such file"):
+    with pytest.raises(RotaryExportError, match=r"config\.json does not exist"):
         read_rope(tmp_path)
     path.write_text("{")
     with pytest.raises(RotaryExportError, match=r"config\.json is not valid JSON"):
