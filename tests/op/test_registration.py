@@ -1,4 +1,4 @@
-"""`import rotary_export.op` registers the torch op; nothing else of the package imports torch."""
+"""`import rotary_export.op` registers the torch op beside torch, and never imports torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ sys.modules["torch"].library = types.ModuleType("torch.library")
 """
 PROGRAMS = {
     "after-torch": ("import torch, rotary_export.op" + ROTATE, ROTATED),
-    "torch-op-before-torch": ("import rotary_export.op.torch_op, torch" + ROTATE, ROTATED),
     "torch-op-after-runtime": (
         "import rotary_export.runtime, torch, rotary_export.op.torch_op" + ROTATE,
         ROTATED,

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import EDGES, FORMS, LONG, PAIRWISE, Case, check_each, sweep
+from helpers.cases import (
+    EDGES,
+    FIELDS,
+    FORMS,
+    PAIRWISE,
+    TYPE_PAIRS,
+    Case,
+    check_each,
+    pick_pairwise,
+    sweep,
+)
 from helpers.oracles import assert_same_bits
 from helpers.torch_calls import OP, order, run
 from torch import Tensor, nn
@@ -18,12 +28,16 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.op import spec
 from rotary_export.op.torch_op import rotary_embedding, rotary_embedding_aten
 
-DOUBLES = [case for case in FORMS if case.types == ("float64", "float64")]
-# One of each: layout, rank, partial, ids form, key, scale; the full product takes minutes.
-FEW_DOUBLES = [case for index, case in enumerate(DOUBLES) if index % 7 == 0]
 SOME = PAIRWISE + EDGES
+DOUBLES = pick_pairwise([case for case in FORMS if case.types == ("float64", "float64")])
+REPEATED_IDS = Case(("float64", "float64"), heads=1, seq_len=6, rows=4, kv_heads=1, scaled=True)
 # torch.export specialises sizes 0 and 1 to constants; a table of one row has no other strides.
 SIZED = [case for case in SOME if case.batch > 1 and case.seq_len > 1]
+# An export takes a second, whatever the types: each type pair occurs, pairs of the other fields do.
+EXPORTED = [
+    replace(case, types=TYPE_PAIRS[index % len(TYPE_PAIRS)])
+    for index, case in enumerate(pick_pairwise(FORMS, FIELDS[1:]))
+] + [case for case in EDGES if case.edge == "odd-sizes"]
 
 
 class Call(nn.Module):
@@ -105,7 +119,7 @@ def test_opcheck(case):
     torch.library.opcheck(OP, order(inputs), case.torch_options)
 
 
-@sweep(FEW_DOUBLES + [case for case in LONG if case.types[0] == "float64"])
+@sweep([*DOUBLES, REPEATED_IDS])
 def test_gradcheck(case):
     inputs = case.make_inputs()
     names = [name for name in ("X", "key") if name in inputs]
@@ -242,7 +256,7 @@ def count_calls(program: torch.export.ExportedProgram) -> list[str]:
     return [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
 
 
-@sweep(SIZED)
+@sweep(EXPORTED)
 def test_exported_keeps_one_node_and_decomposes_to_aten(case):
     inputs = case.make_inputs()
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
