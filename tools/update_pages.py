@@ -22,7 +22,7 @@ from rotary_export.embedding import RotaryEmbedding
 from rotary_export.exporters.onnx import NEWEST_OPSET, minimum_onnxruntime
 from rotary_export.graphs.config import DTYPES
 from rotary_export.graphs.plain import find_longest_xpos
-from rotary_export.op.onnx_function import OLDEST_OPSET
+from rotary_export.op.onnx_signature import OLDEST_OPSET
 from rotary_export.proof.tolerances import TOLERANCES
 
 

@@ -16,8 +16,9 @@ from rotary_export.exporters.program import make_dynamic_shapes
 from rotary_export.graphs.graph import Graph
 from rotary_export.graphs.plain import ZETA
 from rotary_export.op import spec
-from rotary_export.op.onnx_function import OLDEST_OPSET, FunctionSignature, add_functions
+from rotary_export.op.onnx_function import add_functions
 from rotary_export.op.onnx_schema import register_schema
+from rotary_export.op.onnx_signature import OLDEST_OPSET, FunctionSignature
 from rotary_export.package import __version__
 
 NEWEST_OPSET = 25  # the exporter of torch 2.13 and onnxscript 0.7 writes no newer one

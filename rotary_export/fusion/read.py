@@ -14,7 +14,7 @@ from onnxscript import ir
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
 from rotary_export.op import spec
-from rotary_export.op.onnx_function import OLDEST_OPSET
+from rotary_export.op.onnx_signature import OLDEST_OPSET
 
 Model = onnx.ModelProto | str | os.PathLike[str]
 

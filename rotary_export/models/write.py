@@ -16,8 +16,9 @@ from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.onnx import strip_metadata, translate_op
 from rotary_export.models.trace.program import describe
-from rotary_export.op.onnx_function import FunctionSignature, add_functions
+from rotary_export.op.onnx_function import add_functions
 from rotary_export.op.onnx_schema import register_schema
+from rotary_export.op.onnx_signature import FunctionSignature
 
 # One file of protobuf ends at 2 GiB; the graph itself needs some of it.
 MAX_INLINE_BYTES = 1_800_000_000

@@ -60,13 +60,13 @@ _TeamFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 @functools.cache
 def _load_process() -> ctypes.CDLL:
-    """Return what is loaded already, libc among it."""
+    """Return the process's own symbols: all libraries loaded so far, libc included."""
     return ctypes.CDLL(None)
 
 
 @functools.cache
 def _find_openmp() -> ctypes.CDLL | None:
-    """Return GNU's OpenMP as torch has loaded it; None: torch's threads are of another kind."""
+    """Return GNU's OpenMP as torch loaded it; None if torch uses other threads."""
     loaded = _load_process()
     if not torch.backends.openmp.is_available() or not hasattr(loaded, "GOMP_parallel"):
         return None
@@ -82,7 +82,7 @@ def _find_openmp() -> ctypes.CDLL | None:
 
 @functools.cache
 def _find_library() -> ctypes.CDLL | None:
-    """Return the op library; None: it was not built, or can't be loaded here."""
+    """Return the op library; None if it is not installed or can't be loaded."""
     try:
         return op_library.load_library()
     except RotaryExportError:
@@ -90,7 +90,7 @@ def _find_library() -> ctypes.CDLL | None:
 
 
 def can_rotate(inputs: Sequence[Tensor | None]) -> bool:
-    """Whether the library is there and all inputs are strided tensors in CPU memory."""
+    """Whether the library is usable and all inputs are strided tensors in CPU memory."""
     return _find_library() is not None and all(
         t is None or (t.device.type == "cpu" and t.layout == torch.strided) for t in inputs
     )
@@ -102,16 +102,16 @@ def rotate(inputs: Sequence[Tensor | None], attributes: Sequence[int]) -> tuple[
     It uses as many threads as torch does (`torch.get_num_threads`) where the tensors are large.
 
     Args:
-        inputs: In the order of `spec.INPUTS`; what is strided in its last dimension, and tables
-            and ids that are not contiguous, are copied first.
+        inputs: In the order of `spec.INPUTS`. X and key are copied first if they are strided in
+            the last dimension; tables and ids if they are not contiguous.
         attributes: In the order of `spec.ATTRIBUTES`.
 
     Returns:
-        Y and key_out, contiguous; without a key the second is empty, of shape (0,).
+        Y and key_out, contiguous; without a key, key_out is empty, of shape (0,).
 
     Raises:
-        RotaryExportError: An id is outside the tables, or ROTARY_EXPORT_ISA asks for an instruction
-            set that is not there.
+        RotaryExportError: An id is outside the tables, or ROTARY_EXPORT_ISA names an instruction
+            set that this machine does not have.
     """
     given = dict(zip(spec.INPUTS, inputs, strict=True))
     tensors = {name: _make_readable(name, t) for name, t in given.items() if t is not None}
@@ -130,17 +130,17 @@ def rotate(inputs: Sequence[Tensor | None], attributes: Sequence[int]) -> tuple[
 
 def _make_readable(name: str, tensor: Tensor) -> Tensor:
     if not tensor.numel():
-        return torch.empty(tensor.shape, dtype=tensor.dtype)  # its strides may have been anything
+        return torch.empty(tensor.shape, dtype=tensor.dtype)  # with plain strides
     if name in ("X", "key") and tensor.stride(-1) == 1:
         return tensor
     return tensor.contiguous()
 
 
 def _allocate_like(x: Tensor) -> Tensor:
-    """Return contiguous memory, in large pages where Linux has them for those who ask.
+    """Return contiguous memory; Linux is advised to use large pages for fresh memory.
 
-    Fresh memory costs more than the rotation: the system zeroes it, a page fault for every 4 KiB.
-    Memory that the allocator has kept is there already, and to ask again takes time, too.
+    Fresh memory costs more than the rotation: the system zeroes it, with a page fault for every
+    4 KiB. Memory that the allocator kept is resident already, and advice would only take time.
     """
     y = torch.empty(x.shape, dtype=x.dtype)
     size = y.numel() * y.element_size()
@@ -148,7 +148,7 @@ def _allocate_like(x: Tensor) -> Tensor:
         start = -(-y.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         length = y.data_ptr() + size - start
         if not _is_resident(start + length // 2):
-            # Only advice: what it returns does not matter.
+            # Only advice: the return value does not matter.
             _load_process().madvise(
                 ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE
             )
@@ -156,11 +156,11 @@ def _allocate_like(x: Tensor) -> Tensor:
 
 
 def _is_resident(address: int) -> bool:
-    """Whether the page that an address is in has memory; False: not, or it is not known."""
+    """Whether the page of an address is resident; False if unknown."""
     page = address // mmap.PAGESIZE * mmap.PAGESIZE
-    found = ctypes.c_ubyte(0)
-    _load_process().mincore(ctypes.c_void_p(page), ctypes.c_size_t(1), ctypes.byref(found))
-    return bool(found.value & 1)
+    state = ctypes.c_ubyte(0)
+    _load_process().mincore(ctypes.c_void_p(page), ctypes.c_size_t(1), ctypes.byref(state))
+    return bool(state.value & 1)
 
 
 def _describe(tensor: Tensor | None) -> ctypes._Pointer[_Tensor] | None:
@@ -185,10 +185,10 @@ def _run(call: _Call, parts: int) -> None:
     messages = []
 
     def run_part(part: int, parts: int) -> None:
-        mine = _Call.from_buffer_copy(call)
-        mine.part, mine.parts = part, parts
+        own = _Call.from_buffer_copy(call)
+        own.part, own.parts = part, parts
         message = ctypes.create_string_buffer(_MESSAGE_SIZE)
-        if library.RotaryExportRotate(ctypes.byref(mine), message, _MESSAGE_SIZE):
+        if library.RotaryExportRotate(ctypes.byref(own), message, _MESSAGE_SIZE):
             messages.append(message.value.decode())
 
     if parts == 1:
@@ -196,14 +196,14 @@ def _run(call: _Call, parts: int) -> None:
     else:
         _run_team(run_part, parts)
     if messages:
-        raise RotaryExportError(messages[0])  # every part checks all, so they agree
+        raise RotaryExportError(messages[0])  # every part checks the whole call, so all agree
 
 
 def _run_team(run_part: Callable[[int, int], None], parts: int) -> None:
-    """Call `run_part(part, parts)` in about so many threads; they do not wait for Python's lock.
+    """Call `run_part(part, parts)` in about `parts` threads. The kernel runs without Python's lock.
 
-    Torch's own, of OpenMP, where there are: else those would spin on the cores that ours need,
-    for some time after each of torch's operators. They do not survive a fork.
+    These are torch's own OpenMP threads if torch has them: idle, they would spin for some time
+    after each of torch's operators, on the cores that ours need. They do not survive a fork.
     """
     openmp = _find_openmp()
     if openmp is not None and os.getpid() == _PROCESS:

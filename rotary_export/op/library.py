@@ -1,6 +1,6 @@
-"""Find and question the op library, `librotary_export.so`, which holds the fused kernel for ORT.
+"""Find and load the op library, `librotary_export.so`: the fused kernel for ONNX Runtime and torch.
 
-Standard library only: a deployment asks these questions before it has decided on a runtime.
+Standard library only: a deployment calls these functions before it chooses a runtime.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def op_library_path() -> Path:
         The absolute path.
 
     Raises:
-        RotaryExportError: The package was not built, so that it has no library.
+        RotaryExportError: No library is installed: the package was not built.
     """
     folders = package_folders()
     for folder in folders:
@@ -42,14 +42,14 @@ def instruction_set() -> str:
     One of baseline, avx2, avx512, avx512bf16 and neon.
 
     Raises:
-        RotaryExportError: There is no usable library, or environment variable ROTARY_EXPORT_ISA
-            names an instruction set that this machine does not have.
+        RotaryExportError: No usable library is installed, or the environment variable
+            ROTARY_EXPORT_ISA names an instruction set that this machine does not have.
     """
     library = load_library()
     name: bytes | None = library.RotaryExportInstructionSet()
     if name is None:
         message = ctypes.create_string_buffer(1024)
-        library.RotaryExportRotate(None, message, len(message))  # A null call asks what is wrong.
+        library.RotaryExportRotate(None, message, len(message))  # A null call returns the reason.
         raise RotaryExportError(message.value.decode())
     return name.decode()
 
@@ -58,7 +58,7 @@ def library_providers() -> tuple[str, ...]:
     """Return the ONNX Runtime execution providers that the library has kernels for.
 
     Raises:
-        RotaryExportError: There is no usable library.
+        RotaryExportError: No usable library is installed.
     """
     providers: bytes = load_library().RotaryExportProviders()
     return tuple(providers.decode().split(","))
@@ -68,7 +68,7 @@ def load_library() -> ctypes.CDLL:
     """Return the op library with the types of its C interface (`csrc/rotary_export.h`) declared.
 
     Raises:
-        RotaryExportError: There is none, or it can't be loaded.
+        RotaryExportError: No library is installed, or it can't be loaded.
     """
     return _load_library(op_library_path())
 
@@ -80,6 +80,6 @@ def _load_library(path: Path) -> ctypes.CDLL:
         library.RotaryExportInstructionSet.restype = ctypes.c_char_p
         library.RotaryExportProviders.restype = ctypes.c_char_p
         library.RotaryExportRotate.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
-    except (OSError, AttributeError) as error:  # Not loadable; loadable but not ours.
+    except (OSError, AttributeError) as error:  # not loadable; loadable but not ours
         raise RotaryExportError(f"{path} must be a loadable op library, got: {error}") from error
     return library

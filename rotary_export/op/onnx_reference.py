@@ -1,6 +1,6 @@
-"""The op for `onnx.reference`, in numpy: the oracle that owes nothing to torch or to our kernel.
+"""The op for the ONNX reference evaluator, in numpy: independent of torch and of our kernel.
 
-Use: `onnx.reference.ReferenceEvaluator(model, new_ops=[RotaryEmbedding])`.
+Usage: `onnx.reference.ReferenceEvaluator(model, new_ops=[RotaryEmbedding])`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RotaryEmbedding(OpRun):
         kv_num_heads: int = 0,
         **_: Any,
     ) -> tuple[Array, ...]:
-        problem = spec.check_inputs(
+        sizes = spec.check_inputs(
             x.shape,
             cos_cache.shape,
             sin_cache.shape,
@@ -50,29 +50,29 @@ class RotaryEmbedding(OpRun):
         dtype = np.float64 if x.dtype == np.float64 else np.float32
         tables = [t.astype(dtype) for t in (cos_cache, sin_cache, scale_cache) if t is not None]
         if position_ids is not None:
-            positions = _compute_positions(position_ids, problem)
+            positions = _compute_positions(position_ids, sizes)
             tables = [table[positions] for table in tables]  # (B or 1, S, R/2)
         cos, sin = tables[:2]
         scale = tables[2] if scale_cache is not None else None
-        y = _rotate(x, cos, sin, scale, problem.num_heads, bool(interleaved))
+        y = _rotate(x, cos, sin, scale, sizes.num_heads, bool(interleaved))
         if key is None:
             return (y,)
         inverse = None if scale is None else np.reciprocal(scale)
-        return y, _rotate(key, cos, sin, inverse, problem.kv_num_heads, bool(interleaved))
+        return y, _rotate(key, cos, sin, inverse, sizes.kv_num_heads, bool(interleaved))
 
 
-def _compute_positions(position_ids: Array, problem: spec.CallSizes) -> Array:
+def _compute_positions(position_ids: Array, sizes: spec.CallSizes) -> Array:
     """Return (B or 1, S) positions, all within the tables."""
     positions = position_ids
     if position_ids.ndim == 1:
-        positions = position_ids[:, None] + np.arange(problem.seq_len)
-    if problem.batch_size == 0:  # there is no row, so no position either
+        positions = position_ids[:, None] + np.arange(sizes.seq_len)
+    if sizes.batch_size == 0:  # no rows, so no positions
         positions = positions[:0]
-    bad = np.argwhere((positions < 0) | (positions >= problem.table_rows))
+    bad = np.argwhere((positions < 0) | (positions >= sizes.table_rows))
     if len(bad):
         batch, row = bad[0]
         raise RotaryExportError(
-            spec.bad_id_message(positions[batch, row], batch, row, problem.table_rows)
+            spec.bad_id_message(positions[batch, row], batch, row, sizes.table_rows)
         )
     return positions
 
@@ -81,7 +81,7 @@ def _rotate(
     x: Array, cos: Array, sin: Array, scale: Array | None, num_heads: int, interleaved: bool
 ) -> Array:
     """Rotate (B, N, S, H) or (B, S, N*H) by tables of (B or 1, S, R/2)."""
-    # Both forms are viewed as (B, S, N, H), the tables as (B or 1, S, 1, R/2).
+    # X is viewed as (B, S, N, H), the tables as (B or 1, S, 1, R/2).
     if x.ndim == 4:
         heads = x.swapaxes(1, 2)
     else:

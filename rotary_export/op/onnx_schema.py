@@ -15,7 +15,7 @@ _ONNX_TYPE = {
 
 
 def register_schema() -> None:
-    """Register the schema with `onnx.defs`, once a process."""
+    """Register the schema with `onnx.defs`, once per process."""
     if defs.has(spec.OP_TYPE, spec.DOMAIN):
         return
     parameter = defs.OpSchema.FormalParameter

@@ -1,9 +1,9 @@
 """`rotary_export::RotaryEmbedding`, version 1: its names, types and input checks, stated once.
 
 The op is a strict superset of `ai.onnx::RotaryEmbedding-23`: any node of that op is valid here once
-its domain is changed. What must agree (torch op, ONNX function bodies, `onnx.reference`
-implementation, exporter) reads this file; `csrc/rotary_check.cc` says the same in the same words,
-and `tests/op/test_op_library.py` holds the two against each other. Pure Python: no torch, no onnx.
+its domain is changed. The Python implementations import this file. `csrc/kernel/input_checks.cc`
+contains the same checks and messages; `tests/op/test_op_library.py` compares the two.
+Pure Python: no torch, no onnx.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def check_inputs(
         cos_cache: (M, R/2) with `position_ids`, else (B, S, R/2) or (1, S, R/2).
         sin_cache: As `cos_cache`.
         position_ids: (B, S), (1, S) or (1,); None: tables hold one row per position.
-        key: As `x`, with its own number of heads; None: there is no key.
+        key: As `x`, with its own number of heads; None: no key.
         scale_cache: As `cos_cache`; None: no xPos.
         rotary_embedding_dim: R; 0 means all of H.
         num_heads: Heads of a 3-D `x`.
@@ -103,7 +103,8 @@ def check_inputs(
         The sizes.
 
     Raises:
-        RotaryExportError: A shape or an attribute does not fit; the message names both sides.
+        RotaryExportError: A shape or an attribute does not fit. The message contains what must hold
+            and what was given.
     """
     batch, heads, seq_len, head_dim = _split_heads("X", x, "num_heads", num_heads)
     rotary_dim = rotary_embedding_dim or head_dim
@@ -152,10 +153,10 @@ def check_inputs(
 
 
 def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:
-    """Refuse to rotate an odd number of channels, or more than there are.
+    """Check the number of rotated channels.
 
     Raises:
-        RotaryExportError: `rotary_dim` does not fit.
+        RotaryExportError: `rotary_dim` is not even, < 2 or > `head_dim`.
     """
     if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
         raise RotaryExportError(
@@ -197,7 +198,7 @@ def bad_id_message(bad_id: int, batch: int, row: int, table_rows: int) -> str:
 
 
 def bad_x_type_message(got: str) -> str:
-    """Return the message for an X of a type that the op does not take.
+    """Return the message for an X of an unsupported type.
 
     Args:
         got: Its type.
@@ -206,12 +207,12 @@ def bad_x_type_message(got: str) -> str:
 
 
 def bad_type_message(name: str, got: str, x_type: str) -> str:
-    """Return the message for a table or key whose type does not go with X's.
+    """Return the message for a table or key whose type does not match X's.
 
     Args:
         name: The input.
         got: Its type.
         x_type: The type of X.
     """
-    wanted = x_type if name == "key" else " or ".join(t for x, t in TYPE_PAIRS if x == x_type)
-    return f"{name} must be {wanted} with X {x_type}, got {got}"
+    accepted = x_type if name == "key" else " or ".join(t for x, t in TYPE_PAIRS if x == x_type)
+    return f"{name} must be {accepted} with X {x_type}, got {got}"

@@ -1,10 +1,10 @@
 """`torch.ops.rotary_export.rotary_embedding`: the op in torch, eager, fake and differentiable.
 
-On the CPU the op library's kernel computes it (`cpu_kernel.py`), elsewhere plain aten ops, with the
-same bits.
+On the CPU, the op library's kernel computes it (`cpu_kernel.py`). Elsewhere, plain aten ops compute
+the same bits.
 
-`rotary_embedding` is the same op as a function that traces to plain aten ops, so that TorchScript
-files load where this package is not installed.
+`rotary_embedding` is the same op as a function that `torch.jit.trace` records as plain aten ops.
+TorchScript files therefore load where this package is not installed.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def rotary_embedding_aten(
     num_heads: int = 0,
     kv_num_heads: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the op with plain aten ops: where the kernel can't, and as its decomposition.
+    """Compute the op with plain aten ops: the fallback of the kernel, and the op's decomposition.
 
     Arguments and results are those of `rotary_embedding`; `rotary_dim` follows from the tables.
     An id outside the tables is an error here too (`aten::embedding` does not wrap a negative one).
@@ -122,7 +122,7 @@ def _rotary_embedding_op(
     kv_num_heads: int = 0,
 ) -> tuple[Tensor, Tensor]:
     _check_types(x, [cos_cache, sin_cache, scale_cache], position_ids, key)
-    problem = spec.check_inputs(
+    sizes = spec.check_inputs(
         x.shape,
         cos_cache.shape,
         sin_cache.shape,
@@ -137,9 +137,9 @@ def _rotary_embedding_op(
     if cpu_kernel.can_rotate(given):
         return cpu_kernel.rotate(given, (interleaved, rotary_dim, num_heads, kv_num_heads))
     if position_ids is not None:
-        if problem.batch_size == 0:  # there is no row, so no position either
-            position_ids = position_ids.new_zeros((0, problem.seq_len))
-        _check_position_ids(position_ids, problem.seq_len, problem.table_rows)
+        if sizes.batch_size == 0:  # no rows, so no positions
+            position_ids = position_ids.new_zeros((0, sizes.seq_len))
+        _check_position_ids(position_ids, sizes.seq_len, sizes.table_rows)
     y, key_out = rotary_embedding_aten(
         x,
         cos_cache,
@@ -151,7 +151,7 @@ def _rotary_embedding_op(
         num_heads=num_heads,
         kv_num_heads=kv_num_heads,
     )
-    return y.contiguous(), key_out.contiguous()  # as the fake implementation says
+    return y.contiguous(), key_out.contiguous()  # as the fake implementation
 
 
 @_rotary_embedding_op.register_fake
@@ -185,7 +185,7 @@ def _save_for_backward(
 
 
 def _backward(ctx: Any, grad_y: Tensor, grad_key_out: Tensor) -> tuple[Any, ...]:
-    # The transposed rotation is the rotation by the opposite angle, with the same scale.
+    # The transpose of a rotation is the rotation by the opposite angle, with the same scale.
     cos_cache, sin_cache, position_ids, scale_cache = ctx.saved_tensors
     grad_x, grad_key = torch.ops.rotary_export.rotary_embedding(
         grad_y,
@@ -231,7 +231,7 @@ def rotary_embedding(
         kv_num_heads: Heads of a 3-D key.
 
     Returns:
-        x and key, rotated. Without a key the second tensor is empty, of shape (0,).
+        x and key, rotated. Without a key, the second tensor is empty, of shape (0,).
         Half types are computed in float32 and rounded once.
 
     Raises:

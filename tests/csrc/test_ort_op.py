@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from helpers.cases import ID_FORMS, flatten_heads, make_inputs
-from helpers.op_library import check_against_oracle, load_model, make_model
+from helpers.op_library import check_against_eager, load_model, make_graph_model
 from helpers.oracles import Tensors, assert_same_bits, compute_eager
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
@@ -54,7 +54,7 @@ def load(
         [numpy_helper.from_array(x.numpy(), name) for name, x in (initializers or {}).items()],
         value_info=describe(value_info or {}),
     )
-    return load_model(make_model(graph), library=library)
+    return load_model(make_graph_model(graph), library=library)
 
 
 def run(session: ort.InferenceSession, inputs: Tensors) -> list[torch.Tensor]:
@@ -185,7 +185,7 @@ def test_every_attribute_of_the_node_is_read(interleaved):
 @pytest.mark.parametrize("sizes", [(1, 8, 1021, 64), (3, 64, 1, 2048), (1, 512, 2, 1024)], ids=str)
 def test_rows_are_split_over_threads(sizes):
     inputs = make_inputs(np.random.default_rng(9), sizes=sizes, kv_heads=1)
-    check_against_oracle(inputs, threads=3)
+    check_against_eager(inputs, threads=3)
 
 
 def test_bad_inputs_are_invalid_arguments():
@@ -241,7 +241,7 @@ def test_a_runtime_without_version_24_gives_the_same_bits(make_runtime, version)
     library = make_runtime(version)
     for form in ID_FORMS:
         inputs = make_inputs(np.random.default_rng(6), form=form, kv_heads=2)
-        check_against_oracle(inputs, form, library=library)
+        check_against_eager(inputs, form, library=library)
 
 
 @NEEDS_INFERENCE

@@ -14,8 +14,8 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from helpers.function_bodies import load_without_library, to_ort
 from helpers.oracles import assert_same_bits
-from helpers.portable import load_portable, to_ort
 from onnx import ModelProto
 
 import rotary_export
@@ -146,7 +146,7 @@ def check(config: str, name: str, opset: int) -> None:
     assert {o.domain: o.version for o in model.opset_import}[""] == opset
     onnx.checker.check_model(model, full_check=True)
     onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
-    session = load_portable(model)
+    session = load_without_library(model)
     for seq_len, batch in ((0, 1), (1, 3), (17, 1), (32, 2)):
         sizes = {"batch_size": batch, "num_heads": 3, "num_kv_heads": 1, "seq_len": seq_len}
         given = graph.make_inputs(sizes, seq_len, seed=seq_len)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.function_bodies import collect_onnx_cases
 from helpers.fuse_graphs import Graph, H, add_query_key, find_rotary, make_feeds, run, write_angles
-from helpers.portable import collect_onnx_cases
 from onnx import TensorProto, helper
 
 import rotary_export

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx.inliner
 from helpers.cases import FORMS
-from helpers.portable import make_portable
+from helpers.function_bodies import make_with_bodies
 
 from rotary_export.op import spec
 from rotary_export.op.onnx_schema import register_schema
@@ -105,7 +105,7 @@ def run_forms(environment: Path, folder: Path, opset: int, program: str) -> Iter
     for case in forms:
         inputs = case.make_inputs(3)
         wants.append(dict(zip(spec.OUTPUTS, case.compute_eager(inputs), strict=False)))
-        model = make_portable(case, opset=opset, dynamic=True)
+        model = make_with_bodies(case, opset=opset, dynamic=True)
         del model.graph.value_info[:]
         onnx.save(onnx.inliner.inline_local_functions(model), folder / f"{case.id}.onnx")
         np.savez(folder / f"{case.id}.npz", **{k: v.numpy() for k, v in inputs.items()})

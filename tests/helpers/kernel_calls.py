@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from helpers.function_bodies import ONNX_TYPES
 from helpers.oracles import Tensors
-from helpers.portable import ONNX_TYPES
 
 from rotary_export.op import library as op_library
 from rotary_export.op import spec

@@ -1,4 +1,4 @@
-"""Runs the op library's op in ONNX Runtime and holds it against eager PyTorch, bit by bit."""
+"""Run the op library's op in ONNX Runtime and compare its bits with eager PyTorch's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from helpers.cases import ID_FORMS, make_inputs
+from helpers.function_bodies import ONNX_TYPES, run_bound
 from helpers.oracles import Tensors, assert_same_bits, compute_eager
-from helpers.portable import ONNX_TYPES, run_bound
 from onnx import GraphProto, ModelProto, helper
 
 from rotary_export.op import library as op_library
@@ -33,7 +33,7 @@ def random_float32_cases(count: int, seed: int) -> Iterator[tuple[Tensors, int, 
             rotary_dim=rotary_dim,
             scaled=bool(rng.integers(2)),
         )
-        for name in ("X", "key"):  # From subnormal to large, so that a fused product would show.
+        for name in ("X", "key"):  # subnormal to large, so that an FMA would show
             if name in inputs:
                 inputs[name] *= 10.0 ** float(rng.integers(-38, 20))
         yield inputs, int(rng.integers(2)), rotary_dim
@@ -49,7 +49,7 @@ def make_session(
     library: str | None = None,
     threads: int = 1,
 ) -> ort.InferenceSession:
-    """Return a session of one node with these inputs (name, type, rank), all dimensions dynamic."""
+    """Return a session of one node with inputs of these names, types and ranks, all dynamic."""
     given = [name for name, _, _ in types]
     last = max(spec.INPUTS.index(name) for name in given)
     outputs = spec.OUTPUTS[: 2 if "key" in given else 1]
@@ -69,10 +69,10 @@ def make_session(
         ],
         [helper.make_tensor_value_info(name, ONNX_TYPES[types[0][1]], None) for name in outputs],
     )
-    return load_model(make_model(graph), library=library, threads=threads)
+    return load_model(make_graph_model(graph), library=library, threads=threads)
 
 
-def make_model(graph: GraphProto) -> ModelProto:
+def make_graph_model(graph: GraphProto) -> ModelProto:
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(spec.DOMAIN, spec.OP_VERSION)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
@@ -83,7 +83,7 @@ def load_model(
     options = ort.SessionOptions()
     options.register_custom_ops_library(library or str(op_library.op_library_path()))
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # Expected errors are raised; they need not be logged, too.
+    options.log_severity_level = 4  # expected errors are raised; no need to log them
     return ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -92,13 +92,13 @@ def load_model(
 def run_session(
     inputs: Tensors, *, library: str | None = None, threads: int = 1, **attributes: int
 ) -> list[torch.Tensor]:
-    """Run the op in ORT, its outputs bound to memory that is filled with a sentinel."""
+    """Run the op in ORT, with outputs bound to memory that is filled with a sentinel."""
     types = tuple((name, x.dtype, x.dim()) for name, x in inputs.items())
     session = make_session(types, tuple(sorted(attributes.items())), library, threads)
     return run_bound(session, inputs)
 
 
-def check_against_oracle(inputs: Tensors, what: object = "", **options: int) -> None:
+def check_against_eager(inputs: Tensors, what: object = "", **options: int) -> None:
     got = run_session(inputs, **options)
     want = compute_eager(inputs, bool(options.get("interleaved", 0)))
     for name, y, y_want in zip(spec.OUTPUTS, got, want, strict=False):

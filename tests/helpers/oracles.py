@@ -1,10 +1,9 @@
-"""Two oracles that share no code with the package, and comparisons that tell the worst element.
+"""The oracle, eager's arithmetic, and comparisons that name the worst element.
 
-`compute_eager` is eager PyTorch's arithmetic: in float32 `x * cos + rotate_half(x) * sin`, for the
-half types the same in float32 and one rounding, for double the same in double.
-`compute_expected` is
-the rotation in float64 (long double for double). Bits are compared, not values; only a NaN may
-differ in its bits.
+`compute_expected` is the oracle: the rotation in float64 (long double for double).
+`compute_eager` is eager PyTorch's arithmetic: `x * cos + rotate_half(x) * sin` in float32, or in
+float64 for double; half types are rounded once, at the end. Neither shares code with the package.
+`assert_same_bits` compares bits, not values; only NaNs may differ in their bits.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 SAME_SIZE_INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Smallest normal exponent, bits after the leading one.
+# smallest normal exponent, bits after the leading one
 FORMATS = {
     torch.float16: (-14, 10),
     torch.bfloat16: (-126, 7),
@@ -83,14 +82,14 @@ class Expected(NamedTuple):
 
 
 def compute_expected(inputs: Tensors, interleaved: bool) -> list[Expected]:
-    """Return Y, and key_out if there is a key, for 4-D inputs: complex products, in wide."""
+    """Return Y, and key_out if there is a key, for 4-D inputs: complex products of type `wide`."""
     x_type = inputs["X"].dtype
     wide = np.longdouble if x_type == torch.float64 else np.float64
     tables = [None if t is None else t.double().numpy().astype(wide) for t in _select_rows(inputs)]
     cos, sin, scale = tables
     turn = (cos + 1j * sin)[:, None]
     size = np.ones((), wide) if scale is None else scale[:, None]
-    truths = []
+    expected = []
     for name, factor in (("X", turn * size), ("key", turn / size)):
         if name not in inputs:
             continue
@@ -107,8 +106,8 @@ def compute_expected(inputs: Tensors, interleaved: bool) -> list[Expected]:
         lowest, bits = FORMATS[x_type]
         _, exponent = np.frexp(np.abs(y).max(-1, keepdims=True))
         ulp = np.ldexp(np.ones((), wide), np.maximum(exponent - 1, lowest) - bits)
-        truths.append(Expected(y, np.broadcast_to(ulp, y.shape)))
-    return truths
+        expected.append(Expected(y, np.broadcast_to(ulp, y.shape)))
+    return expected
 
 
 # ---- comparisons
@@ -127,13 +126,13 @@ def assert_same_bits(got: Tensor, want: Tensor, what: object = "") -> None:
         )
 
 
-def assert_within(got: Tensor, truth: Expected, max_ulp: float, what: object = "") -> None:
-    assert tuple(got.shape) == truth.value.shape, what
-    error = np.abs(got.detach().double().numpy() - truth.value) / truth.ulp
+def assert_within(got: Tensor, expected: Expected, max_ulp: float, what: object = "") -> None:
+    assert tuple(got.shape) == expected.value.shape, what
+    error = np.abs(got.detach().double().numpy() - expected.value) / expected.ulp
     if not (error <= max_ulp).all():
         error[np.isnan(error)] = np.inf
         worst = np.unravel_index(int(error.argmax()), error.shape)
         pytest.fail(
             f"{what}: {error[worst]:.3g} ulp at {tuple(int(i) for i in worst)}, "
-            f"{max_ulp} allowed: {got[tuple(worst)]} {truth.value[worst]}"
+            f"{max_ulp} allowed: {got[tuple(worst)]} {expected.value[worst]}"
         )

@@ -17,7 +17,7 @@ def probe(tmp_path_factory):
 def test_what_nothing_else_reads_is_written_over(style, opset, probe, tmp_path):
     count = count_in_place(style, 2, opset, probe, tmp_path)
     assert (count.nodes, count.outputs) == (2, 4)
-    # The probe sees where ORT does not: a key that is read again must not be lost.
+    # The probe also counts what ORT must not alias: a key that is read again.
     assert count.eligible == (2 if style == "second-reader" else 4)
     assert count.aliased <= count.eligible
     assert count.aliased >= ASKED * count.eligible

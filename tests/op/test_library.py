@@ -1,4 +1,4 @@
-"""The op library as a file: found, questioned, and choosing its instruction set at load time."""
+"""The op library as a file: found, loaded, and choosing its instruction set at load time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.cases import make_inputs
-from helpers.op_library import check_against_oracle, random_float32_cases, run_session
+from helpers.op_library import check_against_eager, random_float32_cases, run_session
 
 from rotary_export.errors import RotaryExportError
 from rotary_export.op import library as op_library
@@ -23,11 +23,11 @@ LIBRARY = op_library.op_library_path()
 
 @pytest.fixture
 def load_copy(tmp_path, monkeypatch):
-    """Return a function that makes a copy of the library choose as ROTARY_EXPORT_ISA says."""
+    """Return a function that copies the library and sets the ROTARY_EXPORT_ISA that it reads."""
 
     def load(isa: str) -> str:
         monkeypatch.setenv("ROTARY_EXPORT_ISA", isa)
-        folder = tmp_path / f"isa-{isa}"  # A path of its own: it is loaded, and so chooses, anew.
+        folder = tmp_path / f"isa-{isa}"  # a path of its own, so that it is loaded anew
         folder.mkdir()
         monkeypatch.setattr(op_library, "package_folders", lambda: [folder])
         return shutil.copy(LIBRARY, folder)
@@ -53,7 +53,7 @@ def test_every_instruction_set_gives_the_same_bits(load_copy):
         library = load_copy(name)
         assert op_library.instruction_set() == name
         for inputs, interleaved, rotary_dim in random_float32_cases(30, seed=13):
-            check_against_oracle(
+            check_against_eager(
                 inputs,
                 name,
                 library=library,
@@ -66,16 +66,16 @@ def test_every_instruction_set_gives_the_same_bits(load_copy):
                 rng, types, sizes=(2, 3, 5, 80), kv_heads=1, rotary_dim=46, scaled=True
             )
             options = {"interleaved": interleaved, "rotary_embedding_dim": 46}
-            check_against_oracle(inputs, f"{name} {types}", library=library, **options)
+            check_against_eager(inputs, f"{name} {types}", library=library, **options)
 
 
 @pytest.mark.parametrize("isa", ["none", "AVX2", "baseline,avx2"])
-def test_an_instruction_set_that_is_not_there_is_refused(load_copy, isa):
+def test_an_unknown_instruction_set_is_refused(load_copy, isa):
     library = load_copy(isa)
-    wanted = re.escape(f"on this machine, got {isa}")
-    with pytest.raises(Exception, match=f"ROTARY_EXPORT_ISA must be one of .* {wanted}"):
+    machine = re.escape(f"on this machine, got {isa}")
+    with pytest.raises(Exception, match=f"ROTARY_EXPORT_ISA must be one of .* {machine}"):
         run_session(make_inputs(np.random.default_rng(15)), library=library)
-    with pytest.raises(RotaryExportError, match=f"ROTARY_EXPORT_ISA must be one of .* {wanted}"):
+    with pytest.raises(RotaryExportError, match=f"ROTARY_EXPORT_ISA must be one of .* {machine}"):
         op_library.instruction_set()
 
 
@@ -85,7 +85,8 @@ def test_an_empty_variable_is_unset(load_copy):
 
 
 def test_the_library_has_cpu_kernels():
-    assert op_library.library_providers()[0] == "CPUExecutionProvider"  # test_cuda_build.py: CUDA.
+    # For CUDA, see test_cuda_build.py.
+    assert op_library.library_providers()[0] == "CPUExecutionProvider"
 
 
 def test_every_folder_of_the_package_is_searched(tmp_path, monkeypatch):
@@ -93,7 +94,7 @@ def test_every_folder_of_the_package_is_searched(tmp_path, monkeypatch):
     assert op_library.op_library_path() == LIBRARY
 
 
-def test_a_missing_library_says_how_to_get_it(tmp_path, monkeypatch):
+def test_the_error_for_a_missing_library_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(op_library, "package_folders", lambda: [tmp_path])
     with pytest.raises(RotaryExportError, match=r"librotary_export\.so must be .*pip install \."):
         op_library.op_library_path()
@@ -107,7 +108,7 @@ def test_a_file_that_does_not_load_is_named(tmp_path, monkeypatch):
         op_library.instruction_set()
 
 
-def test_native_needs_the_standard_library_only():
+def test_finding_it_needs_the_standard_library_only():
     code = (
         f"import runpy, sys; runpy.run_path({op_library.__file__!r}); "
         "print({'torch', 'onnxruntime', 'numpy'} & set(sys.modules))"

@@ -1,4 +1,4 @@
-"""The function bodies: checked, run by ONNX Runtime without the op library, inlined, overloaded."""
+"""The function bodies: valid, inlined, overloaded; their signatures; what they refuse."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import numpy as np
 import onnx
 import onnx.inliner
 import pytest
-from helpers.cases import CASES, LONG, SOME, Case, sweep
-from helpers.oracles import assert_same_bits, assert_within
-from helpers.portable import (
+from helpers.cases import CASES, EDGES, LONG, PAIRWISE, Case, check_each, sweep
+from helpers.function_bodies import (
     collect_onnx_cases,
-    load_portable,
+    load_without_library,
     make_model,
-    make_portable,
+    make_with_bodies,
     run_bound,
 )
+from helpers.oracles import assert_same_bits, assert_within
 from onnx import ModelProto, TensorProto, helper
 
 from rotary_export.errors import RotaryExportError
 from rotary_export.op import spec
-from rotary_export.op.onnx_function import add_functions, read_form
+from rotary_export.op.onnx_function import add_functions
 from rotary_export.op.onnx_schema import register_schema
-from rotary_export.proof.tolerances import TOLERANCES
+from rotary_export.op.onnx_signature import read_signature
 
 OPSETS = range(18, 26)
 DOMAIN_AND_NAME = (spec.DOMAIN, spec.OP_TYPE)
 F32 = Case(kv_heads=2, scaled=True)
-# One of each type, ids form and rank; what fails is the body's, whatever its arithmetic.
+# One of each type, ids shape and rank.
 MIXED = [
     F32,
     replace(F32, interleaved=True),
@@ -49,60 +49,46 @@ def check(model: ModelProto) -> None:
 
 
 def check_run(case: Case, model: ModelProto) -> None:
-    """Run and compare: a primitive body has eager's bits, ORT's own op is near the truth."""
+    """Run and compare: a primitive body has eager's bits, ORT's own op is near the oracle."""
     inputs = case.make_inputs(3)
-    outputs = run_bound(load_portable(model), inputs)
+    outputs = run_bound(load_without_library(model), inputs)
     ops = {node.op_type for function in model.functions for node in function.node}
-    half = inputs["X"].element_size() == 2
-    name = "oracle-half" if half else "oracle-xpos" if case.scaled else "oracle-rotate"
-    want, truths = case.compute_eager(inputs), case.compute_expected(inputs)
-    for got, eager, truth in zip(outputs, want, truths, strict=True):
-        assert_within(got, truth, TOLERANCES[name].max_ulp, model.opset_import[0].version)
+    want, expected = case.compute_eager(inputs), case.compute_expected(inputs)
+    for got, eager, oracle in zip(outputs, want, expected, strict=True):
+        assert_within(got, oracle, case.max_ulp)
         if spec.OP_TYPE not in ops:
             assert_same_bits(got, eager)
 
 
-# ---- every form
+# ---- every body
 
 
-@sweep(CASES)
-def test_dynamic_shapes_run_on_ort_s_own_op(case):
-    register_schema()
-    model = make_portable(case, opset=23, dynamic=True)
-    check(model)
-    ops = [node.op_type for node in model.functions[0].node]
-    native = 0 if case.types[0] == "float64" else 2 if case.kv_heads else 1
-    assert ops.count(spec.OP_TYPE) == native
-    assert len(model.graph.node[0].output) == (2 if case.kv_heads else 1)
-    check_run(case, model)
+@pytest.mark.parametrize("opset", OPSETS)
+def test_every_body_is_valid(opset):
+    """All cases at the first primitive and native opset; pairs of values at the others."""
 
-
-@sweep(CASES)
-def test_static_shapes_run_on_primitives(case):
-    register_schema()
-    model = make_portable(case, opset=18, dynamic=False)
-    check(model)
-    check_run(case, model)
-
-
-@sweep(SOME[::2])
-def test_every_opset(case):
-    for opset in OPSETS:
+    def check_case(case: Case) -> None:
+        register_schema()
         for dynamic in (False, True):
-            model = make_portable(case, opset=opset, dynamic=dynamic)
+            model = make_with_bodies(case, opset=opset, dynamic=dynamic)
             check(model)
-            check_run(case, model)
+            ops = [node.op_type for node in model.functions[0].node]
+            native = opset >= 23 and case.types[0] != "float64"
+            assert ops.count(spec.OP_TYPE) == native * (2 if case.kv_heads else 1)
+            assert len(model.graph.node[0].output) == (2 if case.kv_heads else 1)
+
+    check_each(CASES if opset in (18, 23) else PAIRWISE, check_case)
 
 
 @sweep(LONG)
 def test_more_positions_than_rows_is_a_limit_of_ort_s_own_op(case):
-    check_run(case, make_portable(case, opset=22))
-    model = make_portable(case, opset=23)
+    check_run(case, make_with_bodies(case, opset=22))
+    model = make_with_bodies(case, opset=23)
     if case.types[0] == "float64":
         check_run(case, model)
         return
     with pytest.raises(Exception, match="Updating cos_cache and sin_cache"):
-        run_bound(load_portable(model), case.make_inputs())
+        run_bound(load_without_library(model), case.make_inputs())
 
 
 CHECK_ALL = """
@@ -117,9 +103,9 @@ print(len(paths))
 """
 
 
-def test_every_form_is_checked_where_our_schema_is_not_registered(tmp_path: Path):
+def test_every_body_is_valid_where_our_schema_is_not_registered(tmp_path: Path):
     for index, case in enumerate(CASES):
-        onnx.save(make_portable(case, opset=23 if index % 2 else 18), tmp_path / f"{index}.onnx")
+        onnx.save(make_with_bodies(case, opset=23 if index % 2 else 18), tmp_path / f"{index}.onnx")
     command = [sys.executable, "-P", "-c", CHECK_ALL, str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
@@ -129,24 +115,26 @@ def test_every_form_is_checked_where_our_schema_is_not_registered(tmp_path: Path
 # ---- inlining and overloads
 
 
-@sweep(SOME)
-def test_the_inliner_gives_what_ort_inlines(case):
-    for opset in (18, 23):
-        model = make_portable(case, opset=opset)
+@pytest.mark.parametrize("opset", [18, 23])
+def test_the_inliner_and_ort_inline_the_same_computation(opset):
+    def check_case(case: Case) -> None:
+        model = make_with_bodies(case, opset=opset)
         inlined = onnx.inliner.inline_local_functions(model)
         assert not inlined.functions
         assert {node.domain for node in inlined.graph.node} <= {"", "ai.onnx"}
         check(inlined)
         inputs = case.make_inputs(3)
-        got = run_bound(load_portable(inlined), inputs)
-        for y, want in zip(got, run_bound(load_portable(model), inputs), strict=True):
+        got = run_bound(load_without_library(inlined), inputs)
+        for y, want in zip(got, run_bound(load_without_library(model), inputs), strict=True):
             assert_same_bits(y, want)
+
+    check_each(PAIRWISE + EDGES, check_case)
 
 
 @pytest.mark.parametrize("opset", OPSETS)
-def test_several_forms_are_overloads_and_each_node_gets_its_own(opset):
+def test_several_signatures_are_overloads_and_each_node_calls_its_own(opset):
     cases = [*MIXED, MIXED[0]]
-    model = make_portable(*cases, opset=opset)
+    model = make_with_bodies(*cases, opset=opset)
     check(model)
     assert len(model.functions) == len(MIXED)
     overloads = [function.overload for function in model.functions]
@@ -159,18 +147,18 @@ def test_several_forms_are_overloads_and_each_node_gets_its_own(opset):
     seeds = [case.make_inputs(seed) for seed, case in enumerate(cases)]
     feeds = {f"n{i}_{name}": x for i, inputs in enumerate(seeds) for name, x in inputs.items()}
     alone = [
-        run_bound(load_portable(make_portable(case, opset=opset)), inputs)
+        run_bound(load_without_library(make_with_bodies(case, opset=opset)), inputs)
         for case, inputs in zip(cases, seeds, strict=True)
     ]
     for one in (model, onnx.inliner.inline_local_functions(model)):
-        outputs = run_bound(load_portable(one), feeds)
+        outputs = run_bound(load_without_library(one), feeds)
         for got, want in zip(outputs, itertools.chain(*alone), strict=True):
             assert_same_bits(got, want)
 
 
 @pytest.mark.parametrize("opset", OPSETS)
-def test_one_form_has_no_overload_and_the_lowest_ir_version(opset):
-    model = make_portable(F32, F32, opset=opset)
+def test_one_signature_has_no_overload_and_the_lowest_ir_version(opset):
+    model = make_with_bodies(F32, F32, opset=opset)
     assert [function.overload for function in model.functions] == [""]
     assert [node.overload for node in model.graph.node] == ["", ""]
     lowest = helper.find_min_ir_version_for([helper.make_opsetid("", opset)])
@@ -187,7 +175,7 @@ def test_onnx_s_own_cases_run_on_the_bodies():
         add_functions(model)
         for inputs, (want, *_) in case.data_sets:
             feeds = zip((i.name for i in model.graph.input), inputs, strict=True)
-            (y,) = load_portable(model).run(None, dict(feeds))
+            (y,) = load_without_library(model).run(None, dict(feeds))
             np.testing.assert_allclose(y, want, case.rtol, case.atol, err_msg=case.name)
 
 
@@ -201,7 +189,7 @@ def test_onnx_s_own_cases_run_on_the_bodies():
 def test_ids_outside_the_tables_are_refused(opset, x_type, bad, ids):
     case = Case((x_type, "float32"), ids=ids, kv_heads=1)
     inputs = case.make_inputs()
-    session = load_portable(make_portable(case, opset=opset))
+    session = load_without_library(make_with_bodies(case, opset=opset))
     run_bound(session, inputs)
     inputs["position_ids"].view(-1)[-1] = bad
     with pytest.raises(Exception, match=r"position_ids value|indices element out of data bounds"):
@@ -210,7 +198,7 @@ def test_ids_outside_the_tables_are_refused(opset, x_type, bad, ids):
 
 def test_an_offset_whose_rows_run_out_is_refused():
     for opset in (18, 23):
-        session = load_portable(make_portable(Case(ids="offset"), opset=opset))
+        session = load_without_library(make_with_bodies(Case(ids="offset"), opset=opset))
         inputs = Case(ids="offset").make_inputs()
         for offset in (4, 5):
             inputs["position_ids"][0] = offset
@@ -220,7 +208,7 @@ def test_an_offset_whose_rows_run_out_is_refused():
             run_bound(session, inputs)
 
 
-# ---- what ORT makes of it
+# ---- what ORT optimises it to
 
 
 @pytest.mark.parametrize("opset", [23, 24, 25])
@@ -231,19 +219,19 @@ def test_ort_s_optimised_graph_is_two_nodes(tmp_path, opset, scaled, interleaved
     case = Case(interleaved=interleaved, rotary_dim=rotary_dim, kv_heads=2, scaled=scaled)
     tables = ("cos_cache", "sin_cache", "scale_cache")
     file = str(tmp_path / "optimised.onnx")
-    load_portable(make_portable(case, opset=opset, constants=tables), file)
+    load_without_library(make_with_bodies(case, opset=opset, constants=tables), file)
     optimised = onnx.load(file)
     assert [node.op_type for node in optimised.graph.node] == [spec.OP_TYPE] * 2
     assert {node.domain for node in optimised.graph.node} <= {"", "ai.onnx"}
 
 
-# ---- reading a node's form
+# ---- reading a node's signature
 
 READ = {
-    "same-symbol": (["b", 3, "s", 8], ["m", 4], ["b", "s"], ("each", False)),
-    "same-size": ([2, 3, 5, 8], [9, 4], [2, 5], ("each", False)),
+    "same-symbol": (["b", 3, "s", 8], ["m", 4], ["b", "s"], ("per-batch", False)),
+    "same-size": ([2, 3, 5, 8], [9, 4], [2, 5], ("per-batch", False)),
     "one": ([2, 3, 5, 8], [9, 4], [1, 5], ("shared", False)),
-    "batch-one": ([1, 3, 5, 8], [9, 4], [1, 5], ("each", False)),
+    "batch-one": ([1, 3, 5, 8], [9, 4], [1, 5], ("per-batch", False)),
     "unknown": ([None, 3, None, 8], [None, 4], [None, None], ("shared", False)),
     "other-symbol": (["b", 3, "s", 8], ["m", 4], ["c", "s"], ("shared", False)),
     "offset": (["b", 3, "s", 8], ["m", 4], [1], ("offset", False)),
@@ -254,18 +242,18 @@ READ = {
 
 
 @pytest.mark.parametrize(("x", "cos", "ids", "want"), READ.values(), ids=READ)
-def test_the_form_follows_from_the_shapes_that_are_known(x, cos, ids, want):
+def test_the_signature_follows_from_the_known_shapes(x, cos, ids, want):
     shapes = {"X": x, "cos_cache": cos, "sin_cache": cos, "position_ids": ids}
     types = dict.fromkeys(shapes, TensorProto.FLOAT) | {"position_ids": TensorProto.INT64}
     given = {k: v for k, v in shapes.items() if v is not None}
     node = helper.make_node(spec.OP_TYPE, list(given), ["Y"], domain=spec.DOMAIN)
     values = {k: helper.make_tensor_value_info(k, types[k], v) for k, v in given.items()}
-    form = read_form(node, values, 23)
-    assert (form.ids, form.expand_tables) == want
+    signature = read_signature(node, values, 23)
+    assert (signature.ids, signature.expand_tables) == want
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_ids_of_unknown_batch_take_both(batch):
+def test_ids_of_unknown_batch_size_may_have_both(batch):
     for opset in (18, 23):
         case = Case(ids="per-batch" if batch == 2 else "shared", kv_heads=1)
         model = make_model(case, opset=opset)
@@ -277,7 +265,7 @@ def test_ids_of_unknown_batch_take_both(batch):
         check_run(case, model)
 
 
-def test_what_the_body_must_know_is_asked_for():
+def test_types_and_sizes_that_the_body_requires_must_be_known():
     def read(x: list[int | str | None] | None, opset: int = 23) -> None:
         node = helper.make_node(
             spec.OP_TYPE, ["X", "c", "c"], ["Y"], domain=spec.DOMAIN, name="layer0"
@@ -286,7 +274,7 @@ def test_what_the_body_must_know_is_asked_for():
             name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
             for name, shape in (("X", x), ("c", [1, 5, 4]))
         }
-        read_form(node, values, opset)
+        read_signature(node, values, opset)
 
     with pytest.raises(RotaryExportError, match=r"^layer0: type and shape of X are not known$"):
         read(None)
@@ -298,17 +286,17 @@ def test_what_the_body_must_know_is_asked_for():
         read([1, 3, 5, 8], 17)
 
 
-# ---- models of others
+# ---- models with functions, subgraphs
 
 
-def test_bodies_are_added_once_however_often_it_is_asked_for():
-    model = make_portable(*MIXED[:3])
+def test_adding_bodies_twice_changes_nothing():
+    model = make_with_bodies(*MIXED[:3])
     once = model.SerializeToString()
     add_functions(model)
     assert model.SerializeToString() == once
 
 
-def test_bodies_of_others_stay():
+def test_other_functions_are_kept():
     model = make_model(F32)
     other = helper.make_function(
         "test", "Twice", ["x"], ["y"], [helper.make_node("Add", ["x", "x"], ["y"])],
@@ -320,8 +308,8 @@ def test_bodies_of_others_stay():
     assert [(f.domain, f.name) for f in model.functions] == [("test", "Twice"), DOMAIN_AND_NAME]
 
 
-def test_nodes_in_subgraphs_get_their_bodies():
-    """X comes from outside, the tables are stored in the branch, the branches differ in form."""
+def test_nodes_in_subgraphs_have_bodies():
+    """X is an outer value, tables are stored in the branches, the branches differ in signature."""
     inputs = F32.make_inputs()
     branches = []
     for name, interleaved in (("then", 0), ("else", 1)):
@@ -351,7 +339,7 @@ def test_nodes_in_subgraphs_get_their_bodies():
     model.graph.CopyFrom(graph)
     assert len(add_functions(model)) == 2
     check(model)
-    session = load_portable(model)
+    session = load_without_library(model)
     for interleaved in (False, True):
         feeds = {v.name: inputs[v.name].numpy() for v in kept} | {"flag": np.array(not interleaved)}
         case = replace(F32, interleaved=interleaved)

@@ -1,4 +1,4 @@
-"""The op for onnx.reference, against the oracles and the torch op's errors."""
+"""The op for the ONNX reference evaluator: several signatures, errors, special values."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers.cases import CASES, LONG, Case, sweep
-from helpers.oracles import assert_same_bits, assert_within
-from helpers.portable import from_numpy, make_model, make_portable, to_numpy
+from helpers.cases import Case
+from helpers.function_bodies import from_numpy, make_model, make_with_bodies, to_numpy
+from helpers.oracles import assert_same_bits
 from onnx.reference import ReferenceEvaluator
 
 from rotary_export.errors import RotaryExportError
 from rotary_export.op.onnx_reference import RotaryEmbedding
-from rotary_export.proof.tolerances import TOLERANCES
 
 
 def run(case: Case, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -23,23 +22,9 @@ def run(case: Case, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     return [from_numpy(y) for y in outputs]
 
 
-@sweep(CASES + LONG)
-def test_has_the_bits_of_the_oracle_and_is_near_the_truth(case):
-    inputs = case.make_inputs(4)
-    before = {name: x.clone() for name, x in inputs.items()}
-    half = inputs["X"].element_size() == 2
-    name = "oracle-half" if half else "oracle-xpos" if case.scaled else "oracle-rotate"
-    outputs, truths = run(case, inputs), case.compute_expected(inputs)
-    for got, want, truth in zip(outputs, case.compute_eager(inputs), truths, strict=True):
-        assert_same_bits(got, want)
-        assert_within(got, truth, TOLERANCES[name].max_ulp)
-    for name, x in inputs.items():
-        assert_same_bits(x, before[name], name)
-
-
-def test_takes_the_place_of_the_bodies_of_several_forms():
+def test_it_replaces_the_bodies_of_several_signatures():
     cases = [Case(kv_heads=2), Case(interleaved=True, kv_heads=2), Case(ids="offset")]
-    model = make_portable(*cases)
+    model = make_with_bodies(*cases)
     assert len(model.functions) == 3
     inputs = [case.make_inputs(seed) for seed, case in enumerate(cases)]
     feeds = {f"n{i}_{k}": to_numpy(x) for i, given in enumerate(inputs) for k, x in given.items()}
@@ -57,7 +42,7 @@ BAD_IDS = {
 
 
 @pytest.mark.parametrize(("ids", "values", "bad"), BAD_IDS.values(), ids=BAD_IDS)
-def test_an_id_outside_the_tables_is_refused_in_the_words_of_spec(ids, values, bad):
+def test_an_id_outside_the_tables_is_refused_with_spec_s_message(ids, values, bad):
     case = Case(ids=ids)
     inputs = case.make_inputs() | {"position_ids": torch.tensor(values)}
     message = "position_ids must be in [0, 9), got {} at batch {}, row {}".format(*bad)
@@ -65,7 +50,7 @@ def test_an_id_outside_the_tables_is_refused_in_the_words_of_spec(ids, values, b
         run(case, inputs)
 
 
-def test_shapes_are_checked_in_the_words_of_spec():
+def test_shapes_are_checked_with_spec_s_message():
     inputs = Case().make_inputs() | {"sin_cache": torch.zeros(9, 3)}
     message = "sin_cache must have the shape of cos_cache, got (9, 3) and (9, 4)"
     with pytest.raises(RotaryExportError, match=f"^{re.escape(message)}$"):

@@ -1,4 +1,4 @@
-"""One-node models with their function body, run in ONNX Runtime without the op library."""
+"""Models of rotary nodes with their function bodies, run in ONNX Runtime without the op library."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def to_ort(x: Tensor) -> ort.OrtValue:
 
 
 def run_bound(session: ort.InferenceSession, inputs: Tensors) -> list[Tensor]:
-    """Run with outputs like X and key, bound to memory that is filled with a sentinel."""
+    """Run with outputs bound to memory that is filled with a sentinel."""
     binding = session.io_binding()
     for value in session.get_inputs():
         binding.bind_ortvalue_input(value.name, to_ort(inputs[value.name]))
@@ -43,13 +43,13 @@ def run_bound(session: ort.InferenceSession, inputs: Tensors) -> list[Tensor]:
     for value in session.get_outputs():
         like = inputs[value.name.replace("Y", "X").replace("key_out", "key")]
         outputs.append(torch.full_like(like, -77.0))
-        binding.bind_ortvalue_output(value.name, to_ort(outputs[-1]))  # Shares its memory.
+        binding.bind_ortvalue_output(value.name, to_ort(outputs[-1]))  # shares its memory
     session.run_with_iobinding(binding)
     return outputs
 
 
 def make_dims(case: Case, name: str, shape: torch.Size, dynamic: bool) -> Dims:
-    """Return a shape with names for what an exported graph leaves open."""
+    """Return a shape; if dynamic, with names for the dimensions that exported graphs leave open."""
     if not dynamic:
         return list(shape)
     if name in ("X", "key"):
@@ -103,16 +103,16 @@ def make_model(
     return helper.make_model(graph, opset_imports=opsets)
 
 
-def make_portable(*cases: Case, **options: object) -> ModelProto:
+def make_with_bodies(*cases: Case, **options: object) -> ModelProto:
     model = make_model(*cases, **options)
     add_functions(model)
     return model
 
 
-def load_portable(model: ModelProto, optimised: str = "") -> ort.InferenceSession:
+def load_without_library(model: ModelProto, optimised: str = "") -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    options.log_severity_level = 4  # Expected errors are raised; they need not be logged, too.
+    options.log_severity_level = 4  # expected errors are raised; no need to log them
     if optimised:
         options.optimized_model_filepath = optimised
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -137,7 +137,7 @@ def collect_onnx_cases() -> list[Any]:
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
-    """Return x as numpy; bfloat16 as ml_dtypes has it."""
+    """Return x as numpy; bfloat16 in the type of ml_dtypes."""
     if x.dtype == torch.bfloat16:
         import ml_dtypes
 
