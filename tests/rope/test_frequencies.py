@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.hf_modules import make_config, quiet
 from helpers.oracles import assert_same_bits
+from helpers.paths import ROOT
 from helpers.rope_cases import (
     BUNDLES,
     CASES,
@@ -48,6 +49,16 @@ def test_every_type_is_in_every_table():
     assert {case.rope_type for case in CASES} == language
     assert {rope["rope_type"] for rope in BUNDLES.values()} == language
     assert FORMULAS.keys() == language
+
+
+def test_every_type_is_in_the_page():
+    page = (ROOT / "rotary_export" / "rope" / "README.md").read_text(encoding="utf-8")
+    for name, rope_type in ROPE_TYPES.items():
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        for key in rope_type.required_keys:
+            assert f"**{key}**" in row
+        for alias in rope_type.aliases:
+            assert f"`{alias}`" in row
 
 
 @sweep(IN_TRANSFORMERS)
