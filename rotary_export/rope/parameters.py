@@ -181,6 +181,17 @@ class RopeParameters(ABC):
         return {"rope_type": self.rope_type, **asdict(self)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class StretchedRope(RopeParameters):
+    """A rope type whose sequences are longer than the trained ones by one factor.
+
+    Attributes:
+        factor: How many times longer sequences may be.
+    """
+
+    factor: float
+
+
 def compute_powers(base: float | Tensor, dim: int) -> Tensor:
     """Return base ** (2i / dim), (ceil(dim / 2),)."""
     device = base.device if isinstance(base, Tensor) else None

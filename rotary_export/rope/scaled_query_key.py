@@ -25,7 +25,22 @@ def stores_tables(rope: ScaledRotaryEmbedding) -> bool:
     return len(rope.inv_freq) == 1 or not rope.rope_parameters.varies_past_boundary
 
 
-class StoredQueryKey(PreciseBuffers):
+class _ScaledQueryKey(PreciseBuffers):
+    """What both modules keep of a rope with a max_seq_len."""
+
+    axes: Tensor | None
+
+    def __init__(self, rope: ScaledRotaryEmbedding, interleaved: bool) -> None:
+        super().__init__()
+        assert rope.max_seq_len is not None
+        self.max_seq_len = rope.max_seq_len
+        self.rotary_dim = rope.dim
+        self.interleaved = interleaved
+        # Derived, so not in the state dict.
+        self.register_buffer("axes", rope.axes, persistent=False)
+
+
+class StoredQueryKey(_ScaledQueryKey):
     """Rotate query and key from stored tables.
 
     Where the tables don't depend on the length there is one, of max_seq_len rows. Longrope has two,
@@ -36,23 +51,16 @@ class StoredQueryKey(PreciseBuffers):
         interleaved: True: pairs (2i, 2i + 1); False: pairs (i, i + R/2).
     """
 
-    axes: Tensor | None
     cos_cache: Tensor
     sin_cache: Tensor
 
     def __init__(self, rope: ScaledRotaryEmbedding, *, interleaved: bool = False) -> None:
-        super().__init__()
-        assert rope.max_seq_len is not None
-        self.max_seq_len = rope.max_seq_len
-        self.rotary_dim = rope.dim
-        self.interleaved = interleaved
+        super().__init__(rope, interleaved)
         self.num_axes = rope.num_axes
         # The rows of the first of two tables; 0: there is one.
         self.boundary = (rope.rope_parameters.length_boundary or 0) if len(rope.inv_freq) > 1 else 0
         # (max_seq_len, R/2), or (boundary + max_seq_len, R/2); float32.
         cos, sin = _build_stored_tables(rope, self.boundary)
-        # Derived, so not in the state dict.
-        self.register_buffer("axes", rope.axes, persistent=False)
         self.register_buffer("cos_cache", cos, persistent=False)
         self.register_buffer("sin_cache", sin, persistent=False)
 
@@ -114,7 +122,7 @@ def _build_stored_tables(rope: ScaledRotaryEmbedding, boundary: int) -> tuple[Te
     return cos, sin
 
 
-class ComputedQueryKey(PreciseBuffers):
+class ComputedQueryKey(_ScaledQueryKey):
     """Rotate query and key from cos and sin that are computed, of the frequencies of every length.
 
     Args:
@@ -123,18 +131,11 @@ class ComputedQueryKey(PreciseBuffers):
     """
 
     inv_freq: Tensor
-    axes: Tensor | None
 
     def __init__(self, rope: ScaledRotaryEmbedding, *, interleaved: bool = False) -> None:
-        super().__init__()
-        assert rope.max_seq_len is not None
-        self.max_seq_len = rope.max_seq_len
-        self.rotary_dim = rope.dim
-        self.interleaved = interleaved
+        super().__init__(rope, interleaved)
         self.rope_parameters = rope.rope_parameters
-        # Derived, so not in the state dict.
         self.register_buffer("inv_freq", rope.inv_freq, persistent=False)
-        self.register_buffer("axes", rope.axes, persistent=False)
 
     def forward(self, query: Tensor, key: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate; as `StoredQueryKey.forward`."""

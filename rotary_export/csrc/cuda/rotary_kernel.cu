@@ -1,5 +1,7 @@
 // The CUDA kernels: rotate_thread.h with a GPU's memory. Compiled to device code alone (a fatbin),
 // which cuda_driver.cc embeds. launch_rotation.cc finds the kernels by the names below.
+#include <type_traits>
+
 #include "cuda/rotate_thread.h"
 
 namespace rotary_export {
@@ -82,27 +84,11 @@ struct DeviceMemory {
   struct Pieces {
     Piece piece[kCount];
   };
+  template <bool kFirst, typename First, typename Second>
+  using Select = typename std::conditional<kFirst, First, Second>::type;
   template <int kBytes>
-  struct PieceType;
-  template <int kBytes>
-  using PieceOf = typename PieceType<kBytes>::Type;
-};
-
-template <>
-struct DeviceMemory::PieceType<16> {
-  using Type = uint4;
-};
-template <>
-struct DeviceMemory::PieceType<8> {
-  using Type = uint2;
-};
-template <>
-struct DeviceMemory::PieceType<4> {
-  using Type = uint32_t;
-};
-template <>
-struct DeviceMemory::PieceType<2> {
-  using Type = uint16_t;
+  using PieceOf = Select<kBytes == 16, uint4,
+                         Select<kBytes == 8, uint2, Select<kBytes == 4, uint32_t, uint16_t>>>;
 };
 
 template <typename T, typename Table, int kWidth>

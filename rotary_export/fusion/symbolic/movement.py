@@ -7,13 +7,7 @@ import math
 import numpy as np
 from onnxscript import ir
 
-from rotary_export.fusion.symbolic.handler import (
-    Shape,
-    Tracer,
-    make_head,
-    read_rank,
-    trace_operand,
-)
+from rotary_export.fusion.symbolic.handler import Shape, Tracer, make_head, read_rank, trace_operand
 from rotary_export.fusion.symbolic.polynomials import (
     Channels,
     fill,
@@ -45,6 +39,13 @@ def _trace_leading(
     return wrap_leading((*make_head(node), *others), channels)
 
 
+def _read_data(node: ir.Node) -> tuple[ir.Value, int]:
+    """Return the first input and its rank."""
+    data = node.inputs[0]
+    assert data is not None
+    return data, read_rank(data)
+
+
 def _read_axis(node: ir.Node, rank: int) -> int:
     axis = read_int_attribute(node, "axis")
     return axis + rank if axis < 0 else axis
@@ -54,9 +55,7 @@ def trace_slice(
     tracer: Tracer, node: ir.Node, value: ir.Value, rank: int, shape: Shape
 ) -> Channels | None:
     """Slice; along the leading axes, every channel is cut alike."""
-    data = node.inputs[0]
-    assert data is not None
-    total = read_rank(data)
+    data, total = _read_data(node)
     given = [read_ints(v) if v is not None else None for v in node.inputs[1:]]
     given += [None] * (4 - len(given))
     starts, ends, axes, steps = given
@@ -84,9 +83,7 @@ def trace_split(
     tracer: Tracer, node: ir.Node, value: ir.Value, rank: int, shape: Shape
 ) -> Channels | None:
     """Split; an output contains a range of channels, or of rows."""
-    data = node.inputs[0]
-    assert data is not None
-    total = read_rank(data)
+    data, total = _read_data(node)
     axis = _read_axis(node, total)
     if axis < total - rank:
         found = _trace_leading(tracer, node, data, rank, shape)
@@ -181,9 +178,7 @@ def trace_transpose(
     tracer: Tracer, node: ir.Node, value: ir.Value, rank: int, shape: Shape
 ) -> Channels | None:
     """Transpose; channels stay channels, in whatever order."""
-    data = node.inputs[0]
-    assert data is not None
-    total = read_rank(data)
+    data, total = _read_data(node)
     attribute = node.attributes.get("perm")
     perm = list(range(total))[::-1] if attribute is None else list(attribute.as_ints())
     leading = total - rank

@@ -9,23 +9,17 @@ from torch import Tensor
 
 from rotary_export.rope import families
 from rotary_export.rope.fields import Entry
-from rotary_export.rope.parameters import RopeParameters, compute_powers
+from rotary_export.rope.parameters import RopeParameters, StretchedRope, compute_powers
 from rotary_export.rope.types.default import Default
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dynamic(RopeParameters):
-    """The base grows with the length, past max_position_embeddings.
-
-    Attributes:
-        factor: How many times longer sequences may be.
-    """
+class Dynamic(StretchedRope):
+    """The base grows with the length, past max_position_embeddings."""
 
     rope_type = "dynamic"
     aliases = ("xdrope",)
     varies_past_boundary = True
-
-    factor: float
 
     @classmethod
     def read(cls, entry: Entry, **common: Any) -> RopeParameters:

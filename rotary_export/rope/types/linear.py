@@ -8,21 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from rotary_export.rope.fields import Entry
-from rotary_export.rope.parameters import RopeParameters, compute_powers
+from rotary_export.rope.parameters import RopeParameters, StretchedRope, compute_powers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(RopeParameters):
-    """Every frequency divided by one factor.
-
-    Attributes:
-        factor: How many times longer sequences may be.
-    """
+class Linear(StretchedRope):
+    """Every frequency divided by one factor."""
 
     rope_type = "linear"
     required_keys = ("factor",)
-
-    factor: float
 
     @classmethod
     def read(cls, entry: Entry, **common: Any) -> RopeParameters:

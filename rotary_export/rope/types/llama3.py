@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from rotary_export.rope.fields import Entry
-from rotary_export.rope.parameters import RopeParameters, compute_powers
+from rotary_export.rope.parameters import RopeParameters, StretchedRope, compute_powers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Llama3(RopeParameters):
+class Llama3(StretchedRope):
     """Short wavelengths are kept, long ones multiplied by factor, those between are blended.
 
     Attributes:
-        factor: How many times longer sequences may be.
         original_max_position_embeddings: Positions before the model was made longer.
         low_freq_factor: The original length over it is where long wavelengths begin.
         high_freq_factor: The original length over it is where short wavelengths end.
@@ -27,7 +26,6 @@ class Llama3(RopeParameters):
     rope_type = "llama3"
     required_keys = ("factor", "low_freq_factor", "high_freq_factor")
 
-    factor: float
     original_max_position_embeddings: int
     low_freq_factor: float
     high_freq_factor: float
