@@ -17,7 +17,7 @@ _HOMES = {
     "export": "rotary_export.exporters.export",
     "Bundle": "rotary_export.exporters.export",
     "export_model": "rotary_export.models.export_model",
-    "register_rotary": "rotary_export.models.find.calls",
+    "register_rotary": "rotary_export.models.find.candidates",
     "load": "rotary_export.runtime.load",
     "verify": "rotary_export.proof.model",
     "Report": "rotary_export.proof.parity",

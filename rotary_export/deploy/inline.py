@@ -121,7 +121,7 @@ def _widen_probes(proto: Any) -> Any:
 
 
 def _find_probes(tables: Sequence[Any]) -> set[Any]:
-    """Return what tables are computed from, of the form of `models.rotation.make_probe`.
+    """Return what tables are computed from, of the form of `models.find.lowering.make_probe`.
 
     Those of which something is reshaped on the way are left: its sizes are written there, and
     OpenVINO does not take them for a rotary embedding. Its kit looks for any that it does.

@@ -76,11 +76,11 @@ def read_cases(manifest: Manifest) -> list[Case]:
         return make_cases(
             manifest.graphs[GRAPH].inputs,
             _read_sources(manifest),
-            config["traced"],
-            config["thresholds"],
-            config["longest"],
+            config["traced_sizes"],
+            config["length_thresholds"],
+            config["max_positions"],
             manifest.graphs[GRAPH].max_size,
-            config.get("points", []),
+            config.get("sizes_to_verify", []),
         )
     except (LookupError, TypeError) as error:
         raise RotaryExportError(f"the manifest's config is damaged: {error!r}") from None
@@ -97,14 +97,14 @@ def fit_sizes(manifest: Manifest, shapes: Sequence[tuple[int, int]]) -> list[tup
     """Lower (batch_size, seq_len) to what a model takes, each once."""
     max_size = manifest.graphs[GRAPH].max_size
     rows, length = max_size.get(BATCH, 1 << 30), max_size.get(SEQ, 1 << 30)
-    longest = min(length, manifest.config["longest"] or length)
+    longest = min(length, manifest.config["max_positions"] or length)
     return list(dict.fromkeys((min(batch, rows), min(seq, longest)) for batch, seq in shapes))
 
 
 def make_model_inputs(manifest: Manifest, batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
     """Make inputs of one size, by name; the other sizes are those that were traced."""
     infos = manifest.graphs[GRAPH].inputs
-    sizes = manifest.config["traced"] | {BATCH: batch_size, SEQ: seq_len}
+    sizes = manifest.config["traced_sizes"] | {BATCH: batch_size, SEQ: seq_len}
     case = make_case(infos, _read_sources(manifest), sizes)
     return {info.name: value for info, value in zip(infos, case.tensors, strict=True)}
 
@@ -160,7 +160,7 @@ def compare_model(
 def _list_unverified(manifest: Manifest) -> dict[str, str]:
     """Say what a model's proof leaves out, and why."""
     config, sources = manifest.config, _read_sources(manifest)
-    lengths = list_unverified(sources, config["traced"], config["thresholds"])
+    lengths = list_unverified(sources, config["traced_sizes"], config["length_thresholds"])
     why = f"more than {LONGEST_CASE} or no size named {SEQ}, and no position_ids to reach it with"
     fixed = [name for name, source in sources.items() if source.role == "fixed"]
     return {

@@ -278,7 +278,7 @@ def find_batch_axes(manifest: Manifest, graph: GraphInfo) -> dict[str, int] | No
     angles of dynamic and longrope are chosen by the longest sequence of the batch.
     """
     rope = manifest.config.get("rope") or {}
-    if manifest.config.get("thresholds") or rope.get("rope_type") in ("dynamic", "longrope"):
+    if manifest.config.get("length_thresholds") or rope.get("rope_type") in ("dynamic", "longrope"):
         return None
     axes = {}
     for info in (*graph.inputs, *graph.outputs):

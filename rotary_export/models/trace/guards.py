@@ -1,4 +1,4 @@
-"""The conditions on sizes that a trace took for granted, read from torch.export."""
+"""Conditions on sizes that hold for a traced graph only: torch.export's guards, read out."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from rotary_export.bundle.manifest import TensorInfo
 
 @dataclass(frozen=True)
 class Condition:
-    """What a trace took for granted.
+    """A condition on sizes under which the model takes the branch that was traced.
 
     Attributes:
         names: Of the sizes in it.
-        holds: Whether it does, for such sizes in that order.
-        text: The condition and its place, for people.
-        is_guard: False: the graph has both paths, only formats that keep one are in question.
+        holds: Returns whether it holds, for such sizes in that order.
+        text: The condition and its location, human-readable.
+        is_guard: False: the graph contains both branches; only TorchScript keeps one of them.
     """
 
     names: tuple[str, ...]
@@ -37,15 +37,15 @@ class Condition:
 def read_conditions(
     program: Any, inputs: Sequence[Tensor], infos: Sequence[TensorInfo]
 ) -> list[Condition]:
-    """Read what a trace took for granted of the inputs' sizes.
+    """Read the conditions on the inputs' sizes that a trace relies on.
 
     Args:
         program: The `torch.export.ExportedProgram`.
         inputs: The fake tensors of its inputs.
-        infos: The inputs, with names for the sizes that are open.
+        infos: The inputs, with names for their dynamic sizes.
 
     Returns:
-        Conditions, each once: guards, and which side of a min or max was taken.
+        Conditions, each once: guards, and which argument of a min or max was the result.
     """
     environment = _find_environment(inputs)
     if environment is None:
@@ -65,7 +65,7 @@ def read_conditions(
             symbols.setdefault(environment.replace(size.node.expr), sum(parts))
     found: dict[Any, Condition] = {}
 
-    def note(expression: Any, place: str, is_guard: bool) -> None:
+    def note(expression: Any, location: str, is_guard: bool) -> None:
         expression = environment.replace(expression).xreplace(symbols)
         known = [name for name, symbol in names.items() if symbol in expression.free_symbols]
         if not known or len(known) != len(expression.free_symbols):
@@ -74,16 +74,16 @@ def read_conditions(
         for name in known:
             text = re.sub(rf"\b{names[name]}\b", name, text)
         holds = _compile(expression, [names[name] for name in known])
-        found.setdefault(expression, Condition(tuple(known), holds, text + place, is_guard))
+        found.setdefault(expression, Condition(tuple(known), holds, text + location, is_guard))
 
     for guard in environment.guards:
         note(guard.expr, format_location(guard), True)
     traced = dict(environment.backed_var_to_val)
     for bound in _list_bounds(program):
         values = [argument.xreplace(traced) for argument in bound.args]
-        wanted = max if isinstance(bound, Max) else min
+        choose = max if isinstance(bound, Max) else min
         if all(value.is_number for value in values):
-            taken = bound.args[values.index(wanted(values))]
+            taken = bound.args[values.index(choose(values))]
             note(sympy.Eq(bound, taken), "", False)
     return list(found.values())
 
@@ -101,7 +101,7 @@ def _list_bounds(program: Any) -> set[Any]:
 
 
 def _compile(expression: Any, symbols: Sequence[sympy.Symbol]) -> Callable[..., bool]:
-    """Make a function of a condition; sympy's own substitution takes a thousand times as long."""
+    """Make a function of a condition; sympy's own substitution is a thousand times slower."""
     code = PythonPrinter().doprint(expression)
     arguments = ", ".join(map(str, symbols))
     function = eval(f"lambda {arguments}: {code}", {"math": math, "torch": torch})
@@ -116,10 +116,10 @@ def _compile(expression: Any, symbols: Sequence[sympy.Symbol]) -> Callable[..., 
 
 
 def format_location(guard: Any) -> str:
-    """Say where in the model a condition stands."""
-    place = str(guard.sloc.maybe_user_loc or guard.sloc.framework_loc or "")
-    place = place.removeprefix("<FrameSummary file ").removesuffix(">")
-    return f", at {place.rpartition('site-packages/')[2]}" if place else ""
+    """Return the line of the model that a guard is from, as the end of a sentence."""
+    location = str(guard.sloc.maybe_user_loc or guard.sloc.framework_loc or "")
+    location = location.removeprefix("<FrameSummary file ").removesuffix(">")
+    return f", at {location.rpartition('site-packages/')[2]}" if location else ""
 
 
 def list_guards(inputs: Sequence[Tensor]) -> list[Any]:
