@@ -21,7 +21,7 @@ PORT = click.IntRange(0, 65535)
 @click.command()
 @click.argument("target")
 @bundle_argument
-@out_option
+@out_option()
 @force_option("a folder that deploy wrote")
 @json_option
 def deploy(target: str, bundle: Path, out: Path, force: bool, as_json: bool) -> None:

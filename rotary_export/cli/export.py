@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -13,6 +16,11 @@ from rotary_export.cli.options import bundle_options
 from rotary_export.cli.report import print_report
 from rotary_export.cli.terminal import Terminal
 from rotary_export.errors import RotaryExportError
+
+if TYPE_CHECKING:
+    import torch
+
+    from rotary_export.models.source import Source
 
 
 @click.command()
@@ -97,38 +105,37 @@ def _make_rope(options: dict[str, Any]) -> Any:
 
 @click.command("export-model")
 @click.argument("source")
-@bundle_options(dtype=None)
-def export_model(source: str, out: Path, dtype: str | None, as_json: bool, **options: Any) -> None:
+@bundle_options(dtype=None, requires_out=False)
+@click.option("--dry-run", is_flag=True, help="List the rotary calls; export nothing.")
+def export_model(
+    source: str, out: Path | None, dtype: str | None, dry_run: bool, as_json: bool, **options: Any
+) -> None:
     """Export a whole model, its rotary embeddings fused, and prove it equal to eager PyTorch.
 
     SOURCE is package.module:factory, a function that returns a model, or a model and a dict of
     example inputs (its code is run); the folder of a Hugging Face model (safetensors only, no code
     of its own); or a config.json (random weights, for trying).
+
+    With --dry-run, the exit code is 0 if at least one rotary call would be fused, else 1.
     """
+    if out is None and not dry_run:
+        raise click.UsageError("Missing option '--out', or '--dry-run'.")
     terminal = Terminal(as_json)
+    if out is None or dry_run:
+        _list_rotary_calls(terminal, source, dtype)
+        return
     with terminal.progress() as progress:
-        progress("import torch")
-        import torch
-
-        from rotary_export.models.source import load_source
-
-        progress(f"load {source}")
-        loaded = load_source(source)
+        loaded, torch_dtype = _load_model(source, dtype, progress)
         bundle = rotary_export.export_model(
             loaded.model,
             loaded.example_inputs,
             out,
-            dtype=None if dtype is None else getattr(torch, dtype),
+            dtype=torch_dtype,
             progress=progress,
             **options,
         )
     rotary = bundle.manifest.config["rotary"]
-    if loaded.note:
-        terminal.line(f"note: {loaded.note}")
-    terminal.table(
-        ("function", "calls", "fused", "what", "not replaced because"),
-        [list(row.values()) for row in rotary],
-    )
+    _print_findings(terminal, loaded.note, rotary)
     print_report(terminal, bundle.report.to_dict())
     terminal.line(f"{out}: {', '.join(bundle.manifest.files)}")
     terminal.finish(
@@ -139,3 +146,50 @@ def export_model(source: str, out: Path, dtype: str | None, as_json: bool, **opt
             "parity": bundle.report.to_dict(),
         }
     )
+
+
+def _print_findings(terminal: Terminal, note: str, rotary: Sequence[dict[str, Any]]) -> None:
+    """Print which rotary calls are fused, and why the others are not."""
+    if note:
+        terminal.line(f"note: {note}")
+    terminal.table(
+        ("function", "calls", "fused", "rotation", "not replaced because"),
+        [list(row.values()) for row in rotary],
+    )
+
+
+def _load_model(
+    source: str, dtype: str | None, progress: Callable[[str], None]
+) -> tuple[Source, torch.dtype | None]:
+    progress("import torch")
+    import torch
+
+    from rotary_export.models.source import load_source
+
+    progress(f"load {source}")
+    return load_source(source), None if dtype is None else getattr(torch, dtype)
+
+
+def _list_rotary_calls(terminal: Terminal, source: str, dtype: str | None) -> None:
+    """Print what an export would fuse; exit with 1 if that is nothing."""
+    with terminal.progress() as progress:
+        loaded, torch_dtype = _load_model(source, dtype, progress)
+        from rotary_export.models.analyze import find_rotary_calls
+
+        progress("find rotary embeddings")
+        found = find_rotary_calls(loaded.model, loaded.example_inputs, torch_dtype)
+    rotary = [asdict(finding) for finding in found.findings]
+    _print_findings(terminal, loaded.note, rotary)
+    name = type(loaded.model).__name__
+    terminal.line(f"{name}: {found.fused} of {found.calls} rotary calls would be fused")
+    terminal.finish(
+        {
+            "model": name,
+            "note": loaded.note,
+            "rotary": rotary,
+            "calls": found.calls,
+            "fused": found.fused,
+        }
+    )
+    if not found.fused:
+        sys.exit(1)

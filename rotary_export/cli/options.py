@@ -16,9 +16,13 @@ DTYPES = tuple(dict.fromkeys(x_type for x_type, _ in spec.TYPE_PAIRS))
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
-out_option = click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write."
-)
+
+
+def out_option(required: bool = True) -> Decorator:
+    """Return `--out`, the folder that a command writes."""
+    return click.option(
+        "--out", type=click.Path(path_type=Path), required=required, help="Folder to write."
+    )
 
 
 def force_option(what: str) -> Decorator:
@@ -26,11 +30,12 @@ def force_option(what: str) -> Decorator:
     return click.option("--force", is_flag=True, help=f"Replace {what}.")
 
 
-def bundle_options(dtype: str | None) -> Decorator:
+def bundle_options(dtype: str | None, requires_out: bool = True) -> Decorator:
     """Return the options of every command that writes a bundle.
 
     Args:
         dtype: The default of `--dtype`; None: that of the model.
+        requires_out: Whether `--out` must be given.
     """
     options = (
         click.option(
@@ -51,7 +56,7 @@ def bundle_options(dtype: str | None) -> Decorator:
             default=dtype,
             show_default=dtype is not None or "that of the model",
         ),
-        out_option,
+        out_option(requires_out),
         force_option("an existing bundle"),
         json_option,
     )

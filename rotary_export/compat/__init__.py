@@ -6,7 +6,7 @@ sizes.py         symbolic sizes of a traced program: its shape environment, guar
 inductor.py      AOTInductor: compile, package, load
 modules.py       the registries of torch.nn.Module
 transformers.py  model classes of a config, the kernel of experts
-mlserver.py      the HTTP application of an MLServer
+servers.py       the HTTP application of an MLServer
 
 tests/compat calls each function on a module of a few lines: when a new release moves a name, that
 test fails and names it.

@@ -7,18 +7,20 @@ from typing import Any
 
 from torch.utils import _pytree
 
+TreeSpec = _pytree.TreeSpec  # the structure of a nested value
 
-def flatten(value: Any) -> tuple[list[Any], Any]:
+
+def flatten(value: Any) -> tuple[list[Any], TreeSpec]:
     """Return the leaves of a nested value, and its structure."""
     return _pytree.tree_flatten(value)
 
 
-def flatten_with_path(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
+def flatten_with_path(value: Any) -> tuple[list[tuple[Any, Any]], TreeSpec]:
     """Return (path, leaf) pairs of a nested value, and its structure."""
     return _pytree.tree_flatten_with_path(value)
 
 
-def unflatten(leaves: list[Any], structure: Any) -> Any:
+def unflatten(leaves: list[Any], structure: TreeSpec) -> Any:
     """Return the nested value of that structure."""
     return _pytree.tree_unflatten(leaves, structure)
 

@@ -28,7 +28,7 @@ def make_example(
         return inputs
     ids = np.asarray(inputs["position_ids"])
     ids = ids * np.arange(1, ids.shape[-2] + 1)[:, None]
-    rows = info.limits[1] + 1 if info.limits else manifest.config.get("longest")
+    rows = info.limits[1] + 1 if info.limits else manifest.config.get("max_positions")
     ids = ids % rows if rows else ids
     if is_torch(inputs["position_ids"]):
         import torch

@@ -122,7 +122,7 @@ def _widen_probes(proto: Any) -> Any:
 
 
 def _find_probes(tables: Sequence[Any]) -> set[Any]:
-    """Return the probes, as `make_probe` of `models/` makes them, of which tables are computed.
+    """Return the probes, as `make_probe` of `models/find/lowering.py` makes them, of the tables.
 
     A probe that is reshaped on the way is not returned: the reshape contains its sizes, and
     OpenVINO does not fuse it. The kit reports any other that OpenVINO does fuse.

@@ -1,1 +1,18 @@
-"""Whole models: find where they apply a rotary embedding, put the op there, export, prove."""
+"""Whole models: find their rotary calls, replace these by the op, export, prove.
+
+- `export_model.py`: the public function `export_model`; puts the steps together.
+- `source.py`: loads a model that the command line names.
+- `arguments.py`: a model's arguments and results as named tensors.
+- `cache.py`: key/value caches of transformers as named tensors, and back.
+- `dim_names.py`: names the sizes that stay dynamic.
+- `convert.py`: a copy of a model in another floating-point type.
+- `configs.py`: lengths that a model's transformers configs contain.
+- `analyze.py`: what an export needs to know of a model; `find_rotary_calls` for `--dry-run`.
+- `write_graph.py`: traces a model and writes every format.
+- `write_onnx.py`: the ONNX file, with large weights in a file beside it.
+- `error_text.py`: an exporter's error in one line, with its place in the model.
+- `find/`: which functions apply a rotary embedding, what they compute, and their replacement.
+- `trace/`: `torch.export`, guards, size limits, patches while tracing, the snapshot.
+
+The proof is `proof/model.py`, with the inputs that `proof/model_cases.py` makes.
+"""

@@ -1,9 +1,8 @@
-"""Models that the command line names: a factory, a Hugging Face folder, a config.json."""
+"""Loads the model that a command names: a factory, a Hugging Face folder, a config.json."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -14,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from rotary_export.bundle.json_file import read_json
+from rotary_export.compat.transformers import has_causal_lm
 from rotary_export.errors import RotaryExportError
-from rotary_export.models.trace.program import describe
+from rotary_export.models.error_text import describe_error
 
 _EXAMPLE_SHAPE = (2, 7)
 
@@ -27,7 +28,7 @@ class Source:
     Attributes:
         model: The model.
         example_inputs: By argument name.
-        note: What to know of it: that its weights are random.
+        note: A remark for the user, such as that the weights are random.
     """
 
     model: nn.Module
@@ -42,7 +43,7 @@ def load_source(source: str) -> Source:
         source: `package.module:factory`: a function without arguments that returns the model, or
             the model and its example inputs. The module is imported: **its code runs**. Or the
             folder of a Hugging Face model with safetensors weights, or a config.json (random
-            weights); no code is taken from either.
+            weights); no code of either is run.
 
     Returns:
         The model and example inputs.
@@ -71,14 +72,14 @@ def _call_factory(source: str, module: str, name: str) -> Source:
         factory = getattr(importlib.import_module(module), name, None)
     except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise RotaryExportError(
-            f"{source}: {module} can't be imported: {describe(error)}"
+            f"{source}: {module} can't be imported: {describe_error(error)}"
         ) from error
     if not callable(factory):
         raise RotaryExportError(f"{source}: {module} has no function {name!r}")
     try:
         made = factory()
     except (Exception, SystemExit) as error:  # whatever the user's function raises
-        raise RotaryExportError(f"{source}: {name}() raises {describe(error)}") from error
+        raise RotaryExportError(f"{source}: {name}() raises {describe_error(error)}") from error
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module) or not (inputs is None or isinstance(inputs, Mapping)):
         raise RotaryExportError(
@@ -87,8 +88,8 @@ def _call_factory(source: str, module: str, name: str) -> Source:
         )
     if inputs is None and not hasattr(model, "config"):
         raise RotaryExportError(
-            f"{source}: {name}() must return example inputs too, as {type(model).__name__} is no "
-            "model of transformers"
+            f"{source}: {name}() must return example inputs too, as {type(model).__name__} is not "
+            "a model of transformers"
         )
     return Source(model, make_example(model) if inputs is None else inputs)
 
@@ -98,20 +99,15 @@ def _import_transformers() -> Any:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise RotaryExportError(
-            f"this needs transformers: pip install transformers: {error}"
+            f"this requires transformers: pip install transformers: {error}"
         ) from None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise RotaryExportError(f"{path} does not exist")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RotaryExportError(f"{path} is not valid JSON: {error}") from None
+    config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise RotaryExportError(
-            f"{path} is no config of a Hugging Face model: it has no model_type"
+            f"{path} is not a config of a Hugging Face model: it has no model_type"
         )
     return config
 
@@ -121,7 +117,7 @@ def _find_class(path: Path, config: Mapping[str, Any]) -> Any:
     transformers = _import_transformers()
     kind = config["model_type"]
     if kind not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
-        remote = " (it brings its own code, which is not run)" if "auto_map" in config else ""
+        remote = " (it has code of its own, which is not run)" if "auto_map" in config else ""
         raise RotaryExportError(
             f"{path}: transformers {transformers.__version__} has no model_type {kind!r}{remote}"
         )
@@ -144,7 +140,7 @@ def _load_folder(path: Path) -> Source:
             path, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="auto"
         )
     except Exception as error:  # whatever transformers raises
-        raise RotaryExportError(f"{path} can't be loaded: {describe(error)}") from error
+        raise RotaryExportError(f"{path} can't be loaded: {describe_error(error)}") from error
     return Source(model, make_example(model))
 
 
@@ -159,16 +155,18 @@ def _load_config(path: Path) -> Source:
         if cls is not None:
             model = cls(made)
         else:
-            known = type(made) in transformers.AutoModelForCausalLM._model_mapping
+            known = has_causal_lm(transformers, made)
             auto = transformers.AutoModelForCausalLM if known else transformers.AutoModel
             model = auto.from_config(made, trust_remote_code=False)
     except Exception as error:  # whatever transformers raises
-        raise RotaryExportError(f"{path}: no model can be made of it: {describe(error)}") from error
+        raise RotaryExportError(
+            f"{path}: it does not describe a model: {describe_error(error)}"
+        ) from error
     return Source(model, make_example(model), "the weights are random: there is only a config")
 
 
 def _check_rope(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a rope type that is unknown or lacks keys, or a base, in clearer words than theirs."""
+    """Check the rope type, its keys and its base: transformers' own errors are less clear."""
     from rotary_export.rope import read_rope
     from rotary_export.rope.families import BASE_KEYS
     from rotary_export.rope.fields import Fields
@@ -184,18 +182,18 @@ def _check_rope(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def make_example(model: nn.Module) -> dict[str, Any]:
-    """Make example inputs for a model of transformers that takes token ids.
+    """Make example inputs for a model of transformers that accepts token ids.
 
     Raises:
-        RotaryExportError: It takes something else.
+        RotaryExportError: It does not accept input_ids.
     """
     import inspect
 
     parameters = inspect.signature(model.forward).parameters
     if "input_ids" not in parameters:
         raise RotaryExportError(
-            f"{type(model).__name__} takes no input_ids; a factory, package.module:factory, can "
-            "return example inputs with the model"
+            f"{type(model).__name__} does not accept input_ids; a factory, package.module:factory, "
+            "can return example inputs with the model"
         )
     batch, seq = _EXAMPLE_SHAPE
     inputs = {"input_ids": torch.arange(batch * seq).reshape(batch, seq) % 7 + 1}

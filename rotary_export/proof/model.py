@@ -46,11 +46,11 @@ def read_cases(manifest: Manifest) -> list[Case]:
         return make_cases(
             manifest.graphs[GRAPH].inputs,
             read_input_values(manifest),
-            config["traced"],
-            config["thresholds"],
-            config["longest"],
+            config["traced_sizes"],
+            config["length_thresholds"],
+            config["max_positions"],
             manifest.graphs[GRAPH].max_size,
-            config.get("points", []),
+            config.get("sizes_to_verify", []),
         )
     except (LookupError, TypeError) as error:
         raise RotaryExportError(f"the manifest's config is damaged: {error!r}") from None
@@ -117,7 +117,7 @@ def compare_model(
 def _list_unverified(manifest: Manifest) -> dict[str, str]:
     """Say what a model's proof leaves out, and why."""
     config, sources = manifest.config, read_input_values(manifest)
-    lengths = list_unverified(sources, config["traced"], config["thresholds"])
+    lengths = list_unverified(sources, config["traced_sizes"], config["length_thresholds"])
     why = f"more than {LONGEST_CASE} or no size named {SEQ}, and no position_ids to reach it with"
     fixed = [name for name, source in sources.items() if source.role == "fixed"]
     return {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotary_export.bundle.dims import BATCH, PAST, SEQ
+from rotary_export.bundle.dims import BATCH, PAST, SEQ, is_past
 from rotary_export.bundle.manifest import TensorInfo
 from rotary_export.runtime.session import resolve_shape
 
@@ -57,7 +57,7 @@ def choose_values(name: str, value: Tensor, limits: tuple[int, int] | None) -> I
         value: The example.
         limits: Of its ids, if they are known.
     """
-    if name.startswith("past."):
+    if is_past(name):
         return InputValues("past")
     if name == "position_ids":
         return InputValues("position_ids")

@@ -59,7 +59,7 @@ def _fit_sizes(manifest: Manifest, shapes: Sequence[tuple[int, int]]) -> list[tu
     """Lower (batch_size, seq_len) to what a model takes, each once."""
     max_size = manifest.graphs[GRAPH].max_size
     rows, length = max_size.get(BATCH, 1 << 30), max_size.get(SEQ, 1 << 30)
-    longest = min(length, manifest.config["longest"] or length)
+    longest = min(length, manifest.config["max_positions"] or length)
     return list(dict.fromkeys((min(batch, rows), min(seq, longest)) for batch, seq in shapes))
 
 
@@ -68,6 +68,6 @@ def _make_model_inputs(
 ) -> dict[str, torch.Tensor]:
     """Make inputs of one size, by name; the other sizes are those that were traced."""
     infos = manifest.graphs[GRAPH].inputs
-    sizes = manifest.config["traced"] | {BATCH: batch_size, SEQ: seq_len}
+    sizes = manifest.config["traced_sizes"] | {BATCH: batch_size, SEQ: seq_len}
     case = make_case(infos, read_input_values(manifest), sizes)
     return {info.name: value for info, value in zip(infos, case.tensors, strict=True)}

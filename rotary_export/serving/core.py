@@ -276,7 +276,7 @@ def find_batch_axes(manifest: Manifest, graph: GraphInfo) -> dict[str, int] | No
     and longrope, the longest sequence of the batch selects the angles.
     """
     rope = manifest.config.get("rope") or {}
-    if manifest.config.get("thresholds") or rope.get("rope_type") in ("dynamic", "longrope"):
+    if manifest.config.get("length_thresholds") or rope.get("rope_type") in ("dynamic", "longrope"):
         return None
     axes = {}
     for info in (*graph.inputs, *graph.outputs):

@@ -93,10 +93,22 @@ def rope_vision(q, k, cos, sin):
     return q * cos + half_turn(q) * sin, k * cos + half_turn(k) * sin
 
 
-# What must be left alone.
+# What must not be replaced.
 def rope_mixed(x, cos, sin):
     """Pairs, with tables tiled as for halves: the members of a pair turn by different angles."""
     return x * cos[:, None] + pair_turn(x) * sin[:, None]
+
+
+def rope_uneven(x, cos, sin, cos2, sin2):
+    """Halves; the second member of each pair has tables of its own."""
+    a, b = x.chunk(2, dim=-1)
+    c, s, c2, s2 = (table[:, None] for table in (cos, sin, cos2, sin2))
+    return torch.cat((a * c - b * s, b * c2 + a * s2), dim=-1)
+
+
+def rope_per_head(x, cos, sin):
+    """Tables (B, N, S, H): each head has angles of its own."""
+    return x * cos + half_turn(x) * sin
 
 
 def rope_norm(x, cos, sin):

@@ -1,4 +1,4 @@
-"""Probing: what a function computes is found out, or it is left alone."""
+"""Probing: what a function computes is found, or it is not replaced."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch.utils import _pytree as pytree
 
 from rotary_export import RotaryExportError, register_rotary
 from rotary_export.errors import CheckFailedError
-from rotary_export.models.find.calls import Call, Target, find_targets
-from rotary_export.models.find.probe import NotReplacedError, find_rotation
-from rotary_export.models.find.replace import find_replacement, replace_calls
+from rotary_export.models.find.calls import RecordedCall
+from rotary_export.models.find.candidates import Candidate, find_candidates
+from rotary_export.models.find.probe import NotReplacedError, find_lowering
+from rotary_export.models.find.replace import replace_calls
+from rotary_export.models.find.replacement import find_replacement
 
 B, N, S, H = 2, 3, 5, 16
 
@@ -20,7 +22,7 @@ B, N, S, H = 2, 3, 5, 16
 def record(function, *args):
     leaves, tree = pytree.tree_flatten((args, {}))
     output, output_tree = pytree.tree_flatten(function(*args))
-    return Call(Target("it", function, ()), leaves, tree, output, output_tree)
+    return RecordedCall(Candidate("it", function, ()), leaves, tree, output, output_tree)
 
 
 def tile(table):
@@ -116,27 +118,93 @@ CASES = {
 }
 
 
+# They concatenate x's own channels with rotated ones, whose batch is that of the tables.
+CONCATENATING = (styles.rope_leading, styles.rope_trailing, styles.rope_middle)
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_finds_the_rotation(case):
+def test_finds_the_lowering(case):
     function, args, layout, start, rotary_dim, axes, joined = case
-    rotation = find_rotation(record(function, *args))
-    assert (rotation.polar is not None) == (function is styles.rope_complex)
-    got = (rotation.layout, rotation.start, rotation.rotary_dim, rotation.axes, rotation.joined)
+    found = find_lowering(record(function, *args))
+    assert (found.polar is not None) == (function is styles.rope_complex)
+    assert found.whole_batch == (function in CONCATENATING)
+    got = (found.layout, found.start, found.rotary_dim, found.axes, found.joined)
     assert got == (layout, start, rotary_dim, axes, bool(joined))
 
 
-LEFT_ALONE = {
+def change(table, index, value):
+    """Return a copy of a table (B, S, R/2) with one channel replaced."""
+    changed = table.clone()
+    changed[..., index] = value
+    return changed
+
+
+def make_near_misses():
+    """Tables for the second members of the pairs; those of the first members are COS and SIN."""
+    position = torch.arange(S) + 3 * torch.arange(B)[:, None]
+    off = position[..., None] * (0.3 * (1 + 1e-4)) ** torch.arange(H // 2)
+    return {
+        "cosines in half precision": (COS.half().float(), SIN),
+        "sines in bfloat16": (COS, SIN.bfloat16().float()),
+        "base off by 1e-4": (off.cos(), off.sin()),
+        "another pair's sine": (COS, change(SIN, 3, SIN[..., 4])),
+        "sine of half the angle in one pair": (COS, change(SIN, 5, (ANGLE[..., 5] / 2).sin())),
+        "one sine of the other sign": (COS, change(SIN, 2, -SIN[..., 2])),
+        "the next position": (COS.roll(-1, 1), SIN.roll(-1, 1)),
+        "scale 1.0001": (1.0001 * COS, 1.0001 * SIN),
+        "scale 1.00001": (1.00001 * COS, 1.00001 * SIN),
+    }
+
+
+NEAR_MISSES = {
+    name: (styles.rope_uneven, (Q, COS, SIN, *tables))
+    for name, tables in make_near_misses().items()
+}
+HEADS = ANGLE[:, None] * torch.tensor([1, 1, 1 + 1e-4])[:, None, None]  # (B, N, S, H/2)
+NEAR_MISSES["angles of one head off by 1e-4"] = (
+    styles.rope_per_head,
+    (Q, tile(HEADS.cos()), tile(HEADS.sin())),
+)
+
+
+@pytest.mark.parametrize("case", NEAR_MISSES.values(), ids=NEAR_MISSES.keys())
+def test_a_near_miss_is_not_replaced(case):
+    function, args = case
+    with pytest.raises(NotReplacedError, match="in no layout does the op equal it"):
+        find_lowering(record(function, *args))
+
+
+def test_the_same_tables_twice_are_no_near_miss():
+    found = find_lowering(record(styles.rope_uneven, Q, COS, SIN, COS, SIN))
+    assert (found.layout, found.rotary_dim) == ("half", H)
+
+
+NEARLY_LINEAR = {
+    "square": lambda q, k, cos, sin: styles.rope_half(q, q, cos, sin)[0] + 1e-5 * q * q,
+    "key in query": lambda q, k, cos, sin: (
+        styles.rope_half(q, q, cos, sin)[0] + 1e-5 * k,
+        styles.rope_half(k, k, cos, sin)[0],
+    ),
+}
+
+
+@pytest.mark.parametrize("function", NEARLY_LINEAR.values(), ids=NEARLY_LINEAR.keys())
+def test_what_is_nearly_linear_is_not_a_rotation(function):
+    assert find_lowering(record(function, Q, Q + 1, tile(COS), tile(SIN))) is None
+
+
+NOT_REPLACED = {
     "angles of a pair differ": (styles.rope_mixed, (Q, tile(COS), tile(SIN))),
     "two axes": (styles.rope_blocks, (Q, COS.repeat(1, 1, 2), SIN.repeat(1, 1, 2))),
     "masked": (styles.rope_masked, (Q, tile(COS), tile(SIN))),
 }
 
 
-@pytest.mark.parametrize("case", LEFT_ALONE.values(), ids=LEFT_ALONE.keys())
-def test_leaves_alone_what_the_op_does_not_compute(case):
+@pytest.mark.parametrize("case", NOT_REPLACED.values(), ids=NOT_REPLACED.keys())
+def test_what_the_op_does_not_compute_is_not_replaced(case):
     function, args = case
-    with pytest.raises(NotReplacedError, match="no layout of the op gives what it gives"):
-        find_rotation(record(function, *args))
+    with pytest.raises(NotReplacedError, match="in no layout does the op equal it"):
+        find_lowering(record(function, *args))
 
 
 NO_ROTATION = {
@@ -150,7 +218,7 @@ NO_ROTATION = {
 @pytest.mark.parametrize("case", NO_ROTATION.values(), ids=NO_ROTATION.keys())
 def test_no_rotary_embedding(case):
     function, args = case
-    assert find_rotation(record(function, *args)) is None
+    assert find_lowering(record(function, *args)) is None
 
 
 class Attention(nn.Module):
@@ -184,27 +252,29 @@ class Model(nn.Module):
         return query, key
 
 
-def test_a_name_that_says_nothing_has_to_be_registered(monkeypatch):
+def test_a_function_of_another_name_must_be_registered(monkeypatch):
     model = Model("pairs", "pairs")
     found = find_replacement(model, lambda: model(Q, K))
-    assert [f.function for f in found.findings] == ["rotary_styles.rope_pairs"] * 0
+    assert found.findings == []
 
-    monkeypatch.setattr("rotary_export.models.find.calls._registered", [])
+    monkeypatch.setattr("rotary_export.models.find.candidates._registered", [])
     assert register_rotary(turn_by_position) is turn_by_position
     found = find_replacement(model, lambda: model(Q, K))
     assert (found.calls, found.fused) == (2, 2)
     (finding,) = found.findings
-    assert finding.function == "test_models_probe.turn_by_position"
-    assert finding.what == "interleaved, channels 0 to 16, BNSH"
+    assert finding.function == f"{__name__}.turn_by_position"
+    assert finding.rotation == "interleaved, channels 0 to 16, BNSH"
 
 
-def test_register_rotary_takes_functions():
-    with pytest.raises(RotaryExportError, match="takes a function or a method of a class, got 3"):
+def test_register_rotary_requires_functions():
+    with pytest.raises(
+        RotaryExportError, match="requires a function or a method of a class, got 3"
+    ):
         register_rotary(3)
 
 
-def test_replaces_gives_the_same_and_puts_back(monkeypatch):
-    monkeypatch.setattr("rotary_export.models.find.calls._registered", [])
+def test_replaces_equally_and_restores(monkeypatch):
+    monkeypatch.setattr("rotary_export.models.find.candidates._registered", [])
     register_rotary(turn_by_position)
     model = Model("pairs", "pairs")
     want = model(Q, K)
@@ -214,7 +284,7 @@ def test_replaces_gives_the_same_and_puts_back(monkeypatch):
     def run_and_fail():
         with replace_calls(found) as counts:
             got.extend(model(Q, K))
-            assert dict(counts) == {"test_models_probe.turn_by_position": 2}
+            assert dict(counts) == {f"{__name__}.turn_by_position": 2}
             assert turn_by_position is not original
             raise RuntimeError("stop")
 
@@ -226,24 +296,24 @@ def test_replaces_gives_the_same_and_puts_back(monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
-def test_says_why_a_call_is_left(monkeypatch):
-    monkeypatch.setattr("rotary_export.models.find.calls._registered", [])
+def test_the_reason_why_a_call_is_not_replaced(monkeypatch):
+    monkeypatch.setattr("rotary_export.models.find.candidates._registered", [])
     register_rotary(styles_mixed)
     model = Model("mixed")
     found = find_replacement(model, lambda: model(Q, K))
     (finding,) = found.findings
     assert (finding.calls, finding.fused) == (1, 0)
-    assert finding.reason == "no layout of the op gives what it gives on random inputs"
+    assert finding.reason == "in no layout does the op equal it on random inputs"
 
 
-def test_targets_are_found_by_name():
-    names = {target.name for target in find_targets(Model("pairs"))}
-    assert "test_models_probe.turn_by_position" not in names
-    assert "test_models_probe.register_rotary" not in names
+def test_candidates_are_found_by_name():
+    names = {candidate.name for candidate in find_candidates(Model("pairs"))}
+    assert f"{__name__}.turn_by_position" not in names
+    assert f"{__name__}.register_rotary" not in names
 
 
 def test_every_call_is_compared_at_other_sizes(monkeypatch):
-    monkeypatch.setattr("rotary_export.models.find.calls._registered", [])
+    monkeypatch.setattr("rotary_export.models.find.candidates._registered", [])
     register_rotary(turn_at_first)
     model = Turns()
     found = find_replacement(model, lambda: model(Q, COS, SIN))

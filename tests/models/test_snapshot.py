@@ -1,126 +1,40 @@
-"""A model is as it was after an export, and after one that fails."""
-
-import copy
-from contextlib import nullcontext, suppress
+"""A snapshot restores what a run may change in a model."""
 
 import pytest
 import torch
-from helpers.tiny_modules import Baked, Plain, X, rope_of
+from helpers.stateful_modules import STATEFUL, describe_state
+from helpers.tiny_modules import X
 from torch import nn
 
-from rotary_export import export_model
-from rotary_export.errors import RotaryExportError
-
-
-class Attributes(nn.Module):
-    """Sets attributes in its forward, public and private."""
-
-    def __init__(self):
-        super().__init__()
-        self.last = None
-        self._calls = 0
-
-    def forward(self, x):
-        self.last, self._calls, self.seen = x, self._calls + 1, True
-        return rope_of(x)
-
-
-class Contents(nn.Module):
-    """Fills a dict, a list and a set."""
-
-    def __init__(self):
-        super().__init__()
-        self.kept, self.lengths, self.seen = {"first": 0}, [1, 2], {3}
-
-    def forward(self, x):
-        self.kept["last"] = x
-        self.lengths.append(x)
-        self.lengths[0] = x
-        self.seen.add(4)
-        return rope_of(x)
-
-
-class Buffers(nn.Module):
-    """Writes, resizes and registers buffers; has some that can't be copied."""
-
-    def __init__(self):
-        super().__init__()
-        self.written = nn.Buffer(torch.zeros(3))
-        self.resized = nn.Buffer(torch.ones(2))
-        self.meta = nn.Buffer(torch.empty(3, device="meta"))
-        self.sparse = nn.Buffer(torch.eye(3).to_sparse())
-
-    def forward(self, x):
-        if not torch.compiler.is_exporting():
-            self.written.add_(1)
-            self.resized.resize_(5)
-        if "late" not in self._buffers:
-            self.register_buffer("late", torch.ones(3))
-        return rope_of(x)
-
-
-class Submodules(nn.Module):
-    """Makes, wraps and hooks submodules in its forward."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = None
-        self.wrapped = nn.Identity()
-
-    def forward(self, x):
-        if self.made is None:
-            self.made = nn.Identity()
-        self.wrapped.register_forward_hook(lambda *_: None)
-        self.wrapped = nn.Sequential(self.wrapped)
-        return rope_of(self.made(x))
-
-
-class Merged(nn.Module):
-    """Merges its two weights for evaluation, as adapters do."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(16))
-        self.added = nn.Parameter(torch.ones(16))
-        self.merged = False
-
-    def train(self, mode=True):
-        super().train(mode)
-        if mode == self.merged:
-            self.weight.data += -self.added if mode else self.added
-            self.merged = not mode
-        return self
-
-    def forward(self, x):
-        return rope_of(x * (self.weight + (0 if self.merged else self.added)))
-
-
-def describe(value):
-    """Describe a module's state, tensors by type and value."""
-    if isinstance(value, nn.Module):
-        plain = {k: v for k, v in vars(value).items() if "hooks" not in k}
-        return type(value), describe(plain), len(value._forward_hooks)
-    if isinstance(value, dict):
-        return {name: describe(item) for name, item in value.items()}
-    if isinstance(value, torch.Tensor) and value.is_meta:
-        return type(value), value.shape
-    if isinstance(value, torch.Tensor):
-        return type(value), value.to_dense().tolist()
-    return copy.copy(value)
+from rotary_export.models.trace.snapshot import take_snapshot
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("make", [Attributes, Contents, Buffers, Submodules, Merged])
-def test_a_model_is_as_it_was(tmp_path, make, training):
+@pytest.mark.parametrize("make", STATEFUL)
+def test_a_model_is_restored(make, training):
     model = nn.Sequential(make()).train(training)
-    model.add_module("frozen", Plain().eval())
-    before = describe(model)
-    # What makes submodules can't be traced.
-    with suppress(RotaryExportError) if make is Submodules else nullcontext():
-        export_model(model, {"input": X}, tmp_path / "b", formats=["onnx", "torchscript"])
-    assert describe(model) == before
-    model.append(Baked()).train(training)
-    before = describe(model)
-    with pytest.raises(RotaryExportError, match="another path"):
-        export_model(model, {"input": X}, tmp_path / "c", formats=["onnx"])
-    assert describe(model) == before
+    model.add_module("frozen", nn.Identity().eval())
+    before = describe_state(model)
+
+    def run_and_fail():
+        with take_snapshot(model):
+            assert not any(module.training for module in model.modules())
+            model(X)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        run_and_fail()
+    assert describe_state(model) == before
+
+
+@pytest.mark.parametrize("make", [m for m in STATEFUL if m.__name__ != "Submodules"])
+def test_each_run_starts_from_the_same_state(make):
+    model = make()
+    with take_snapshot(model) as snapshot, torch.no_grad():
+        before = describe_state(model)
+        model(X)
+        snapshot.restore_state()
+        assert describe_state(model) == before
+        model(X)
+        snapshot.restore_state()
+        assert describe_state(model) == before

@@ -20,32 +20,33 @@ from pathlib import Path
 import torch
 
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
-from rotary_export.models.find.replace import find_replacement, replace_calls
-from rotary_export.models.prepare import prepare
+from rotary_export.models.analyze import analyze_model
+from rotary_export.models.find.replace import replace_calls
+from rotary_export.models.find.replacement import find_replacement
 from rotary_export.models.trace.program import get_outputs, name_shape, name_symbols, trace_program
-from rotary_export.models.trace.snapshot import preserve
-from rotary_export.models.write import MAX_INLINE_BYTES, write_onnx
+from rotary_export.models.trace.snapshot import take_snapshot
+from rotary_export.models.write_onnx import MAX_INLINE_BYTES, write_onnx
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from tiny_models import make_inputs, make_model
+from helpers.tiny_models import make_inputs, make_model
 
 
-def export(prepared, path, fused):
+def export(analysis, path, fused):
     """Export once; return the processor seconds."""
     started = time.process_time()
-    tensors = prepared.traced.tensors
+    tensors = analysis.traced.tensors
     context = nullcontext()
     if fused:
-        found = find_replacement(prepared.flat.model, lambda: prepared.flat(*tensors))
+        found = find_replacement(analysis.flat.model, lambda: analysis.flat(*tensors))
         context = replace_calls(found)
     with torch.no_grad(), context:
-        program = trace_program(prepared.flat, tensors, prepared.inputs)
-    symbols = name_symbols(program, prepared.inputs)
+        program = trace_program(analysis.flat, tensors, analysis.inputs)
+    symbols = name_symbols(program, analysis.inputs)
     outputs = tuple(
         TensorInfo("logits", "float32", name_shape(value.shape, symbols, "logits"))
         for value in get_outputs(program)
     )
-    graph = GraphInfo(prepared.inputs, outputs, {})
+    graph = GraphInfo(analysis.inputs, outputs, {})
     write_onnx(program, graph, symbols, path, 23, MAX_INLINE_BYTES)
     return time.process_time() - started
 
@@ -58,11 +59,11 @@ def main():
     torch.set_num_threads(1)
     model = make_model("llama", num_hidden_layers=options.layers)
     seconds = {False: [], True: []}
-    with tempfile.TemporaryDirectory() as folder, preserve(model) as snapshot:
-        prepared = prepare(model, make_inputs(model), "auto", snapshot, lambda what: None)
+    with tempfile.TemporaryDirectory() as folder, take_snapshot(model) as snapshot:
+        analysis = analyze_model(model, make_inputs(model), "auto", snapshot, lambda step: None)
         for round_ in range(options.rounds + 1):
             for fused in (False, True):
-                taken = export(prepared, Path(folder) / "model.onnx", fused)
+                taken = export(analysis, Path(folder) / "model.onnx", fused)
                 if round_:  # the first warms up
                     seconds[fused].append(taken)
     plain, ours = (statistics.median(seconds[fused]) for fused in (False, True))

@@ -185,7 +185,7 @@ def try_a(family: str) -> dict[str, Any]:
         "status": "fused" if fused == calls else "left",
         "calls": calls,
         "fused": fused,
-        "layouts": sorted({finding["what"] for finding in found if finding["what"]}),
+        "layouts": sorted({finding["rotation"] for finding in found if finding["rotation"]}),
         "reason": "; ".join(finding["reason"] for finding in found if finding["reason"]),
         "max_size": dict(bundle.manifest.graphs["model"].max_size),
         "ulp": max(row["eager"]["max_ulp"] for row in bundle.report.to_dict()["rows"]),

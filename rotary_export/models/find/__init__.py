@@ -1,1 +1,9 @@
-"""Where a model applies a rotary embedding, and the op in its place."""
+"""Which calls of a model apply a rotary embedding, and the op in their place.
+
+- `candidates.py`: functions that may apply a rotary embedding, found by their names.
+- `calls.py`: records the calls that a model makes of them; patches them for a while.
+- `lowering.py`: how a call maps onto the op: tensors, axes, layout, channels; its tables.
+- `probe.py`: finds the lowering of a call by calling the function with random tensors.
+- `replacement.py`: runs a model once and lists what will be replaced, and why not the rest.
+- `replace.py`: the op in the place of the functions, for as long as a context lasts.
+"""

@@ -1,8 +1,7 @@
-"""Find out what a function computes: probe, don't parse.
+"""Finds what a function computes by calling it; no source is parsed.
 
-A hypothesis (which tensors, which dimensions, which channels, which layout) is taken only if the
-op, with the tables that the function itself returns for it, gives what the function gives on random
-inputs.
+A hypothesis names tensors, dimensions, channels and a layout. It is accepted only if the op, with
+the tables that the function itself returns for it, equals the function on random inputs.
 """
 
 from __future__ import annotations
@@ -14,38 +13,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from rotary_export.compat import pytree
 from rotary_export.errors import RotaryExportError
-from rotary_export.models.find.calls import Call
-from rotary_export.models.find.rotation import (
+from rotary_export.models.find.calls import RecordedCall
+from rotary_export.models.find.lowering import (
     AXES,
     LAYOUTS,
-    Rotation,
+    Lowering,
     Slot,
+    Tables,
     compute_tables,
     read_polar,
     rotate_slots,
 )
 
-# Ours rounds as the function does, or once more where a scale is folded into the tables.
+# The op rounds as the function does, or once more where a scale is folded into the tables.
 _MAX_ULP = 16
 _MAX_ASSIGNMENTS = 24
 
 
 class NotReplacedError(RotaryExportError):
-    """A call that looks like a rotary embedding and is not replaced; the message says why."""
+    """A call that may be a rotary embedding and is not replaced; the message is the reason."""
 
 
-def find_rotation(call: Call) -> Rotation | None:
-    """Find the rotation that a call computes.
+def find_lowering(call: RecordedCall) -> Lowering | None:
+    """Find how a call maps onto the op.
 
     Args:
         call: As it was recorded; two positions or more.
 
     Returns:
-        The rotation; None if the call applies no rotary embedding at all: it returns nothing
-        shaped as an argument, or what it returns is not linear in it, or the same at all positions.
+        The lowering. None if the call applies no rotary embedding at all: no result has the shape
+        of an argument, or it is not linear in it, or it is the same at all positions.
 
     Raises:
         NotReplacedError: It may apply one, but not one that the op computes.
@@ -55,18 +55,18 @@ def find_rotation(call: Call) -> Rotation | None:
     reason = None
     for slots in islice(_assign(call, sources, results), _MAX_ASSIGNMENTS):
         try:
-            want = _Answer(call, slots)
-            if not want.is_linear():
+            probed = _ProbedCall(call, slots)
+            if not probed.is_linear():
                 continue
         except Exception as error:  # whatever the model's own function raises
             reason = f"it fails on random inputs: {type(error).__name__}: {_first_line(error)}"
             continue
         if not _covers_output(call, slots):
-            reason = "it returns a tensor that is none of its arguments, rotated"
+            reason = "it returns a tensor that is not one of its arguments, rotated"
             continue
         is_constant = False
-        for hypothesis in _make_hypotheses(call, slots, want):
-            tables = want.explain(hypothesis)
+        for hypothesis in _make_hypotheses(call, slots, probed):
+            tables = probed.find_tables(hypothesis)
             if tables is None:
                 continue
             if all(_is_constant(table) for pair in tables for table in pair):
@@ -75,7 +75,7 @@ def find_rotation(call: Call) -> Rotation | None:
             found = replace(hypothesis, polar=_find_polar(call, tables))
             return found if len(slots) != 2 else _join(found, call, tables)
         if not is_constant:
-            reason = "no layout of the op gives what it gives on random inputs"
+            reason = "in no layout does the op equal it on random inputs"
     if reason is None:
         return None
     raise NotReplacedError(reason)
@@ -89,7 +89,9 @@ def _is_rotatable(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() in AXES and value.is_floating_point()
 
 
-def _assign(call: Call, sources: list[int], results: list[int]) -> Iterator[tuple[Slot, ...]]:
+def _assign(
+    call: RecordedCall, sources: list[int], results: list[int]
+) -> Iterator[tuple[Slot, ...]]:
     """Pair results with arguments of their shape and type, in order first."""
 
     def fits(result: int, source: int) -> bool:
@@ -104,8 +106,8 @@ def _assign(call: Call, sources: list[int], results: list[int]) -> Iterator[tupl
             yield tuple(Slot(s, r) for r, s in zip(matched, chosen, strict=True))
 
 
-def _covers_output(call: Call, slots: Sequence[Slot]) -> bool:
-    """Whether every tensor that comes back is rotated, or an argument as it was."""
+def _covers_output(call: RecordedCall, slots: Sequence[Slot]) -> bool:
+    """Return whether every tensor of the result is rotated, or an unchanged argument."""
     rotated = {slot.result for slot in slots}
     return all(
         index in rotated or any(value is leaf for leaf in call.leaves)
@@ -114,10 +116,15 @@ def _covers_output(call: Call, slots: Sequence[Slot]) -> bool:
     )
 
 
-class _Answer:
-    """What a function answers to random inputs."""
+class _ProbedCall:
+    """A call, repeated with random tensors in its slots.
 
-    def __init__(self, call: Call, slots: tuple[Slot, ...]) -> None:
+    Args:
+        call: As it was recorded.
+        slots: The tensors that are replaced by random ones.
+    """
+
+    def __init__(self, call: RecordedCall, slots: tuple[Slot, ...]) -> None:
         self._call = call
         self._slots = slots
         generator = torch.Generator().manual_seed(0)
@@ -129,17 +136,20 @@ class _Answer:
             self.inputs.append(random.to(x.device))
         self.outputs = self._run(self.inputs)
 
-    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def _fill(self, inputs: Sequence[Tensor]) -> list[Any]:
         leaves = list(self._call.leaves)
         for slot, value in zip(self._slots, inputs, strict=True):
             leaves[slot.source] = value
-        args, kwargs = pytree.tree_unflatten(leaves, self._call.tree)
+        return leaves
+
+    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        args, kwargs = pytree.unflatten(self._fill(inputs), self._call.tree)
         with torch.no_grad():
-            output = pytree.tree_leaves(self._call.target.function(*args, **kwargs))
+            output = pytree.list_leaves(self._call.candidate.function(*args, **kwargs))
         return [output[slot.result] for slot in self._slots]
 
     def is_linear(self) -> bool:
-        """Whether each output is proportional to its input and to no other, and not that input."""
+        """Return whether each output is a multiple of its input alone, and not that input."""
         if any(y.shape != x.shape for x, y in zip(self.inputs, self.outputs, strict=True)):
             return False
         factors = [2.0 * (index + 1) for index in range(len(self.inputs))]
@@ -149,24 +159,23 @@ class _Answer:
             for f, got, x, y in zip(factors, scaled, self.inputs, self.outputs, strict=True)
         )
 
-    def explain(self, rotation: Rotation) -> list[tuple[Tensor, Tensor]] | None:
-        """Return the tables with which the op gives the same; None if it does not."""
-        call = self._call
-        leaves = list(call.leaves)
-        for slot, value in zip(self._slots, self.inputs, strict=True):
-            leaves[slot.source] = value
+    def find_tables(self, lowering: Lowering) -> list[Tables] | None:
+        """Return the tables with which the op equals the function; None if it does not."""
+        leaves = self._fill(self.inputs)
         try:
             with torch.no_grad():
-                tables = compute_tables(call.target.function, leaves, call.tree, rotation)
-                got = rotate_slots(self.inputs, tables, rotation)
-        except Exception:  # a hypothesis that the function or the op can't be called with
+                tables = compute_tables(
+                    self._call.candidate.function, leaves, self._call.tree, lowering
+                )
+                got = rotate_slots(self.inputs, tables, lowering)
+        except Exception:  # a hypothesis with which the function or the op can't be called
             return None
         fits = all(is_close(y, want) for y, want in zip(got, self.outputs, strict=True))
         return tables if fits else None
 
 
 def is_close(got: Tensor, want: Tensor) -> bool:
-    """Whether two results differ by rounding alone: in ulp of each head vector's magnitude."""
+    """Return whether two results differ by rounding alone: ulp of each head vector's magnitude."""
     if got.shape != want.shape:
         return False
     unit = torch.finfo(want.dtype).eps * want.abs().amax(dim=-1, keepdim=True)
@@ -174,25 +183,29 @@ def is_close(got: Tensor, want: Tensor) -> bool:
 
 
 def _is_constant(table: Tensor) -> bool:
-    """Whether a table (B, S, R/2) is the same at every position of it."""
+    """Return whether a table (B, S, R/2) is the same at every position."""
     return bool((table == table[:, :1]).all())
 
 
-def _make_hypotheses(call: Call, slots: tuple[Slot, ...], want: _Answer) -> Iterator[Rotation]:
+def _make_hypotheses(
+    call: RecordedCall, slots: tuple[Slot, ...], probed: _ProbedCall
+) -> Iterator[Lowering]:
     x = call.leaves[slots[0].source]
     head_dims = {call.leaves[slot.source].shape[-1] for slot in slots}
     if len(head_dims) > 1:
         return
-    for start, rotary_dim in _list_slices(call, slots, want):
+    for start, rotary_dim in _list_slices(call, slots, probed):
         for whole_batch in (False, True):
             for axes in AXES[x.dim()]:
                 if whole_batch and "B" not in axes:
                     continue
                 for layout in LAYOUTS:
-                    yield Rotation(slots, axes, layout, start, rotary_dim, whole_batch, False)
+                    yield Lowering(slots, axes, layout, start, rotary_dim, whole_batch, False)
 
 
-def _list_slices(call: Call, slots: tuple[Slot, ...], want: _Answer) -> list[tuple[int, int]]:
+def _list_slices(
+    call: RecordedCall, slots: tuple[Slot, ...], probed: _ProbedCall
+) -> list[tuple[int, int]]:
     """List (start, rotary_dim): as wide as the tables are, all channels, those that change."""
     head_dim = call.leaves[slots[0].source].shape[-1]
     sources = {slot.source for slot in slots}
@@ -203,7 +216,7 @@ def _list_slices(call: Call, slots: tuple[Slot, ...], want: _Answer) -> list[tup
     ]
     widths = [w for width in dict.fromkeys(tables) for w in (width, 2 * width, width // 2)]
     found = [(start, width) for width in widths for start in (0, head_dim - width)]
-    changed = (want.inputs[0] != want.outputs[0]).flatten(0, -2).any(0).nonzero().flatten()
+    changed = (probed.inputs[0] != probed.outputs[0]).flatten(0, -2).any(0).nonzero().flatten()
     first, last = int(changed[0]), int(changed[-1]) + 1  # something does: it is not the identity
     # Channels that don't change may be those of a frequency of zero, which are rotated, too.
     own = [(first, last - first)]
@@ -214,8 +227,8 @@ def _list_slices(call: Call, slots: tuple[Slot, ...], want: _Answer) -> list[tup
     return list(dict.fromkeys(fits))
 
 
-def _find_polar(call: Call, tables: list[tuple[Tensor, Tensor]]) -> int | None:
-    """Find a complex argument that holds the tables: few exporters know complex arithmetic."""
+def _find_polar(call: RecordedCall, tables: list[Tables]) -> int | None:
+    """Find a complex argument that holds the tables: few exporters support complex arithmetic."""
     for index, leaf in enumerate(call.leaves):
         if not isinstance(leaf, Tensor) or not leaf.is_complex() or leaf.dim() not in (2, 3):
             continue
@@ -225,11 +238,11 @@ def _find_polar(call: Call, tables: list[tuple[Tensor, Tensor]]) -> int | None:
     return None
 
 
-def _join(rotation: Rotation, call: Call, tables: list[tuple[Tensor, Tensor]]) -> Rotation:
-    """Let one node rotate query and key, if they take the same tables."""
-    heads = rotation.axes.find("N")
-    query, key = (list(call.leaves[slot.source].shape) for slot in rotation.slots)
+def _join(lowering: Lowering, call: RecordedCall, tables: list[Tables]) -> Lowering:
+    """Let one node rotate query and key, if they have the same tables."""
+    heads = lowering.axes.find("N")
+    query, key = (list(call.leaves[slot.source].shape) for slot in lowering.slots)
     if heads >= 0:
         del query[heads], key[heads]
     same = all(torch.equal(a, b) for a, b in zip(*tables, strict=True))
-    return replace(rotation, joined=same and query == key)
+    return replace(lowering, joined=same and query == key)

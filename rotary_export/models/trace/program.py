@@ -1,4 +1,4 @@
-"""torch.export with sizes left open, and a refusal where one was taken for a constant."""
+"""torch.export with dynamic sizes, and an error where tracing specialises one to a constant."""
 
 from __future__ import annotations
 
@@ -10,51 +10,56 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from rotary_export.bundle.manifest import TensorInfo
 from rotary_export.compat.quiet import quiet_torch
+from rotary_export.compat.sizes import (
+    Environment,
+    get_constant,
+    get_lower_bound,
+    set_lower_bound,
+)
 from rotary_export.errors import RotaryExportError
-from rotary_export.models.trace.guards import format_location, list_guards
-
-_MAX_LINE = 300  # characters; some errors list every weight
+from rotary_export.models.error_text import describe_error
+from rotary_export.models.trace.guards import format_location
 
 
 def trace_program(module: nn.Module, tensors: Sequence[Tensor], infos: Sequence[TensorInfo]) -> Any:
-    """Trace a module whose forward takes `*tensors`.
+    """Trace a module whose forward accepts `*tensors`.
 
     Args:
         module: The module.
         tensors: Inputs to trace with.
-        infos: The inputs; a name in a shape is a size that must stay open.
+        infos: The inputs; a name in a shape is a size that must stay dynamic.
 
     Returns:
         The `torch.export.ExportedProgram`.
 
     Raises:
-        RotaryExportError: torch.export can't trace it, or took a size that must stay open for a
-            constant; the message names the place.
+        RotaryExportError: torch.export can't trace it, or specialises a dynamic size to a
+            constant; the message names the source line.
     """
     shapes = tuple(
         {axis: torch.export.Dim.AUTO for axis, d in enumerate(info.shape) if isinstance(d, str)}
         for info in infos
     )
     try:
-        # torch.export prints the whole graph where it fails; what it has to say is in the error.
+        # torch.export prints the whole graph where it fails; the error contains the reason.
         with quiet_torch(), torch.no_grad(), redirect_stderr(io.StringIO()):
             program = torch.export.export(
                 module, tuple(tensors), dynamic_shapes=(shapes,), strict=False
             )
     except (Exception, SystemExit) as error:  # what the model and torch's tracer raise
-        raise RotaryExportError(f"torch.export can't trace the model: {describe(error)}") from error
+        raise RotaryExportError(
+            f"torch.export can't trace the model: {describe_error(error)}"
+        ) from error
     for info, value in zip(infos, get_inputs(program), strict=True):
         for axis, (dim, size) in enumerate(zip(info.shape, value.shape, strict=True)):
-            if isinstance(size, torch.SymInt):  # which holds a number once it was taken for one
-                size = size.node.maybe_as_int()
-            if isinstance(dim, str) and size is not None:
+            constant = get_constant(size)
+            if isinstance(dim, str) and constant is not None:
                 raise RotaryExportError(
-                    f"the model takes {dim}={size} for a constant (dimension {axis} of "
-                    f"{info.name}){_find_place(program, size)}; give it a fixed size with "
+                    f"tracing specialises {dim} to the constant {constant} (dimension {axis} of "
+                    f"{info.name}){_find_location(program, constant)}; give it a fixed size with "
                     "dynamic_shapes, or change the model there"
                 )
     _allow_small_sums(program, infos)
@@ -64,38 +69,21 @@ def trace_program(module: nn.Module, tensors: Sequence[Tensor], infos: Sequence[
 def _allow_small_sums(program: Any, infos: Sequence[TensorInfo]) -> None:
     """Let a sum of sizes be as small as its terms may be.
 
-    torch.export takes each size for 2 or more, does not ask for it of those that are traced, and
-    asks for 4 of past + new tokens: an empty cache would be refused.
+    torch.export assumes that each size is at least 2. It does not check that for traced sizes, but
+    does check that past + new tokens is at least 4: an empty cache would be refused.
     """
     for info, value in zip(infos, get_inputs(program), strict=True):
         for dim, size in zip(info.shape, value.shape, strict=True):
             if isinstance(dim, str) and " + " in dim and isinstance(size, torch.SymInt):
-                bounds = program.range_constraints.get(size.node.expr)
-                if bounds is not None and bounds.lower == 2 * len(dim.split(" + ")):
-                    program.range_constraints[size.node.expr] = ValueRanges(2, bounds.upper)
+                if get_lower_bound(program, size) == 2 * len(dim.split(" + ")):
+                    set_lower_bound(program, size, 2)
 
 
-def describe(error: BaseException) -> str:
-    """Say in one line what an exporter's error was, and where in the model."""
-    text = str(error).strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    places = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text)
-    own = [place for place in places if "/torch/" not in place[0]]
-    caused = re.findall(r"Caused by: \((\S+):(\d+) in (\S+)\)", text)
-    where = ""
-    if own or caused:
-        file, line, function = (own or caused)[-1]
-        where = f" (at {file.rpartition('site-packages/')[2]}:{line}, {function})"
-    what = lines[0] if lines else ""
-    if what.endswith(":") and len(lines) > 1:  # a title alone says nothing
-        what = f"{what} {lines[1]}"
-    return f"{type(error).__name__}: {what[:_MAX_LINE]}{where}"
-
-
-def _find_place(program: Any, size: int) -> str:
+def _find_location(program: Any, size: int) -> str:
     """Find the line at which a symbolic size became a number."""
-    for guard in list_guards(get_inputs(program)):
-        if re.search(rf"\b{size}\b", str(guard.expr)):
+    environment = Environment.find(get_inputs(program))
+    for guard in environment.list_guards() if environment is not None else ():
+        if re.search(rf"\b{size}\b", str(guard.expression)):
             return format_location(guard)
     return ""
 
@@ -130,7 +118,7 @@ def name_shape(
     Args:
         shape: Sizes, symbolic or not.
         names: As `name_symbols`.
-        output: The tensor's name: a size that is no sum of inputs' sizes is "OUTPUT.AXIS".
+        output: The tensor's name: a size that is not a sum of inputs' sizes is "OUTPUT.AXIS".
     """
 
     def write(axis: int, size: Any) -> int | str:

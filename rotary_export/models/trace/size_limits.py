@@ -1,9 +1,9 @@
-"""Where a graph is the model: limits of sizes, and sizes at which that has to be proven.
+"""The sizes at which a graph equals its model: limits, and sizes to verify.
 
-Where a condition that a trace took for granted does not hold, the model itself takes another path
-than the graph. Past a size from which on it never holds again, the graph is not legal. Elsewhere
-the paths mostly give the same values (padding by nothing, another memory layout): some of these
-sizes are proven.
+A trace follows one branch of the model. Where a condition on sizes does not hold, the model takes
+another branch than the graph. If the condition holds only up to some size, that size becomes a
+limit. If it fails at single sizes, both branches mostly compute the same (padding by nothing,
+another memory layout): some of these sizes are verified.
 """
 
 from __future__ import annotations
@@ -26,99 +26,124 @@ _SIZES: tuple[int, ...] = (
 # Of conditions on several sizes.
 _GRID = (2, 3, 4, 5, 7, 8, 16, 17, 32, 33, 51, 64, 100, 128, 256, 512, 1024, 4096)
 _LARGEST_CASE = 2 * LONGEST_CASE  # product of the sizes in a condition
+_UNLIMITED = 1 << 30
+
+Sizes = dict[str, int]  # by name
 
 
 @dataclass
 class SizeConstraints:
-    """The sizes at which a graph is the model.
+    """The sizes at which a graph equals its model.
 
     Attributes:
-        max_size: By name of a size, the largest that it may have.
-        points: Sizes at which the model itself takes another path, to be proven.
-        texts: The conditions that they are of.
-        unverified: Conditions that fail only where it takes too long to prove.
-        bounds: By name of a size, the one up to which a minimum or maximum is as it was traced,
-            and the condition.
-        mismatched: Conditions of which it turned out that the graph is not the model past them.
+        max_size: By name of a size, the largest that the graph accepts.
+        sizes_to_verify: Sizes at which the model takes another branch than the graph.
+        conditions: The conditions that fail at these sizes, human-readable.
+        unverified: Conditions that fail only at sizes too large to be run.
+        bounds: By name of a size, the largest at which a minimum or maximum is as traced, and the
+            condition.
+        mismatched: Conditions past which the graph differs from the model; their bounds are limits.
     """
 
-    max_size: dict[str, int] = field(default_factory=dict)
-    points: list[dict[str, int]] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
+    max_size: Sizes = field(default_factory=dict)
+    sizes_to_verify: list[Sizes] = field(default_factory=list)
+    conditions: list[str] = field(default_factory=list)
     unverified: list[str] = field(default_factory=list)
     bounds: dict[str, tuple[int, str]] = field(default_factory=dict)
     mismatched: list[str] = field(default_factory=list)
 
-    def add(self, text: str, points: Sequence[dict[str, int]]) -> None:
-        """Note what is to be proven for a condition."""
-        self.points += [point for point in points if point not in self.points]
-        self.texts.append(text)
+    def add(self, condition: str, sizes: Sequence[Sizes]) -> None:
+        """Note the sizes to verify for a condition."""
+        self.sizes_to_verify += [each for each in sizes if each not in self.sizes_to_verify]
+        self.conditions.append(condition)
+
+    def limit(self, name: str, size: int) -> None:
+        """Lower the largest size of a name, unless it is lower."""
+        self.max_size[name] = min(size, self.max_size.get(name, size))
 
     def tighten(self) -> bool:
-        """Limit sizes to what bounds say; return whether there was anything to do."""
+        """Limit sizes to their bounds; return whether there was one."""
         bounds, self.bounds = self.bounds, {}
-        for name, (limit, text) in bounds.items():
-            self.max_size[name] = min(limit, self.max_size.get(name, limit))
-            self.points = [p for p in self.points if p.get(name, 0) <= limit]
-            self.texts.remove(text)
-            self.mismatched.append(text)
+        for name, (largest, condition) in bounds.items():
+            self.limit(name, largest)
+            self.sizes_to_verify = [s for s in self.sizes_to_verify if s.get(name, 0) <= largest]
+            self.conditions.remove(condition)
+            self.mismatched.append(condition)
         return bool(bounds)
 
 
 def find_size_constraints(
-    conditions: Sequence[Condition], longest: Mapping[str, int]
+    conditions: Sequence[Condition], max_run_size: Mapping[str, int]
 ) -> SizeConstraints:
-    """Find the sizes at which a model takes the path that was traced.
+    """Find the sizes at which a model takes the branch that was traced.
 
     Args:
         conditions: As `read_conditions`.
-        longest: By name of a size, or TOTAL, what the model runs at, at most, where it is known.
+        max_run_size: By name of a size, or TOTAL, the largest that the model itself runs at, where
+            it is known.
 
     Raises:
-        RotaryExportError: A condition fails at most sizes; the message names the place.
+        RotaryExportError: A condition fails at most sizes; the message names the source line.
     """
-    paths = SizeConstraints()
+    constraints = SizeConstraints()
     failing: list[tuple[Condition, list[int]]] = []
     for condition in conditions:
-        if len(condition.names) != 1:
-            continue
-        (name,) = condition.names
-        fails = [size for size in _SIZES if not condition.holds(size)]
-        if not fails:
-            continue
-        if not condition.is_guard:
-            failing.append((condition, fails))
-            continue
-        limit = _find_limit(condition.holds, fails, min(LONGEST_CASE, longest.get(name, 1 << 30)))
-        below = [size for size in fails if size <= min(limit, _DENSE)]
-        if limit < 2 or 2 * len(below) > min(limit, _DENSE):
-            raise RotaryExportError(
-                f"the model takes another path where not {condition.text}; give {name} a fixed "
-                "size with dynamic_shapes, or change the model there"
-            )
-        if limit < _SIZES[-1]:
-            paths.max_size[name] = min(limit, paths.max_size.get(name, limit))
-        if below:
-            failing.append((condition, below))
+        if len(condition.names) == 1:
+            failing += _limit_size(condition, constraints, max_run_size)
     for condition, sizes in failing:
-        (name,) = condition.names
-        most = min([LONGEST_CASE, *(m[name] for m in (paths.max_size, longest) if name in m)])
-        tried = _choose_sizes([size for size in sizes if size <= most])
-        if not tried:
-            continue
-        paths.add(condition.text, [{name: size} for size in tried])
-        if not condition.is_guard and sizes[-1] == _SIZES[-1]:
-            limit = _find_limit(condition.holds, sizes, most)
-            if 2 <= limit < paths.bounds.get(name, (limit + 1, ""))[0]:
-                paths.bounds[name] = limit, condition.text
+        _verify_size(condition, sizes, constraints, max_run_size)
     for condition in conditions:
         if len(condition.names) > 1:
-            _try_several(condition, paths, longest)
-    return paths
+            _verify_several(condition, constraints, max_run_size)
+    return constraints
+
+
+def _limit_size(
+    condition: Condition, constraints: SizeConstraints, max_run_size: Mapping[str, int]
+) -> list[tuple[Condition, list[int]]]:
+    """Limit a size to where a guard can hold; return the sizes below at which it fails, if any."""
+    (name,) = condition.names
+    fails = [size for size in _SIZES if not condition.holds(size)]
+    if not fails:
+        return []
+    if not condition.is_guard:
+        return [(condition, fails)]
+    longest = min(LONGEST_CASE, max_run_size.get(name, _UNLIMITED))
+    limit = _find_limit(condition.holds, fails, longest)
+    below = [size for size in fails if size <= min(limit, _DENSE)]
+    if limit < 2 or 2 * len(below) > min(limit, _DENSE):
+        raise RotaryExportError(
+            f"the model takes another branch where not {condition.text}; give {name} a fixed "
+            "size with dynamic_shapes, or change the model there"
+        )
+    if limit < _SIZES[-1]:
+        constraints.limit(name, limit)
+    return [(condition, below)] if below else []
+
+
+def _verify_size(
+    condition: Condition,
+    fails: Sequence[int],
+    constraints: SizeConstraints,
+    max_run_size: Mapping[str, int],
+) -> None:
+    """Choose sizes to verify of those at which a condition on one size fails."""
+    (name,) = condition.names
+    most = min(
+        [LONGEST_CASE, *(m[name] for m in (constraints.max_size, max_run_size) if name in m)]
+    )
+    chosen = _choose_sizes([size for size in fails if size <= most])
+    if not chosen:
+        return
+    constraints.add(condition.text, [{name: size} for size in chosen])
+    if not condition.is_guard and fails[-1] == _SIZES[-1]:
+        limit = _find_limit(condition.holds, fails, most)
+        if 2 <= limit < constraints.bounds.get(name, (limit + 1, ""))[0]:
+            constraints.bounds[name] = limit, condition.text
 
 
 def _find_limit(holds: Callable[[int], bool], fails: Sequence[int], most: int) -> int:
-    """Find the size before those at which a condition fails for good, or can't be proven."""
+    """Find the size before those at which a condition fails for good, or can't be verified."""
     failing = set(fails)
     end = len(_SIZES)
     while end and _SIZES[end - 1] in failing:
@@ -135,7 +160,7 @@ def _find_limit(holds: Callable[[int], bool], fails: Sequence[int], most: int) -
 
 
 def _choose_sizes(sizes: Sequence[int]) -> list[int]:
-    """Choose some of a condition's sizes: two starts, the first end, and the last that is quick."""
+    """Choose two starts of ranges, the end of the first, and the last size that is quick to run."""
     known = set(sizes)
     starts = [size for size in sizes if size - 1 not in known]
     ends = [size for size in sizes if size + 1 not in known]
@@ -143,19 +168,21 @@ def _choose_sizes(sizes: Sequence[int]) -> list[int]:
     return sorted({*starts[:2], *ends[:1], *quick[-1:]})
 
 
-def _try_several(condition: Condition, paths: SizeConstraints, longest: Mapping[str, int]) -> None:
-    """Find where a condition on several sizes fails, within the limits of each."""
+def _verify_several(
+    condition: Condition, constraints: SizeConstraints, max_run_size: Mapping[str, int]
+) -> None:
+    """Choose sizes to verify of those at which a condition on several sizes fails."""
 
     def list_sizes(name: str) -> list[int]:
-        most = min(paths.max_size.get(name, 1 << 30), longest.get(name, 1 << 30))
+        most = min(m.get(name, _UNLIMITED) for m in (constraints.max_size, max_run_size))
         return [size for size in _GRID if size <= most]
 
-    def is_quick(point: dict[str, int]) -> bool:
-        total = point.get(SEQ, 0) + point.get(PAST, 0)
+    def is_quick(sizes: Sizes) -> bool:
+        total = sizes.get(SEQ, 0) + sizes.get(PAST, 0)
         return (
-            math.prod(point.values()) <= _LARGEST_CASE
-            and max(point.values()) <= LONGEST_CASE
-            and total <= longest.get(TOTAL, total)
+            math.prod(sizes.values()) <= _LARGEST_CASE
+            and max(sizes.values()) <= LONGEST_CASE
+            and total <= max_run_size.get(TOTAL, total)
         )
 
     grid = itertools.islice(itertools.product(*map(list_sizes, condition.names)), 1 << 16)
@@ -164,8 +191,8 @@ def _try_several(condition: Condition, paths: SizeConstraints, longest: Mapping[
         for sizes in grid
         if not condition.holds(*sizes)
     ]
-    quick = sorted(filter(is_quick, fails), key=lambda point: math.prod(point.values()))
+    quick = sorted(filter(is_quick, fails), key=lambda sizes: math.prod(sizes.values()))
     if quick:
-        paths.add(condition.text, [quick[0], quick[len(quick) // 2]])
+        constraints.add(condition.text, [quick[0], quick[len(quick) // 2]])
     elif fails and condition.is_guard:
-        paths.unverified.append(condition.text)
+        constraints.unverified.append(condition.text)

@@ -1,4 +1,4 @@
-"""A model as it was: modes, buffers, submodules and the attributes that its modules keep."""
+"""A snapshot of a model: its modes, buffers, submodules and attributes, to be restored."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotary_export.models.find.calls import is_rotary_name
+from rotary_export.compat.modules import ATTRIBUTES_OF_TORCH, get_buffers
 
-_OF_TORCH = vars(nn.Module()).keys()  # modes, parameters, buffers, modules and hooks
-_MAX_COPIED = 2**22  # elements of a buffer that is kept as a copy; larger ones only by reference
+_MAX_COPIED = 2**22  # elements of a buffer that is copied; larger ones are kept by reference
 
 
 class Snapshot:
-    """What a run or a trace may change in a model; its parameters are not copied.
+    """The state that a run or a trace may change in a model; parameters are not copied.
 
     Args:
         model: The model.
@@ -28,17 +27,17 @@ class Snapshot:
         self._contents: list[tuple[Any, Any]] = []  # of dicts, lists and sets, one level deep
         self._registries: list[tuple[Any, Any]] = []
         for module in model.modules():
-            buffers = [b for b in module._buffers.values() if b is not None and _can_copy(b)]
+            buffers = [b for b in get_buffers(module).values() if b is not None and _can_copy(b)]
             self._buffers += [(buffer, buffer.detach().clone()) for buffer in buffers]
-            plain = {name: v for name, v in vars(module).items() if name not in _OF_TORCH}
+            plain = {name: v for name, v in vars(module).items() if name not in ATTRIBUTES_OF_TORCH}
             self._attributes.append((module, plain))
             kept = [v for v in plain.values() if type(v) in (dict, list, set)]
-            self._contents += [(v, v.copy()) for v in (module._buffers, *kept)]
-            registries = [v for name, v in vars(module).items() if name in _OF_TORCH]
+            self._contents += [(v, v.copy()) for v in (get_buffers(module), *kept)]
+            registries = [v for name, v in vars(module).items() if name in ATTRIBUTES_OF_TORCH]
             self._registries += [(v, v.copy()) for v in registries if isinstance(v, (dict, set))]
 
     def restore_state(self) -> None:
-        """Put buffers and attributes back: some rotary modules remember the longest input."""
+        """Restore buffers and attributes: some rotary modules remember the longest input."""
         with torch.no_grad():
             for buffer, copy in self._buffers:
                 if buffer.shape != copy.shape:
@@ -46,14 +45,14 @@ class Snapshot:
                 if not torch.equal(buffer, copy):
                     buffer.copy_(copy)
         for module, plain in self._attributes:
-            for name in vars(module).keys() - _OF_TORCH - plain.keys():
+            for name in vars(module).keys() - ATTRIBUTES_OF_TORCH - plain.keys():
                 del vars(module)[name]
             vars(module).update(plain)
         for value, copy in self._contents:
             _refill(value, copy)
 
     def restore(self) -> None:
-        """Put everything back, submodules, parameters and hooks by reference."""
+        """Restore everything; submodules, parameters and hooks by reference."""
         self.restore_state()
         for value, copy in self._registries:
             _refill(value, copy)
@@ -64,14 +63,14 @@ def _can_copy(buffer: Tensor) -> bool:
 
 
 def _refill(value: Any, copy: Any) -> None:
-    """Put into a container what it held."""
+    """Fill a container with what it held."""
     value.clear()
     (value.extend if isinstance(value, list) else value.update)(copy)
 
 
 @contextmanager
-def preserve(model: nn.Module) -> Iterator[Snapshot]:
-    """Leave a model as it was, after an error too; meanwhile it is in eval mode.
+def take_snapshot(model: nn.Module) -> Iterator[Snapshot]:
+    """Restore a model when the context ends, after an error too; until then it is in eval mode.
 
     Args:
         model: Any module.
@@ -81,7 +80,7 @@ def preserve(model: nn.Module) -> Iterator[Snapshot]:
     """
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()  # may do more than to set a mode, which `train` then takes back
+        model.eval()  # may do more than set a mode, which `train` then undoes
         snapshot = Snapshot(model)
         try:
             yield snapshot
@@ -90,27 +89,4 @@ def preserve(model: nn.Module) -> Iterator[Snapshot]:
     finally:
         for module, training in modes:
             if module.training != training:
-                module.train(training)  # its children too, whose turn comes later
-
-
-def copy_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Copy a model into another floating type; the tables' frequencies stay float32.
-
-    Args:
-        model: Any module.
-        dtype: The type of its parameters and activations.
-    """
-    from copy import deepcopy
-
-    copied = deepcopy(model)
-    kept = [
-        (module, name, buffer)
-        for module in copied.modules()
-        if is_rotary_name(type(module).__name__)
-        for name, buffer in module.named_buffers(recurse=False)
-        if buffer.dtype == torch.float32
-    ]
-    copied.to(dtype)
-    for module, name, buffer in kept:
-        module._buffers[name] = buffer
-    return copied
+                module.train(training)  # its children too, which are set later

@@ -72,7 +72,7 @@ def test_manifest_says_what_was_found(bundle):
     (finding,) = manifest.config["rotary"]
     assert finding["function"].endswith("modeling_llama.apply_rotary_pos_emb")
     assert (finding["calls"], finding["fused"]) == (2, 2)
-    assert finding["what"] == "half, channels 0 to 16, BNSH"
+    assert finding["rotation"] == "half, channels 0 to 16, BNSH"
     graph = manifest.graphs["model"]
     assert [i.shape for i in graph.inputs] == [("batch_size", "seq_len")] * 3
     assert graph.inputs[0].limits == (0, 95)
@@ -161,7 +161,7 @@ def test_cache(tmp_path, llama):
     assert cache.get_seq_length() == 5
     info = bundle.manifest.graphs["model"]
     names = [i.name for i in info.inputs]
-    assert names[3:] == ["past.0.key", "past.0.value", "past.1.key", "past.1.value"]
+    assert names[3:] == [f"past_key_values.{n}.{kv}" for n in (0, 1) for kv in ("key", "value")]
     assert info.inputs[1].shape == ("batch_size", "past_seq_len + seq_len")
     assert info.outputs[1].name == "present.0.key"
     assert info.outputs[1].shape == ("batch_size", 2, "past_seq_len + seq_len", 16)
@@ -183,7 +183,9 @@ def test_cache(tmp_path, llama):
             )
             got = out.pop("logits").numpy()
             np.testing.assert_allclose(got, want[:, start:end], rtol=0, atol=1e-4 * abs(want).max())
-            past = {name.replace("present", "past"): value for name, value in out.items()}
+            past = {
+                name.replace("present", "past_key_values"): value for name, value in out.items()
+            }
 
 
 def make_decode_inputs(cache, past):
@@ -216,7 +218,8 @@ def test_sliding_window_cache(tmp_path):
     assert keys == [window - 1]
     past = {}
     for index, layer in enumerate(whole.layers):
-        past |= {f"past.{index}.key": layer.keys, f"past.{index}.value": layer.values}
+        past[f"past_key_values.{index}.key"] = layer.keys
+        past[f"past_key_values.{index}.value"] = layer.values
     inputs = make_decode_inputs(None, window + 5) | {"input_ids": ids[:, -1:]}
     del inputs["past_key_values"]
     inputs |= {"attention_mask": torch.ones(3, window + 6, dtype=torch.int64)}
@@ -275,9 +278,9 @@ def test_weights_in_a_file_of_their_own(tmp_path, llama):
 
 
 def test_failed_proof_leaves_nothing(tmp_path, llama, monkeypatch):
-    from rotary_export.models.find import rotation
+    from rotary_export.models.find import lowering
 
-    real = rotation.rotary_embedding
+    real = lowering.rotary_embedding
     calls = []
 
     def wrong(x, cos, sin, **options):
@@ -286,7 +289,7 @@ def test_failed_proof_leaves_nothing(tmp_path, llama, monkeypatch):
             return real(x, cos, sin, **options)
         return real(x, cos, -sin, **options)
 
-    monkeypatch.setattr(rotation, "rotary_embedding", wrong)
+    monkeypatch.setattr(lowering, "rotary_embedding", wrong)
     with pytest.raises(CheckFailedError, match="the export is not equal to eager"):
         export_model(llama, make_inputs(llama), tmp_path / "b", formats=["onnx"])
     assert calls

@@ -27,10 +27,10 @@ def test_family(tmp_path, family):
     layers = 2 if family in TWO_KINDS_OF_LAYERS else 1
     model = make_model(family, num_hidden_layers=layers)
     bundle = export_model(model, make_inputs(model), tmp_path / "bundle", formats=["onnx"])
-    calls, what, axes = EXPECTED[family]
+    calls, rotation, axes = EXPECTED[family]
     (finding,) = bundle.manifest.config["rotary"]
     assert (finding["calls"], finding["fused"]) == (layers * calls, layers * calls)
-    assert finding["what"] == f"{what}, {axes}"
+    assert finding["rotation"] == f"{rotation}, {axes}"
     assert bundle.manifest.graphs["model"].rotary_nodes == layers * calls
     assert {row.kernel_path.partition(" ")[0] for row in bundle.report.rows} == {"native", "fused"}
     assert any(shape.startswith("batch_size 3") for shape in bundle.report.shapes["model"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from helpers.tiny_models import make_inputs, make_model
 from torch import nn
 
 from rotary_export import export_model, load
-from rotary_export.models.trace.trace_patches import find_thresholds
 
 SHORT, LONG = [1.0 + i / 8 for i in range(8)], [3.0 + i for i in range(8)]
 TYPES = {
@@ -43,7 +40,7 @@ def test_both_sides_of_the_switch(tmp_path, case):
     family, changed = case
     model = make_model(family, **changed)
     bundle = export_model(model, make_inputs(model), tmp_path / "bundle")
-    assert bundle.manifest.config["thresholds"] == [16]
+    assert bundle.manifest.config["length_thresholds"] == [16]
     tried = bundle.report.shapes["model"]
     assert {"batch_size 2, seq_len 16", "batch_size 2, seq_len 17"} <= set(tried)
 
@@ -67,15 +64,6 @@ def test_both_sides_of_the_switch(tmp_path, case):
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * abs(want).max())
 
 
-def test_a_config_inside_another_counts():
-    inner = types.SimpleNamespace(
-        max_position_embeddings=24, rope_parameters={"rope_type": "dynamic", "factor": 2.0}
-    )
-    model = nn.Identity()
-    model.config = types.SimpleNamespace(text_config=inner)
-    assert find_thresholds(model) == [24]
-
-
 class Wrapped(nn.Module):
     """A model inside another, which has no config of its own."""
 
@@ -93,7 +81,7 @@ def test_the_switch_of_a_model_inside_another(tmp_path, threshold):
     model = Wrapped(make_model(family, **changed | {"max_position_embeddings": threshold}))
     inputs = {"input_ids": torch.arange(14).reshape(2, 7)}
     bundle = export_model(model, inputs, tmp_path / "bundle", formats=["onnx"])
-    assert bundle.manifest.config["thresholds"] == [threshold]
+    assert bundle.manifest.config["length_thresholds"] == [threshold]
     is_tried = "batch_size 2, seq_len 17" in bundle.report.shapes["model"]
     skipped = bundle.report.unverified.get("lengths > 2048, where its angles change", "")
     assert is_tried == (threshold == 16)

@@ -63,11 +63,11 @@ for name, distribution in (("torchtune", "torchtune"), ("zeta", "zetascale logur
 @pytest.mark.parametrize("case", MODELS.values(), ids=MODELS.keys())
 @pytest.mark.filterwarnings("ignore")
 def test_fused_and_equal_to_eager(tmp_path, case):
-    make, calls, nodes, what = case
+    make, calls, nodes, rotation = case
     model, inputs = make()
     bundle = export_model(model, inputs, tmp_path / "bundle")
     (finding,) = bundle.manifest.config["rotary"]
-    assert (finding["calls"], finding["fused"], finding["what"]) == (calls, calls, what)
+    assert (finding["calls"], finding["fused"], finding["rotation"]) == (calls, calls, rotation)
     assert bundle.manifest.graphs["model"].rotary_nodes == nodes
     kernels = {row.kernel_path.partition(" ")[0] for row in bundle.report.rows}
     assert kernels == {"primitive", "native", "fused"}

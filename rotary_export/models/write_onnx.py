@@ -1,4 +1,4 @@
-"""One file per format from a model: `.onnx` (weights apart if they are many), `.pt2`, `.pt`."""
+"""A traced model as an ONNX file; large weights are written to a file beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rotary_export.bundle.manifest import GraphInfo
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.onnx import strip_metadata, translate_op
-from rotary_export.models.trace.program import describe
+from rotary_export.models.error_text import describe_error
 from rotary_export.op.onnx_function import add_functions
 from rotary_export.op.onnx_schema import register_schema
 from rotary_export.op.onnx_signature import FunctionSignature
@@ -38,16 +38,16 @@ def write_onnx(
     Args:
         program: As `trace_program` made it.
         info: Names of the inputs and outputs.
-        symbols: torch.export's symbols, and the names that they get.
-        path: The file to write; `PATH.data` beside it holds the weights, if they are more than
+        symbols: By torch.export's symbol, the name of a size.
+        path: The file to write.
         opset: Of ai.onnx.
-        max_inline_bytes: so many bytes.
+        max_inline_bytes: If the weights are larger, they are written to `PATH.data`.
 
     Returns:
-        The forms of its rotary nodes.
+        The function signatures of its rotary nodes.
 
     Raises:
-        RotaryExportError: An operator has no translation, or what torch.onnx writes is not valid.
+        RotaryExportError: An operator has no translation, or the file is not valid ONNX.
     """
     register_schema()
     op = torch.ops.rotary_export.rotary_embedding.default
@@ -64,15 +64,17 @@ def write_onnx(
             )
     except Exception as error:  # what torch's exporter raises
         cause = error.__cause__ or error
-        raise RotaryExportError(f"torch.onnx can't write the model: {describe(cause)}") from error
+        raise RotaryExportError(
+            f"torch.onnx can't write the model: {describe_error(cause)}"
+        ) from error
     model = exported.model
     with quiet_torch():
         optimizer.optimize_ir(model, output_size_limit=_FOLD_LIMIT)
     _rename(model, info, symbols)
     strip_metadata(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    apart = size > max_inline_bytes
-    if apart:
+    is_external = size > max_inline_bytes
+    if is_external:
         ir.external_data.unload_from_model(
             model, path.parent, f"{path.name}.data", size_threshold_bytes=1024
         )
@@ -80,16 +82,16 @@ def write_onnx(
     forms = add_functions(proto)
     onnx.save(proto, path)
     try:
-        onnx.checker.check_model(str(path) if apart else proto, full_check=not apart)
+        onnx.checker.check_model(str(path) if is_external else proto, full_check=not is_external)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise RotaryExportError(
-            f"torch.onnx writes a model that is not valid: {describe(error)}"
+            f"torch.onnx wrote a model that is not valid: {describe_error(error)}"
         ) from error
     return forms
 
 
 def _rename(model: ir.Model, info: GraphInfo, symbols: Mapping[str, str]) -> None:
-    """Give inputs, outputs and sizes the manifest's names, and weights those of the model."""
+    """Name inputs, outputs and sizes as in the manifest, and weights as in the model."""
     graph = model.graph
     taken = {tensor.name for tensor in (*info.inputs, *info.outputs)}
     for name, value in list(graph.initializers.items()):

@@ -25,6 +25,16 @@ def alone():
 def plain():
     return torch.nn.Linear(2, 2), {"input": torch.ones(3, 2)}
 
+def rotate_masked(x):
+    return x * torch.arange(x.shape[1])[:, None] * (torch.arange(16) % 3 > 0)
+
+class Masked(torch.nn.Module):
+    def forward(self, x):
+        return rotate_masked(x)
+
+def masked():
+    return Masked(), {"x": torch.ones(2, 6, 16)}
+
 def broken():
     raise KeyError("weights")
 
@@ -97,7 +107,57 @@ def test_config_says_that_weights_are_random(folder, monkeypatch):
     assert read_manifest(folder / "out").dtype == "float16"
 
 
-def test_other_commands_take_the_bundle(folder, monkeypatch):
+def run_dry(folder, monkeypatch, source, *options):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    before = sorted(folder.iterdir())
+    result = CliRunner().invoke(cli, ["export-model", source, "--dry-run", *options])
+    left = [path for path in sorted(folder.iterdir()) if path.name != "__pycache__"]
+    assert left == [path for path in before if path.name != "__pycache__"]
+    return result
+
+
+def test_dry_run(folder, monkeypatch):
+    result = run_dry(folder, monkeypatch, "my_factories:llama")
+    assert result.exit_code == 0, result.output
+    assert "modeling_llama.apply_rotary_pos_emb  1      1      half, channels" in result.stdout
+    assert result.stdout.rstrip().endswith("LlamaForCausalLM: 1 of 1 rotary calls would be fused")
+
+
+def test_dry_run_as_json(folder, monkeypatch):
+    options = ["--json", "--out", str(folder / "never"), "--dtype", "float16"]
+    result = run_dry(folder, monkeypatch, "config.json", *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["model"], found["calls"], found["fused"]) == ("LlamaForCausalLM", 1, 1)
+    assert found["note"] == "the weights are random: there is only a config"
+    (finding,) = found["rotary"]
+    assert finding["rotation"] == "half, channels 0 to 16, BNSH"
+    assert finding["reason"] == ""
+
+
+def test_dry_run_of_a_model_without_rotary_calls(folder, monkeypatch):
+    result = run_dry(folder, monkeypatch, "my_factories:plain", "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert (found["calls"], found["fused"], found["rotary"]) == (0, 0, [])
+
+
+def test_dry_run_says_why_a_call_is_not_replaced(folder, monkeypatch):
+    result = run_dry(folder, monkeypatch, "my_factories:masked")
+    assert result.exit_code == 1
+    assert "in no layout does the op equal it on random inputs" in result.stdout
+    assert result.stdout.rstrip().endswith("Masked: 0 of 1 rotary calls would be fused")
+
+
+def test_out_or_dry_run_is_required(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    result = CliRunner().invoke(cli, ["export-model", "my_factories:llama"])
+    assert result.exit_code == 2
+    assert "Missing option '--out', or '--dry-run'." in result.stderr
+
+
+def test_other_commands_accept_the_bundle(folder, monkeypatch):
     assert run(folder, monkeypatch, "my_factories:llama", "--force").exit_code == 0
     out = str(folder / "out")
     result = CliRunner().invoke(cli, ["verify", out])
@@ -122,13 +182,13 @@ BAD = {
     "nothing": ("nothing", "SOURCE must be package.module:factory", 2),
     "no such config": ("there/config.json", "there/config.json does not exist", 2),
     "no json": ("text.json", "text.json is not valid JSON", 2),
-    "no config": ("empty.json", "is no config of a Hugging Face model: it has no model_type", 2),
+    "no config": ("empty.json", "is not a config of a Hugging Face model: it has no model_type", 2),
     "unknown rope type": ("unknown_type.json", "unknown_type.json: ", 2),
     "missing rope key": ("missing_key.json", "missing_key.json: ", 2),
     "base of 0": ("zero_base.json", "zero_base.json: rope_theta must be a number > 0 and", 2),
     "base of no number": ("word_for_a_base.json", "< 1e30, got 'abc' in the config", 2),
     "size of no number": ("word_for_a_size.json", "field 'hidden_size': TypeError: Field", 2),
-    "unknown model": ("unknown_model.json", "has no model_type 'lama' (it brings its own", 2),
+    "unknown model": ("unknown_model.json", "has no model_type 'lama' (it has code of its own", 2),
     "no safetensors": ("no_weights", "no_weights has no .safetensors file", 2),
     "folder without config": ("no_config", "no_config/config.json does not exist", 2),
 }

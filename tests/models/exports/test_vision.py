@@ -34,9 +34,9 @@ def make_model(model_type, name, **values):
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
         config = CONFIG_MAPPING[model_type](**{**SIZES, **values})
-        home = type(config).__module__.replace("configuration_", "modeling_")
+        module = type(config).__module__.replace("configuration_", "modeling_")
         torch.manual_seed(0)
-        model = getattr(importlib.import_module(home), name)(config).eval()
+        model = getattr(importlib.import_module(module), name)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -80,7 +80,8 @@ def test_llama4(tmp_path):
     example, other = ({"pixel_values": torch.randn(n, 3, 16, 16)} for n in (2, 5))
     shapes = {"pixel_values": {0: "images"}}
     bundle = check(tmp_path, model, example, other, 2, dynamic_shapes=shapes, formats=["onnx"])
-    assert bundle.manifest.config["rotary"][0]["what"].startswith("interleaved, channels 0 to 16")
+    (finding,) = bundle.manifest.config["rotary"]
+    assert finding["rotation"].startswith("interleaved, channels 0 to 16")
 
 
 def test_pixtral(tmp_path):

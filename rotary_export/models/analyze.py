@@ -1,0 +1,225 @@
+"""What an export must know of a model: its inputs, the sizes to trace at, the rotary calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rotary_export.bundle.dims import PAST, SEQ, TOTAL
+from rotary_export.bundle.manifest import TensorInfo
+from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.models.arguments import (
+    FlatModel,
+    check_arguments,
+    find_extra_arguments,
+    read_arguments,
+)
+from rotary_export.models.configs import find_length_thresholds, find_max_positions
+from rotary_export.models.convert import convert_model
+from rotary_export.models.dim_names import name_dims, read_sizes
+from rotary_export.models.error_text import describe_error
+from rotary_export.models.find.replacement import Replacement, find_replacement
+from rotary_export.models.trace.size_limits import SizeConstraints
+from rotary_export.models.trace.snapshot import Snapshot, take_snapshot
+from rotary_export.models.trace.trace_patches import patch_for_tracing
+from rotary_export.proof.model_cases import (
+    TRACED,
+    Case,
+    InputValues,
+    choose_values,
+    make_case,
+    make_cases,
+)
+from rotary_export.runtime.tensors import name_dtype
+from rotary_export.types import Progress
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A model and its example inputs, analysed for an export.
+
+    Attributes:
+        flat: The model, with one tensor per input.
+        inputs: The inputs.
+        input_values: Where their values come from, when a case is made.
+        traced_sizes: The sizes that it is traced at.
+        example: The user's own inputs.
+        traced: The inputs that it is traced with.
+        found: What will be replaced.
+        length_thresholds: Lengths at which its angles change.
+        max_positions: How many positions it accepts; None: any number.
+    """
+
+    flat: FlatModel
+    inputs: tuple[TensorInfo, ...]
+    input_values: dict[str, InputValues]
+    traced_sizes: dict[str, int]
+    example: Case
+    traced: Case
+    found: Replacement
+    length_thresholds: list[int]
+    max_positions: int | None
+
+    @property
+    def max_run_size(self) -> dict[str, int]:
+        """By name of a size, the largest that the model itself runs at, where it is known."""
+        longest = self.max_positions
+        if longest is None:
+            return {}
+        past, seq = self.traced_sizes.get(PAST, 0), self.traced_sizes.get(SEQ, 1) + 1
+        return {SEQ: longest - past, PAST: longest - seq, TOTAL: longest}
+
+    def make_cases(self, constraints: SizeConstraints) -> list[Case]:
+        """Make the cases that it is proven with, the example first."""
+        cases = make_cases(
+            self.inputs,
+            self.input_values,
+            self.traced_sizes,
+            self.length_thresholds,
+            self.max_positions,
+            constraints.max_size,
+            constraints.sizes_to_verify,
+        )
+        return [self.example, *cases]
+
+
+def analyze_model(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any],
+    dynamic_shapes: str | Mapping[str, Any] | None,
+    snapshot: Snapshot,
+    report_progress: Progress,
+) -> Analysis:
+    """Read the inputs, run the model, and find what will be replaced.
+
+    Args:
+        model: As `export_model`; in eval mode.
+        example_inputs: As `export_model`.
+        dynamic_shapes: As `export_model`.
+        snapshot: Of the model, restored after each run.
+        report_progress: Called with the current step.
+
+    Raises:
+        RotaryExportError: An argument is wrong, or the model fails on its example inputs.
+    """
+    arguments, tensors = read_arguments(example_inputs)
+    named = name_dims(tensors, dynamic_shapes)
+    inputs = tuple(
+        TensorInfo(name, name_dtype(v.dtype), named[name], _find_id_limits(model, name))
+        for name, v in tensors.items()
+    )
+    input_values = {i.name: choose_values(i.name, tensors[i.name], i.limits) for i in inputs}
+    length_thresholds = find_length_thresholds(model)
+    flat = FlatModel(model, arguments, find_extra_arguments(model, example_inputs))
+    sizes = _choose_traced_sizes(read_sizes(tensors, named), inputs, input_values)
+    example = Case("the example", tuple(tensors.values()))
+    traced = make_case(inputs, input_values, sizes, stagger=True)
+    report_progress("find rotary embeddings")
+    found = _find_rotary(flat, example.tensors, traced.tensors, snapshot)
+    return Analysis(
+        flat=flat,
+        inputs=inputs,
+        input_values=input_values,
+        traced_sizes=sizes,
+        example=example,
+        traced=traced,
+        found=found,
+        length_thresholds=length_thresholds,
+        max_positions=find_max_positions(model, length_thresholds),
+    )
+
+
+def _find_rotary(
+    flat: FlatModel, example: Sequence[Tensor], traced: Sequence[Tensor], snapshot: Snapshot
+) -> Replacement:
+    """Run the model on its example, then record its rotary calls at the sizes of the trace."""
+    try:
+        with torch.no_grad():
+            flat(*example)
+        snapshot.restore_state()
+        with patch_for_tracing(flat.model):
+            return find_replacement(flat.model, lambda: flat(*traced))
+    except RotaryExportError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the model raises
+        raise RotaryExportError(
+            f"{type(flat.model).__name__} fails on its example inputs: {describe_error(error)}"
+        ) from error
+    finally:
+        snapshot.restore_state()
+
+
+def find_rotary_calls(
+    model: nn.Module, example_inputs: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> Replacement:
+    """Find out what `export_model` would replace; export nothing.
+
+    Args:
+        model: As `export_model`; it is restored.
+        example_inputs: As `export_model`.
+        dtype: As `export_model`.
+
+    Returns:
+        `findings`, one per function and kind of call; `calls` and `fused`, their sums.
+
+    Raises:
+        RotaryExportError: The model does not run on its example inputs.
+    """
+    check_arguments(model, example_inputs)
+    if dtype is not None:
+        model, example_inputs = convert_model(model, example_inputs, dtype)
+    with take_snapshot(model) as snapshot:
+        return analyze_model(model, example_inputs, "auto", snapshot, lambda _: None).found
+
+
+def check_found(model: nn.Module, found: Replacement) -> None:
+    """Check that the op replaces at least one call of a model.
+
+    Raises:
+        CheckFailedError: It replaces none; the message contains the reason.
+    """
+    if found.fused:
+        return
+    name = type(model).__name__
+    if not found.findings:
+        raise CheckFailedError(
+            f"{name} applies no rotary embedding (no function with such a name, or registered by "
+            "register_rotary, returns a tensor rotated by its position)"
+        )
+    finding = found.findings[0]
+    raise CheckFailedError(
+        f"none of the {found.calls} rotary calls of {name} can be replaced: {finding.function}: "
+        f"{finding.reason}"
+    )
+
+
+def _find_id_limits(model: nn.Module, name: str) -> tuple[int, int] | None:
+    """Return the smallest and largest token id."""
+    if not name.endswith("input_ids") or not hasattr(model, "get_input_embeddings"):
+        return None
+    try:
+        rows = cast(Any, model).get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        return None
+    return 0, int(rows) - 1
+
+
+def _choose_traced_sizes(
+    example: Mapping[str, int],
+    inputs: Sequence[TensorInfo],
+    input_values: Mapping[str, InputValues],
+) -> dict[str, int]:
+    """Choose small sizes, all different; the example's own where values may depend on them."""
+    sizes: dict[str, int] = {}
+    for name, size in example.items():
+        held = [i for i in inputs if any(name in str(d).split(" + ") for d in i.shape)]
+        free = all(input_values[i.name].role != "values" for i in held)
+        chosen = TRACED.get(name, max(size, 2)) if free or size < 2 else size
+        while chosen in sizes.values():
+            chosen += 1
+        sizes[name] = chosen
+    return sizes

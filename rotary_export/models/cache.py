@@ -1,0 +1,79 @@
+"""Key/value caches of transformers as named tensors, and back; named as optimum names them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+from torch import Tensor
+
+from rotary_export.errors import RotaryExportError
+
+
+def is_cache(value: Any) -> bool:
+    """Return whether a value is a cache of transformers, without importing transformers."""
+    module = sys.modules.get("transformers.cache_utils")
+    return module is not None and isinstance(value, module.Cache)
+
+
+def read_cache(name: str, cache: Any) -> dict[str, Tensor]:
+    """Return the keys and values of a cache that holds all positions.
+
+    Layers with a sliding window are read as full ones, until they drop a position: the model masks
+    positions outside the window.
+
+    Args:
+        name: The argument's name, for errors.
+        cache: A filled DynamicCache.
+
+    Returns:
+        (B, N, S, H) tensors by name: `past_key_values.N.key`, `past_key_values.N.value`.
+
+    Raises:
+        RotaryExportError: The cache is empty, drops positions, or is of another kind.
+    """
+    from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
+
+    required = f"{name} must be a DynamicCache that holds every position, filled, got"
+    if isinstance(cache, EncoderDecoderCache):
+        raise RotaryExportError(f"{required} an EncoderDecoderCache")
+    found: dict[str, Tensor] = {}
+    for index, layer in enumerate(getattr(cache, "layers", [])):
+        whole = isinstance(layer, DynamicLayer) and layer.keys is not None and layer.keys.dim() == 4
+        if not whole:
+            raise RotaryExportError(f"{required} layer {index} of {type(layer).__name__}")
+        kept, length = layer.keys.shape[-2], layer.get_seq_length()
+        if kept != length:
+            raise RotaryExportError(
+                f"{required} {kept} of {length} in layer {index} ({type(layer).__name__}); "
+                "DynamicCache() without a config keeps them all"
+            )
+        found[f"past_key_values.{index}.key"] = layer.keys
+        found[f"past_key_values.{index}.value"] = layer.values
+    if not found:
+        raise RotaryExportError(
+            f"{name} must hold keys and values (an export traces them), got an empty "
+            f"{type(cache).__name__}"
+        )
+    return found
+
+
+def rebuild_cache(tensors: Sequence[Tensor]) -> Any:
+    """Make a cache of (key, value, key, value, ...), two for each layer."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    cache, make_layer = DynamicCache(), cast(Any, DynamicLayer)
+    for keys, values in zip(tensors[0::2], tensors[1::2], strict=True):
+        layer = make_layer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
+
+
+def name_present(cache: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield the keys and values of a cache that a model returns, by name."""
+    for index, layer in enumerate(cache.layers):
+        yield f"present.{index}.key", layer.keys
+        yield f"present.{index}.value", layer.values

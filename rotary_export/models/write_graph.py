@@ -1,0 +1,140 @@
+"""Traces a model once and writes its graph in every format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rotary_export.bundle.manifest import SUFFIXES, GraphInfo, TensorInfo
+from rotary_export.compat.quiet import quiet_torch
+from rotary_export.errors import RotaryExportError
+from rotary_export.exporters.aoti import compile_program
+from rotary_export.exporters.program import save_program
+from rotary_export.exporters.torchscript import save_traced
+from rotary_export.models.analyze import Analysis
+from rotary_export.models.error_text import describe_error
+from rotary_export.models.find.replace import replace_calls
+from rotary_export.models.trace.guards import read_conditions
+from rotary_export.models.trace.program import (
+    get_inputs,
+    get_outputs,
+    name_shape,
+    name_symbols,
+    trace_program,
+)
+from rotary_export.models.trace.size_limits import SizeConstraints, find_size_constraints
+from rotary_export.models.trace.snapshot import Snapshot
+from rotary_export.models.trace.trace_patches import patch_for_tracing
+from rotary_export.models.write_onnx import write_onnx
+from rotary_export.proof.model import GRAPH
+from rotary_export.runtime.tensors import name_dtype
+from rotary_export.types import Progress
+
+
+def write_graph(
+    analysis: Analysis,
+    snapshot: Snapshot,
+    folder: Path,
+    formats: Sequence[str],
+    opset: int,
+    max_inline_bytes: int,
+    report_progress: Progress,
+) -> tuple[GraphInfo, SizeConstraints]:
+    """Trace a model and write it in every format.
+
+    Args:
+        analysis: The model.
+        snapshot: Of the model, restored before it is traced.
+        folder: Where to write.
+        formats: As `export_model`.
+        opset: Of ai.onnx.
+        max_inline_bytes: As `export_model`.
+        report_progress: Called with the current step.
+
+    Returns:
+        The graph, and the sizes at which it equals the model.
+
+    Raises:
+        RotaryExportError: The model can't be traced, or a format can't be written.
+    """
+    files = {kind: f"{GRAPH}{SUFFIXES[kind]}" for kind in formats}
+    report_progress("trace")
+    graph, constraints, program, symbols = _trace(analysis, snapshot, files)
+    # torch.onnx last: a program can't be written any more where sizes depend on values.
+    for kind, file in sorted(files.items(), key=lambda item: item[0] == "onnx"):
+        if kind == "aoti":
+            continue  # compiled once the program is written
+        report_progress(f"export {file}")
+        if kind == "onnx":
+            forms = write_onnx(program, graph, symbols, folder / file, opset, max_inline_bytes)
+            if all(form.is_native for form in forms):
+                graph = replace(graph, function_body="native")
+        elif kind == "program":
+            _write_program(program, folder / file)
+        elif kind == "torchscript":
+            snapshot.restore_state()  # torch.export leaves its fake tensors
+            _write_torchscript(analysis, folder / file)
+    if "aoti" in files:
+        report_progress(f"compile {files['aoti']}")
+        compile_program(
+            folder / files["program"], tuple(analysis.traced.tensors), folder / files["aoti"]
+        )
+    return graph, constraints
+
+
+def _trace(
+    analysis: Analysis, snapshot: Snapshot, files: dict[str, str]
+) -> tuple[GraphInfo, SizeConstraints, Any, dict[str, str]]:
+    """Trace a model; return its graph, the sizes it holds for, the program and its symbols."""
+    tensors = analysis.traced.tensors
+    with patch_for_tracing(analysis.flat.model), torch.no_grad():
+        results = analysis.flat.run_named(tensors)
+    snapshot.restore_state()  # tables that it keeps and lets grow would end at this length
+    with patch_for_tracing(analysis.flat.model), replace_calls(analysis.found):
+        program = trace_program(analysis.flat, tensors, analysis.inputs)
+    constraints = find_size_constraints(
+        read_conditions(program, get_inputs(program), analysis.inputs), analysis.max_run_size
+    )
+    symbols = name_symbols(program, analysis.inputs)
+    outputs = tuple(
+        TensorInfo(
+            name,
+            name_dtype(value.dtype),
+            name_shape(value.shape, symbols, name),
+        )
+        for name, value in zip(results, get_outputs(program), strict=True)
+    )
+    op = torch.ops.rotary_export.rotary_embedding.default
+    nodes = sum(node.target == op for node in program.graph.nodes)
+    graph = GraphInfo(analysis.inputs, outputs, files, nodes, max_size=constraints.max_size)
+    return graph, constraints, program, symbols
+
+
+def _write_program(program: Any, path: Path) -> None:
+    try:
+        save_program(program, path)
+    except Exception as error:  # what torch.export raises
+        raise RotaryExportError(
+            f"torch.export can't write the model: {describe_error(error)}; leave 'program' out of "
+            "formats"
+        ) from error
+
+
+def _write_torchscript(analysis: Analysis, path: Path) -> None:
+    try:
+        with (
+            quiet_torch(),
+            patch_for_tracing(analysis.flat.model),
+            replace_calls(analysis.found),
+            torch.no_grad(),
+        ):
+            save_traced(analysis.flat, analysis.traced.tensors, path)
+    except Exception as error:  # what the tracer raises
+        raise RotaryExportError(
+            f"torch.jit can't trace the model: {describe_error(error)}; leave 'torchscript' out of "
+            "formats"
+        ) from error
