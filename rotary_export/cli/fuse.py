@@ -80,14 +80,13 @@ def fuse(
     terminal.table(("fused", "which was"), [(count, was) for was, count in kinds.items()])
     _print_why(terminal, why, result.why)
     headers = ("batch", "length", "past", "runtime", "before", "ulp", "allowed")
-    terminal.table(
-        headers,
-        [
-            (r["batch"], r["length"], r["past"], r["runtime"], r["before"], f"{r['ulp']:.3g}",
-             f"{r['allowed']:g}")
-            for r in report["compared"]
-        ],
-    )  # fmt: skip
+    rows = [
+        (r["batch"], r["length"], r["past"], r["runtime"], r["before"], f"{r['ulp']:.3g}",
+         f"{r['allowed']:g}")
+        for r in report["compared"]
+    ]  # fmt: skip
+    if rows:
+        terminal.table(headers, rows)
     for skipped in report["not_compared"]:
         terminal.line(f"not compared: {skipped}")
     done = "nothing was written, it would fuse" if dry_run else "fused"

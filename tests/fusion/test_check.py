@@ -12,6 +12,7 @@ import rotary_export
 from rotary_export.errors import CheckFailedError
 from rotary_export.fusion.check import compare, runs
 from rotary_export.fusion.check.feeds import SHAPES
+from rotary_export.runtime import ways
 
 # Of the largest magnitude of an output; a limit that is raised must be raised here, too.
 LIMITS = {
@@ -91,7 +92,7 @@ def test_every_runtime_and_every_shape_is_compared():
 
 
 def test_an_op_library_that_is_not_available_is_said(monkeypatch):
-    monkeypatch.setattr(runs, "library_refusal", lambda providers, wanted: "it is not built")
+    monkeypatch.setattr(ways, "library_refusal", lambda providers, wanted: "it is not built")
     g = Graph(23, TensorProto.FLOAT)
     half(g)
     result = rotary_export.fuse(g.model())

@@ -93,7 +93,7 @@ def partial(g: Graph, rotate: str = "half") -> None:
 
 
 def trailing(g: Graph) -> None:
-    """The last 4 of 8 channels: the node takes the slice."""
+    """The last 4 of 8 channels: the slice is the input of the node."""
     cos, sin = write_tables(g, half=2)
     for x in add_query_key(g):
         head, tail = g.cut(x, 0, 4), g.cut(x, 4, 2**63 - 1)

@@ -99,7 +99,7 @@ def test_torch_s_export_is_fused_and_runs_at_any_shape(
 
 
 class Heads(nn.Module):
-    """Rotated query and key, written such that torch's old exporter takes it, too."""
+    """Rotated query and key, written such that torch's old exporter accepts it, too."""
 
     def __init__(self, interleaved: bool, rotary_dim: int, gathered: bool) -> None:
         super().__init__()

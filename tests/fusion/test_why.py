@@ -64,6 +64,13 @@ def sine_of_another_size(g: Graph) -> None:
     finish(g, *write_tables(g), turn_by_signs(-1, -1, -1, -1, 1, 1, 1, 2))
 
 
+def sines_of_other_angles(g: Graph) -> None:
+    angles = write_angles(g)
+    other = g.op("Mul", angles, g.const(np.float32(2)))
+    cos = g.unsqueeze(g.op("Cos", g.join(angles, angles)), 1)
+    finish(g, cos, g.unsqueeze(g.op("Sin", g.join(angles, other)), 1))
+
+
 def tables_of_halves_for_pairs(g: Graph) -> None:
     finish(g, *write_tables(g, "half"), rotate_pairs)
 
@@ -173,6 +180,13 @@ EXPLAINED = {
         "channels 3 and 7: the sines of a pair differ",
         "half layout, 6 of 8 channels fit; channels 3 and 7 differ: the sines of a pair differ, or "
         "are not known to be equal",
+    ),
+    "sines-of-other-angles": (
+        sines_of_other_angles,
+        f"{ROTATION}: match_pairs",
+        "channels 0 and 4: the sines of a pair differ",
+        f"half layout, 0 of 8 channels fit; {EVERY}: the sines of a pair differ, or are not known "
+        "to be equal",
     ),
     "tables-of-halves-for-pairs": (
         tables_of_halves_for_pairs,

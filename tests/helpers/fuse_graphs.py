@@ -1,4 +1,4 @@
-"""Small models with a rotary embedding, written as exporters write it; for `test_fuse_*`."""
+"""Small models with a rotary embedding, written as exporters write it; for tests/fusion."""
 
 from __future__ import annotations
 
