@@ -159,6 +159,7 @@ SECTIONS = {
 }
 DOCUMENTS = {
     "README.md": SECTIONS,
+    "rotary_export/op/README.md": {"minimum_onnxruntime": write_minimum_onnxruntime},
     "rotary_export/deploy/kits/cpp-onnxruntime/README.md": {
         "minimum_onnxruntime": write_minimum_onnxruntime,
         "cpp_latency": write_cpp_latency,

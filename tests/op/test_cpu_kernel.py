@@ -125,14 +125,6 @@ def test_in_a_forked_process_threads_are_new(threads, monkeypatch):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_without_the_library_the_message_is_the_same(monkeypatch):
-    inputs = LARGE.make_inputs()
-    inputs["position_ids"][1, 4] = -1
-    monkeypatch.setattr(cpu_kernel, "_find_library", lambda: None)
-    with pytest.raises(RotaryExportError, match=re.escape(spec.bad_id_message(-1, 1, 4, 16))):
-        OP(*order(inputs))
-
-
 def test_an_unusable_library_is_not_an_error(monkeypatch):
     def refuse():
         raise RotaryExportError("not installed")

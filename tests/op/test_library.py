@@ -108,6 +108,13 @@ def test_a_file_that_does_not_load_is_named(tmp_path, monkeypatch):
         op_library.instruction_set()
 
 
+def test_a_library_that_is_not_ours_is_named(tmp_path, monkeypatch):
+    path = shutil.copy(np.random._common.__file__, tmp_path / op_library.LIBRARY_NAME)
+    monkeypatch.setattr(op_library, "package_folders", lambda: [tmp_path])
+    with pytest.raises(RotaryExportError, match=f"{re.escape(str(path))} must be .*: .*undefined"):
+        op_library.load_library()
+
+
 def test_finding_it_needs_the_standard_library_only():
     code = (
         f"import runpy, sys; runpy.run_path({op_library.__file__!r}); "

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
-from rotary_export.op import spec
+from rotary_export.op import cpu_kernel, spec
 from rotary_export.op.torch_op import rotary_embedding, rotary_embedding_aten
 
 SOME = PAIRWISE + EDGES
@@ -200,6 +200,14 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.fixture(params=["kernel", "aten"])
+def computed_by(request, monkeypatch):
+    """Run a test with the op library, and without it."""
+    if request.param == "aten":
+        monkeypatch.setattr(cpu_kernel, "_find_library", lambda: None)
+
+
+@pytest.mark.usefixtures("computed_by")
 @pytest.mark.parametrize(("bad", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
 def test_bad_calls_are_refused(bad, message):
     with pytest.raises(RotaryExportError, match=f"^{re.escape(message)}$"):
@@ -228,6 +236,7 @@ def test_bad_shapes_are_refused_with_spec_s_message(bad, options):
         OP(*given, **options)
 
 
+@pytest.mark.usefixtures("computed_by")
 def test_no_batch_has_no_bad_position():
     inputs = Case(batch=0, ids="offset", kv_heads=1).make_inputs()
     inputs["position_ids"] = torch.tensor([-1])
