@@ -1,4 +1,4 @@
-"""The commands that take a bundle elsewhere: `deploy` and `serve`."""
+"""The commands that run a bundle elsewhere: `deploy` and `serve`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,36 @@ from typing import Any
 import click
 
 from rotary_export.bundle.json_file import read_json
-from rotary_export.cli.options import bundle_argument, force_option, json_option, out_option
+from rotary_export.cli.options import (
+    Decorator,
+    bundle_argument,
+    force_option,
+    json_option,
+    out_option,
+)
 from rotary_export.cli.terminal import Terminal
 from rotary_export.deploy.targets import TARGETS
 from rotary_export.serving.core import MAX_BATCH_SIZE, PLATFORMS
 from rotary_export.serving.options import ENGINES, MAX_REQUEST_MIB, Options
 
-PORT = click.IntRange(0, 65535)
+
+def _count_option(name: str, default: int, text: str, largest: int | None = None) -> Decorator:
+    """Return an option of at least 1."""
+    kind = click.IntRange(1, largest)
+    return click.option(name, type=kind, default=default, show_default=True, help=text)
+
+
+def _port_option(name: str, default: int) -> Decorator:
+    kind = click.IntRange(0, 65535)
+    return click.option(name, type=kind, default=default, show_default=True, help="0: a free one.")
+
+
+def _complete_target(_: object, __: object, text: str) -> list[str]:
+    return [name for name in TARGETS if name.startswith(text)]
 
 
 @click.command()
-@click.argument("target")
+@click.argument("target", shell_complete=_complete_target)
 @bundle_argument
 @out_option()
 @force_option("a folder that deploy wrote")
@@ -47,23 +66,13 @@ deploy.epilog = "\b\n" + "\n".join(f"{name}: {target.what}" for name, target in 
 @click.command()
 @bundle_argument
 @click.option("--engine", type=click.Choice(list(ENGINES)), default="mlserver", show_default=True)
-@click.option(
-    "--replicas",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Processes that run the model; for --engine ray.",
-)
+@_count_option("--replicas", 1, "Processes that run the model; for --engine ray.")
 @click.option("--name", help="Of the model; default: the bundle's.")
 @click.option("--graph", help="Default: rotate or model, whichever the bundle has.")
 @click.option("--runtime", type=click.Choice(list(PLATFORMS)), default="onnxruntime")
 @click.option("--allow-torchscript", is_flag=True, help="For --runtime torchscript: it is code.")
-@click.option(
-    "--max-batch-size",
-    type=click.IntRange(1),
-    default=MAX_BATCH_SIZE,
-    show_default=True,
-    help="Largest number of rows of a run; 1: each request by itself.",
+@_count_option(
+    "--max-batch-size", MAX_BATCH_SIZE, "Largest number of rows of a run; 1: each request alone."
 )
 @click.option(
     "--max-batch-delay-ms",
@@ -73,16 +82,10 @@ deploy.epilog = "\b\n" + "\n".join(f"{name}: {target.what}" for name, target in 
     help="Longest time that a request waits to be batched; 0: only during another run.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--http-port", type=PORT, default=8080, show_default=True, help="0: a free one.")
-@click.option("--grpc-port", type=PORT, default=8081, show_default=True, help="0: a free one.")
-@click.option("--metrics-port", type=PORT, default=8082, show_default=True, help="0: a free one.")
-@click.option(
-    "--max-request-mib",
-    type=click.IntRange(1, 2047),
-    default=MAX_REQUEST_MIB,
-    show_default=True,
-    help="Largest body of a request.",
-)
+@_port_option("--http-port", 8080)
+@_port_option("--grpc-port", 8081)
+@_port_option("--metrics-port", 8082)
+@_count_option("--max-request-mib", MAX_REQUEST_MIB, "Largest body of a request.", largest=2047)
 def serve(engine: str, replicas: int, **options: Any) -> None:
     """Serve BUNDLE over HTTP and gRPC (Open Inference Protocol) until SIGTERM or Ctrl-C.
 

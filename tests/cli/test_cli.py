@@ -1,4 +1,4 @@
-"""The commands: output for people, pipes and programs, exit codes, one line per mistake."""
+"""The commands: human-readable output, pipes, JSON, exit codes, one line per mistake."""
 
 import json
 import os
@@ -215,7 +215,7 @@ def test_mistake_in_json(tmp_path):
     assert "it has no manifest.json" in json.loads(result.stdout)["error"]
 
 
-def test_a_closed_pipe_is_no_error(bundle):
+def test_a_closed_pipe_is_not_an_error(bundle):
     command = f"{sys.executable} -P -m rotary_export inspect {bundle} | head -n 1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout == "bundle: bundle\n"
@@ -261,7 +261,33 @@ def test_terminal_gets_a_table_and_a_spinner(bundle):
     assert "proven: " in text
 
 
-def test_missing_click_is_said(tmp_path):
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        ("rotary-export exp", ["export", "export-model"]),
+        ("rotary-export export --format t", ["torchscript"]),
+        ("rotary-export deploy cpp-", ["cpp-onnxruntime", "cpp-libtorch", "cpp-aoti"]),
+        ("rotary-export serve --engine r", ["ray"]),
+    ],
+)
+def test_shell_completion(words, completions):
+    environment = {
+        "_ROTARY_EXPORT_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
+    result = CliRunner().invoke(cli, prog_name="rotary-export", env=environment)
+    assert result.stdout.splitlines() == [f"plain,{word}" for word in completions]
+
+
+@pytest.mark.parametrize("name", cli.commands)
+def test_every_command_has_help(name):
+    result = call(name, "--help")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"Usage: cli {name} ")
+
+
+def test_missing_click_is_reported(tmp_path):
     blocker = "import sys; sys.modules['click'] = None\n"
     code = f"{blocker}from rotary_export.__main__ import main\nmain()"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The kit for browsers: its page in headless Chromium, as its own check opens it."""
+"""The kit for browsers: its page in headless Chromium, opened by its own check."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from helpers.javascript_kits import (
     NEWEST,
     OLDEST,
     SHAPES,
+    check_pins,
     find_allowed,
     make_case,
     make_kit,
@@ -29,7 +30,7 @@ NAME = "browser"
 
 
 def open_page(kit: Path, *folders: str) -> list[dict[str, Any]]:
-    """Return what the page says of each folder."""
+    """Return the page's report of each folder."""
     done = run_node(NAME, kit, "check.mjs", *folders)
     assert done.stderr == ""
     reports = [json.loads(line) for line in done.stdout.splitlines()]
@@ -121,12 +122,7 @@ def _use_oldest(kit: Path, packages: Path) -> None:
 
 
 def test_pins_are_what_is_installed(plain):
-    package = json.loads((plain / "package.json").read_text())
-    assert package["dependencies"] == {"onnxruntime-web": NEWEST}
-    lock = (plain / "package-lock.json").read_text()
-    assert "resolved" not in lock  # no registry's address
-    installed = json.loads((plain / "node_modules" / ".package-lock.json").read_text())["packages"]
-    assert installed == {k: v for k, v in json.loads(lock)["packages"].items() if k}
+    check_pins(plain, "onnxruntime-web")
 
 
 def test_scripts_are_what_the_page_says(plain):
@@ -234,14 +230,16 @@ def test_bad_inputs_are_shown(plain):
     save_case(plain / "half", inputs, {})
     identifier, dtype, shape, other, half, none = open_page(plain, *changes, "off", "half", "none")
     assert identifier["state"] == "error"
-    assert identifier["said"] == "position_ids must be in [0, 32), got 32 at batch 0, row 1"
-    assert dtype["said"] == "query must be float32, got float16"
-    assert shape["said"].startswith("key must have shape (batch_size, num_kv_heads, seq_len, 24)")
+    assert identifier["verdict"] == "position_ids must be in [0, 32), got 32 at batch 0, row 1"
+    assert dtype["verdict"] == "query must be float32, got float16"
+    assert shape["verdict"].startswith(
+        "key must have shape (batch_size, num_kv_heads, seq_len, 24)"
+    )
     assert other["state"] == "failed"
     assert [result["passed"] for result in other["results"]] == [True, False]
     assert other["results"][1]["maxError"] == pytest.approx(0.5, rel=1e-6)
-    assert half["said"] == "half/expected/query_out.npy can't be read: 404"
-    assert none["said"] == "none/query.npy can't be read: 404"
+    assert half["verdict"] == "half/expected/query_out.npy can't be read: 404"
+    assert none["verdict"] == "none/query.npy can't be read: 404"
 
 
 def test_a_broken_kit_is_shown(plain, tmp_path):
@@ -250,14 +248,14 @@ def test_a_broken_kit_is_shown(plain, tmp_path):
         file.write(b"\0")
     (report,) = open_page(kit, "example")
     assert report["state"] == "error"
-    assert report["said"].startswith("rotate.onnx is not the file that was exported: its sha256")
+    assert report["verdict"].startswith("rotate.onnx is not the file that was exported: its sha256")
     shutil.rmtree(kit / "bundle")
     (report,) = open_page(kit, "example")
-    assert report["said"] == "bundle/manifest.json can't be read: 404"
+    assert report["verdict"] == "bundle/manifest.json can't be read: 404"
     _use_oldest(kit, tmp_path)
     (kit / "node_modules" / "onnxruntime-web").unlink()
     (report,) = open_page(kit, "example")
-    assert report["said"] == "onnxruntime-web is not installed: npm ci --ignore-scripts"
+    assert report["verdict"] == "onnxruntime-web is not installed: npm ci --ignore-scripts"
     (kit / "node_modules" / "playwright-core").unlink()
     done = run_node(NAME, kit, "check.mjs")
     assert done.returncode == 1

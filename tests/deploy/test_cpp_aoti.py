@@ -1,6 +1,6 @@
 """C++, AOTInductor: the format `aoti`, and the kit that runs it, at untraced shapes.
 
-A graph takes the C++ compiler some ten seconds, so that two bundles are all there are.
+The C++ compiler needs some ten seconds for a graph, so there are only two bundles.
 """
 
 from __future__ import annotations
@@ -16,17 +16,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers.bundles import check_refused, get_bundle, make_arrays, run_eager, to_torch
-from helpers.cpp_kits import VERSION, build_kit, read_folder, run_kit, to_arrays, write_folder
+from helpers.cpp_kits import AOTI, FILES, MISTAKES, build_kit, check_example, run_kit
 from helpers.oracles import assert_same_bits
-from helpers.target_runs import (
-    Row,
-    compare,
-    get_model,
-    make_model_arrays,
-    record,
-    require,
-    run_model_eager,
-)
+from helpers.target_runs import get_model, require
 from helpers.tiny_models import make_inputs
 
 import rotary_export
@@ -35,13 +27,10 @@ from rotary_export.bundle.manifest import read_manifest
 from rotary_export.cli.inspection import inspect_path
 from rotary_export.cli.main import cli
 from rotary_export.deploy.deploy import deploy
-from rotary_export.proof.tolerances import TOLERANCES
 
-TARGET = "C++, AOTInductor"
 FORMATS = ("torchscript", "program", "aoti")
-SHAPES = [(1, 1), (3, 7), (2, 31), (5, 200), (0, 4), (2, 0)]  # traced at (2, 2)
-MODEL_SHAPES = [(1, 1), (3, 17), (2, 40)]
-NO_AVX2 = {"ATEN_CPU_CAPABILITY": "default"}  # torch then says so of the machine
+SHAPES = ((1, 1), (3, 7), (2, 31), (5, 200), (0, 4), (2, 0))  # traced at (2, 2)
+NO_AVX2 = {"ATEN_CPU_CAPABILITY": "default"}  # torch then reports such a machine
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +73,7 @@ def test_is_proven_and_marked(bundle):
     assert rotary_export.verify(bundle).passed
 
 
-def test_names_no_place_on_this_machine(bundle):
+def test_contains_no_path_of_this_machine(bundle):
     places = [bundle.parent, Path(torch.__file__).parent.parent, Path.home(), Path(sys.prefix)]
     for file in bundle.glob("*.aoti.pt2"):
         with zipfile.ZipFile(file) as package:
@@ -107,8 +96,8 @@ def test_runs_in_python(bundle):
         session(**bad)
 
 
-def test_torch_too_answers_a_bad_id_with_an_error(bundle):
-    """In a parallel region it would end the process: nothing but the kit's check was before it."""
+def test_torch_too_raises_for_a_bad_id(bundle):
+    """In a parallel region it would end the process: only the kit's check would prevent that."""
     path = str(bundle / "rotate.aoti.pt2")
     loader = torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1)
     tensors = {k: to_torch(v) for k, v in make_arrays("plain", batch=40, seq_len=99).items()}
@@ -143,24 +132,11 @@ def test_a_machine_without_the_instruction_set(bundle, tmp_path):
 
 
 def test_runs_the_example_of_the_page(kit, program):
-    done = run_kit(program, kit, "rotate.aoti.pt2", "example")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("differs from expected by 0\n") == 2
+    check_example(program, kit, "rotate.aoti.pt2")
 
 
 def test_rotate_is_equal_to_eager(kit, program, tmp_path):
-    cases = [make_arrays("plain", batch=b, seq_len=s, seed=s) for b, s in SHAPES]
-    folders = [write_folder(tmp_path / str(i), case) for i, case in enumerate(cases)]
-    done = run_kit(program, kit, "rotate.aoti.pt2", *folders)
-    assert done.returncode == 0, done.stderr
-    for folder, case in zip(folders, cases, strict=True):
-        want = to_arrays(run_eager("plain", case))
-        assert {k: v.tobytes() for k, v in read_folder(folder, want).items()} == {
-            k: v.tobytes() for k, v in want.items()
-        }
-    shapes = [f"{b}x{s}" for b, s in SHAPES]
-    version = f"torch {VERSION}"
-    record(Row(TARGET, version, "rotate", "ran", "compiled (AVX2)", ["float32"], shapes, 0.0, True))
+    AOTI.check_rotate(program, kit, "plain", SHAPES, tmp_path)
 
 
 def test_a_whole_model_is_equal_to_eager(program, tmp_path, capfd):
@@ -171,60 +147,12 @@ def test_a_whole_model_is_equal_to_eager(program, tmp_path, capfd):
     assert "torch/" not in capfd.readouterr().err  # nothing is logged on the way
     assert "AOTInductor" in {row.runtime for row in bundle.report.rows}
     kit = deploy("cpp-aoti", bundle, tmp_path / "kit")
-    cases = [make_model_arrays(b, s) for b, s in MODEL_SHAPES]
-    folders = [write_folder(tmp_path / str(i), case) for i, case in enumerate(cases)]
-    done = run_kit(program, kit, "model.aoti.pt2", *folders)
-    assert done.returncode == 0, done.stderr
-    allowed = TOLERANCES["model"].max_ulp * np.finfo(np.float32).eps
-    results = []
-    for folder, case in zip(folders, cases, strict=True):
-        want = run_model_eager(case)
-        results.append(compare(read_folder(folder, want), want, allowed))
-    worst, exact = max(r[0] for r in results), all(r[1] for r in results)
-    shapes = [f"{b}x{s}" for b, s in MODEL_SHAPES]
-    version = f"torch {VERSION}"
-    record(
-        Row(TARGET, version, "model", "ran", "compiled (AVX2)", ["float32"], shapes, worst, exact)
-    )
+    AOTI.check_model(program, kit, tmp_path)
 
 
-MISTAKES = {
-    "no file": ("nix.pt2", {}, "bundle/nix.pt2 must be a compiled graph, GRAPH.aoti.pt2; torch: "),
-    "a program": (
-        "rotate.pt2",
-        {},
-        "bundle/rotate.pt2 must be a compiled graph, GRAPH.aoti.pt2; torch: ",
-    ),
-    "no input": ("rotate.aoti.pt2", {"key": None}, "key.npy can't be read"),
-    "type": (
-        "rotate.aoti.pt2",
-        {"position_ids": np.zeros((3, 7), np.int32)},
-        "position_ids must be int64, got Int",
-    ),
-    "shape": (
-        "rotate.aoti.pt2",
-        {"position_ids": np.zeros((1, 7), np.int64)},
-        "position_ids must have shape (batch_size, seq_len), batch_size=3, num_heads=4, "
-        "num_kv_heads=2, seq_len=7, got [1, 7]",
-    ),
-    "bad id": (
-        "rotate.aoti.pt2",
-        {"position_ids": np.full((3, 7), 32)},
-        "position_ids must be in [0, 31], got 32",
-    ),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", [*FILES, *MISTAKES])
 def test_a_mistake_is_one_clear_error(mistake, kit, program, tmp_path):
-    file, changed, message = MISTAKES[mistake]
-    arrays = {k: v for k, v in (make_arrays("plain") | changed).items() if v is not None}
-    done = run_kit(program, kit, file, write_folder(tmp_path / "case", arrays))
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "case" / "out").exists()
+    AOTI.check_mistake(program, kit, mistake, tmp_path / "case")
 
 
 def test_the_program_refuses_a_machine_without_the_instruction_set(kit, program):
@@ -235,6 +163,6 @@ def test_the_program_refuses_a_machine_without_the_instruction_set(kit, program)
     )
 
 
-def test_deploy_wants_the_format(tmp_path):
+def test_deploy_requires_the_format(tmp_path):
     act = lambda: deploy("cpp-aoti", get_bundle("plain"), tmp_path / "out")  # noqa: E731
     check_refused("cpp-aoti needs the format 'aoti', but the bundle was exported", act, tmp_path)

@@ -1,4 +1,4 @@
-"""The kit for C++ with ONNX Runtime: built as its page says, run on runtimes old and new."""
+"""The kit for C++ with ONNX Runtime: built as its page says, run on old and new runtimes."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def load(folder: Path) -> dict[str, np.ndarray]:
 
 
 def run(kit: Path, mode: str, folder: Path, arrays: dict[str, np.ndarray], **options):
-    """Return what the program gives for arrays."""
+    """Return the program's outputs."""
     folder.mkdir()
     inputs, out = save(folder / "inputs", arrays), folder / "outputs"
     done = call(kit, mode, inputs, out, **options)
@@ -267,14 +267,14 @@ def test_a_model_without_a_cache_is_not_decoded(kit, tmp_path):
     inputs, out = save(tmp_path / "inputs", make_model_arrays(1, 2)), tmp_path / "out"
     graph = get_model_bundle().path / "model.onnx"
     check_refused(
-        "decode takes rotate, not a graph of input_ids",
+        "decode accepts rotate, not a graph of input_ids",
         call(kit, "decode", inputs, out, graph=graph),
         out,
     )
 
 
 def test_a_runtime_older_than_the_bundle_needs(kit, tmp_path):
-    """1.23 has the function body's op, but takes no head that is rotated in part."""
+    """1.23 has the function body's op, but rejects a head that is rotated in part."""
     out = tmp_path / "out"
     done = call(kit, "run", kit / "example", out, path="portable", version="1.23.2")
     check_refused("RotaryEmbedding", done, out)

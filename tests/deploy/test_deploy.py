@@ -1,6 +1,7 @@
 """`deploy`: the folder it writes, and what it refuses."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from helpers.target_runs import get_model_bundle
 
 from rotary_export.bundle.manifest import check_files, read_manifest
 from rotary_export.cli.main import cli
-from rotary_export.deploy.deploy import KITS, deploy
+from rotary_export.deploy.deploy import KITS, SHARED, deploy
 from rotary_export.deploy.targets import TARGETS, Target
 
 
@@ -19,20 +20,65 @@ def target(monkeypatch, tmp_path):
     kits = tmp_path / "kits"
     (kits / "some").mkdir(parents=True)
     (kits / "some" / "README.md").write_text("read me")
+    (kits / "shared" / "language").mkdir(parents=True)
+    (kits / "shared" / "language" / "lib.txt").write_text("shared")
     monkeypatch.setattr("rotary_export.deploy.deploy.KITS", kits)
-    monkeypatch.setitem(TARGETS, "some", Target("some machine", "onnx"))
+    monkeypatch.setitem(TARGETS, "some", Target("some machine", "onnx", shared="language"))
+
+
+def list_folders(path):
+    return {folder.name for folder in path.iterdir() if folder.is_dir()}
+
+
+def list_files(folder):
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
 
 
 def test_every_target_has_a_kit_with_a_page():
-    assert {kit.name for kit in KITS.iterdir() if kit.is_dir()} == TARGETS.keys()
+    assert list_folders(KITS) == TARGETS.keys() | {SHARED}
     for name in TARGETS:
         assert (KITS / name / "README.md").is_file()
+
+
+def test_every_shared_folder_is_used_and_hides_no_file_of_a_kit():
+    used = {target.shared for target in TARGETS.values() if target.shared is not None}
+    assert list_folders(KITS / SHARED) == used
+    for name, target in TARGETS.items():
+        if target.shared is not None:
+            assert not list_files(KITS / name) & list_files(KITS / SHARED / target.shared)
+
+
+@pytest.mark.parametrize("name", [n for n, t in TARGETS.items() if t.format != "aoti"])
+def test_every_target_deploys_its_own_and_its_shared_files(name, tmp_path):
+    out = deploy(name, get_bundle("plain"), tmp_path / "out")
+    files = list_files(out)
+    assert {"README.md", "kit.json", "bundle/manifest.json"} <= files
+    assert list_files(KITS / name) <= files | {"model.py"}  # Triton's moves
+    if TARGETS[name].shared is not None:
+        assert list_files(KITS / SHARED / TARGETS[name].shared) <= files
+    assert list_own_imports(out) <= files
+
+
+OWN_IMPORT = re.compile(r'(?:from |import\()"\./([\w.]+)"|#include "([\w.]+)"')
+
+
+def list_own_imports(out):
+    """Return the files beside them that the sources of a kit import."""
+    names = set()
+    for file in out.iterdir():
+        if file.suffix in (".mjs", ".cc", ".h"):
+            found = OWN_IMPORT.findall(file.read_text(encoding="utf-8"))
+            names |= {first or second for first, second in found}
+        elif file.suffix == ".py" and "from arrays import" in file.read_text(encoding="utf-8"):
+            names.add("arrays.py")
+    return names
 
 
 @pytest.mark.usefixtures("target")
 def test_writes_the_kit_the_bundle_and_an_example(tmp_path):
     out = deploy("some", get_bundle("plain"), tmp_path / "out")
     assert (out / "README.md").read_text() == "read me"
+    assert (out / "lib.txt").read_text() == "shared"
     check_files(out / "bundle", read_manifest(out / "bundle"))
     kit = json.loads((out / "kit.json").read_text())
     assert kit["graph"] == "rotate"
@@ -43,13 +89,13 @@ def test_writes_the_kit_the_bundle_and_an_example(tmp_path):
 
 
 @pytest.mark.usefixtures("target")
-def test_takes_a_whole_model_and_prints_json(tmp_path):
+def test_deploys_a_whole_model_and_prints_json(tmp_path):
     bundle, out = get_model_bundle().path, tmp_path / "out"
     result = CliRunner().invoke(cli, ["deploy", "some", str(bundle), "--out", str(out), "--json"])
     assert result.exit_code == 0, result.output
-    said = json.loads(result.stdout)
-    assert said["graph"] == "model"
-    assert "example/expected/logits.npy" in said["files"]
+    printed = json.loads(result.stdout)
+    assert printed["graph"] == "model"
+    assert "example/expected/logits.npy" in printed["files"]
 
 
 @pytest.mark.usefixtures("target")

@@ -1,7 +1,8 @@
-"""What the tests of the kits for Node.js and for the browser share."""
+"""The kits for Node.js and for browsers: bundles, cases, and how they are run."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def make_kit(target: str, name: str, folder: Path, runtime: str = ".") -> Path:
 
 
 def make_case(name: str, shape: tuple[int, int]) -> tuple[Arrays, Arrays]:
-    """Make inputs, and what eager PyTorch gives for them."""
+    """Make inputs, and eager's outputs."""
     if name == "model":
         inputs = make_model_arrays(*shape)
         return inputs, run_model_eager(inputs)
@@ -58,6 +59,15 @@ def save_case(folder: Path, inputs: Arrays, expected: Arrays) -> None:
         place.mkdir()
         for name, array in arrays.items():
             np.save(place / f"{name}.npy", array)
+
+
+def check_pins(kit: Path, runtime: str) -> None:
+    """Check that the kit pins the newest runtime, and its lock file what is installed."""
+    assert json.loads((kit / "package.json").read_text())["dependencies"] == {runtime: NEWEST}
+    lock = (kit / "package-lock.json").read_text()
+    assert "resolved" not in lock  # no registry's address
+    installed = json.loads((kit / "node_modules" / ".package-lock.json").read_text())["packages"]
+    assert installed == {k: v for k, v in json.loads(lock)["packages"].items() if k}
 
 
 def run_node(target: str, kit: Path, *words: Any) -> subprocess.CompletedProcess[str]:

@@ -37,7 +37,7 @@ class Row:
         shapes: Those that were tried, as "2x7": batch and length.
         max_error: Largest absolute difference from eager PyTorch; None where nothing ran.
         exact: Whether every result had the bits of eager.
-        note: What to know besides.
+        note: Other facts.
     """
 
     target: str
@@ -97,7 +97,7 @@ def make_model_arrays(batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
     """Make inputs of the model, with positions that no row shares with another.
 
     Rows count in steps of 1, 2, 3, ...: attention sees distances alone, so that a mere shift
-    would not show a runtime that takes one row's positions for another's.
+    would not reveal a runtime that swaps the positions of two rows.
     """
     ids = np.arange(batch_size * seq_len).reshape(batch_size, seq_len) % 96
     return {
@@ -108,7 +108,7 @@ def make_model_arrays(batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
 
 
 def run_model_eager(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return what the model should give."""
+    """Return eager's outputs of the model."""
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     with torch.no_grad():
         return {"logits": get_model()(**tensors, use_cache=False).logits.numpy()}

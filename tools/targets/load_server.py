@@ -3,7 +3,7 @@
   python tools/targets/load_server.py prepare BUNDLE FOLDER
   python tools/targets/load_server.py run FOLDER --model NAME --http HOST:PORT --grpc HOST:PORT
 
-`prepare` writes requests and what eager PyTorch answers (it needs torch); `run` needs numpy and
+`prepare` writes requests and eager PyTorch's outputs (it requires torch); `run` requires numpy and
 tritonclient alone. Half of the clients use HTTP and half gRPC where both are given.
 
 Exit codes: 0 fine, 1 an error or a wrong answer, 2 wrong usage.
@@ -54,7 +54,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def read_requests(folder: Path) -> tuple[list[tuple[Arrays, Arrays]], float]:
-    """Return (inputs, outputs) of every request, and how far an answer may be off."""
+    """Return (inputs, outputs) of every request, and the allowed relative error."""
     pairs = []
     for path in sorted(folder.glob("*.npz")):
         with np.load(path) as arrays:
@@ -68,7 +68,7 @@ def read_requests(folder: Path) -> tuple[list[tuple[Arrays, Arrays]], float]:
 
 
 def find_mistake(got: Arrays, want: Arrays, allowed: float) -> str:
-    """Return what is wrong with an answer; empty: nothing."""
+    """Return the mistake in an answer; empty: none."""
     for name, right in want.items():
         left = got.get(name)
         if left is None or left.shape != right.shape or left.dtype != right.dtype:
@@ -77,12 +77,12 @@ def find_mistake(got: Arrays, want: Arrays, allowed: float) -> str:
             if left.tobytes() != right.tobytes():
                 return f"{name} has other bits"
         elif not np.abs(left - right).max() <= allowed * np.abs(right).max():
-            return f"{name} is off by {np.abs(left - right).max()}"
+            return f"{name} has an error of {np.abs(left - right).max()}"
     return ""
 
 
 def open_client(protocol: str, address: str, model: str, binary: bool) -> Infer:
-    """Return a function that asks the server; one connection."""
+    """Return a function that sends a request; one connection."""
     if protocol == "http":
         import tritonclient.http as triton
 
@@ -95,13 +95,13 @@ def open_client(protocol: str, address: str, model: str, binary: bool) -> Infer:
         options = {}
 
     def infer(inputs: Arrays, names: list[str]) -> Arrays:
-        asked = []
+        tensors = []
         for name, value in inputs.items():
             tensor = triton.InferInput(name, value.shape, DATATYPES[value.dtype.name])
             tensor.set_data_from_numpy(value, **options)
-            asked.append(tensor)
+            tensors.append(tensor)
         outputs = [triton.InferRequestedOutput(name, **options) for name in names]
-        result = client.infer(model, asked, outputs=outputs)
+        result = client.infer(model, tensors, outputs=outputs)
         return {name: result.as_numpy(name) for name in names}
 
     return infer
@@ -113,7 +113,7 @@ def load(
     allowed: float,
     seconds: float,
 ) -> dict[str, Any]:
-    """Ask from one thread for each client until the time is over; return what was seen."""
+    """Send requests from one thread per client for some seconds; return counts and latencies."""
     latencies: list[float] = []
     problems: list[str] = []
     end = time.perf_counter() + seconds
@@ -207,7 +207,7 @@ def main() -> int:
         "--save",
         nargs=2,
         metavar=("NAME", "FILE"),
-        help="under a name, in a JSON file that is there",
+        help="under a name, in an existing JSON file",
     )
     arguments = parser.parse_args()
     if arguments.command == "prepare":

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from rotary_export.compat.servers import get_http_app
+from rotary_export.compat.mlserver import get_http_app
 from rotary_export.errors import RotaryExportError
 from rotary_export.serving.options import Options
 from rotary_export.types import Progress

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from rotary_export.compat.servers import get_ray_settings
+from rotary_export.compat.ray import make_settings
 from rotary_export.errors import RotaryExportError
 from rotary_export.serving.options import Options
 from rotary_export.serving.ports import Addresses
@@ -48,15 +48,7 @@ STOP_S = 5  # for calls to end
 
 
 def serve(options: Options, report_ready: Progress) -> None:
-    """Serve a bundle until SIGTERM or SIGINT; no process of Ray remains.
-
-    Args:
-        options: What to serve, and where.
-        report_ready: Called with one line, once every port answers.
-
-    Raises:
-        RotaryExportError: The bundle can't be served, or a port is already in use.
-    """
+    """Serve as `serving.mlserver.engine.serve`; afterwards, no process of Ray remains."""
     name = options.open().metadata["name"]  # raises here, not in a replica
     addresses = options.find_addresses()
     args = {
@@ -80,7 +72,7 @@ def serve(options: Options, report_ready: Progress) -> None:
                 object_store_memory=OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
-                **get_ray_settings(folder, addresses.metrics_port),
+                **make_settings(folder, addresses.metrics_port),
             )
             signal.signal(signal.SIGTERM, _interrupt)  # Ray has set its own
             ray_serve.start(

@@ -25,9 +25,9 @@ async function main() {
       await page.goto(`${address}/?inputs=${encodeURIComponent(inputs)}`);
       await page.waitForSelector("body:not([data-state=running])", { timeout: 60_000 });
       const state = await page.getAttribute("body", "data-state");
-      const said = await page.textContent("#verdict");
+      const verdict = await page.textContent("#verdict");
       const report = await page.evaluate(() => globalThis.report);
-      console.log(JSON.stringify({ inputs, state, said, chromium: browser.version(), ...report }));
+      console.log(JSON.stringify({ inputs, state, verdict, chromium: browser.version(), ...report }));
       if (state !== "passed") process.exitCode = 1;
       if (values.screenshot) await page.screenshot({ path: values.screenshot, fullPage: true });
     }

@@ -48,7 +48,7 @@ inline size_t CountBytes(const Array& array, size_t axis = 0) {
   return bytes;
 }
 
-// Copies what stands at one index of an axis, or all if the axis is -1, between an array and
+// Copies the items at one index of an axis, or all if the axis is -1, between an array and
 // memory.
 inline void CopyIndex(Array* array, int axis, int64_t index, char* memory, bool to_memory) {
   const size_t size = axis < 0 ? array->data.size() : CountBytes(*array, axis + 1);

@@ -47,7 +47,7 @@ struct Graph {
       in.all = ReadNpy(folder + "/" + in.name + ".npy");
       std::vector<int64_t> shape = in.all.shape;
       if (decode) {
-        Require(i > 0 || in.name == "query", "decode takes rotate, not a graph of " + in.name);
+        Require(i > 0 || in.name == "query", "decode accepts rotate, not a graph of " + in.name);
         const size_t rank = in.name == "position_ids" ? 2 : 4;
         in.axis = rank / 2;  // (batch_size, num_heads, seq_len, head_dim); (batch_size, seq_len)
         if (i == 0) tokens = shape.size() == rank ? shape[in.axis] : 0;

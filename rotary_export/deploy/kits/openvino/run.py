@@ -31,14 +31,7 @@ class Model:
                 )
 
     def __call__(self, arrays):
-        """Run the graph.
-
-        Args:
-            arrays: Inputs by name.
-
-        Returns:
-            Outputs by name.
-        """
+        """Return outputs by name, for inputs by name."""
         check_inputs(self.inputs, arrays)
         feeds = {i["name"]: make_tensor(arrays[i["name"]], i["dtype"]) for i in self.inputs}
         results = self.compiled(feeds)

@@ -29,14 +29,7 @@ class Model:
         return self.plans[shapes]
 
     def __call__(self, arrays):
-        """Run the graph.
-
-        Args:
-            arrays: Inputs by name.
-
-        Returns:
-            Outputs by name.
-        """
+        """Return outputs by name, for inputs by name."""
         # tract ends the process at an id outside a table.
         check_inputs(self.inputs, arrays)
         feeds = [arrays[info["name"]] for info in self.inputs]

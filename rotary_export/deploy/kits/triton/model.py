@@ -1,4 +1,4 @@
-"""A bundle behind Triton's Python backend: each request is checked, and the good run together."""
+"""A bundle in Triton's Python backend: each request is checked, and valid ones run together."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rotary_export.serving.core import ServedModel
 
 
 class TritonPythonModel:
-    """What the backend looks for."""
+    """The class that the backend looks up."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the bundle that stands beside this file."""
+        """Open the bundle beside this file."""
         config = json.loads(args["model_config"])
         size = max(1, config["max_batch_size"])
         self._served = ServedModel(Path(__file__).parent / "bundle", max_batch_size=size)
@@ -28,7 +28,7 @@ class TritonPythonModel:
         triton.Logger.log_info(f"{args['model_name']}: {self._served.kernel_path}")
 
     def execute(self, requests: list) -> list:
-        """Answer the requests that Triton's batcher has gathered."""
+        """Answer the requests of one batch of Triton's."""
         inputs = [
             {tensor.name(): self._read(tensor) for tensor in request.inputs()}
             for request in requests
@@ -36,7 +36,7 @@ class TritonPythonModel:
         return [self._make_response(result) for result in self._served.run_many(inputs)]
 
     def _read(self, tensor: triton.Tensor) -> np.ndarray:
-        """Return an array; what the graph takes as a scalar comes as (1,), as Triton has none."""
+        """Return an array; a scalar of the graph arrives as (1,), since Triton has no scalars."""
         value = tensor.as_numpy()
         return value.reshape(()) if tensor.name() in self._scalars else value
 

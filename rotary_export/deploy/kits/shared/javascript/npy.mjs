@@ -4,21 +4,14 @@ export class RotaryExportError extends Error {}
 
 // numpy's code, the name in manifests and ONNX Runtime, the array of its items. float16
 // is kept as bits, since Float16Array is missing before Node.js 24; bool as bytes, as in ort.Tensor.
-// numpy writes bfloat16, which it does not know, as raw items of two bytes.
+// numpy lacks bfloat16 and writes it as raw items of two bytes.
+// prettier-ignore
 const TYPES = [
-  ["<f4", "float32", Float32Array],
-  ["<f2", "float16", Uint16Array],
-  ["<f8", "float64", Float64Array],
-  ["|b1", "bool", Uint8Array],
-  ["|i1", "int8", Int8Array],
-  ["<i2", "int16", Int16Array],
-  ["<i4", "int32", Int32Array],
-  ["<i8", "int64", BigInt64Array],
-  ["|u1", "uint8", Uint8Array],
-  ["<u2", "uint16", Uint16Array],
-  ["<u4", "uint32", Uint32Array],
-  ["<u8", "uint64", BigUint64Array],
-  ["|V2", "bfloat16", Uint16Array],
+  ["<f4", "float32", Float32Array], ["<f2", "float16", Uint16Array], ["<f8", "float64", Float64Array],
+  ["|i1", "int8", Int8Array], ["<i2", "int16", Int16Array], ["<i4", "int32", Int32Array],
+  ["|u1", "uint8", Uint8Array], ["<u2", "uint16", Uint16Array], ["<u4", "uint32", Uint32Array],
+  ["<i8", "int64", BigInt64Array], ["<u8", "uint64", BigUint64Array],
+  ["|b1", "bool", Uint8Array], ["|V2", "bfloat16", Uint16Array],
 ];
 const MAGIC = "\x93NUMPY";
 

@@ -98,7 +98,7 @@ def compare(infos, got, expected):
 
 
 def run_model(make_model, usage):
-    """Run the example and compare, or run INPUTS into OUT, as the command line says."""
+    """Run the example and compare, or run INPUTS into OUT: the command line of a kit."""
     if len(sys.argv) not in (1, 3):
         sys.exit(usage)
     model = make_model()
