@@ -9,7 +9,7 @@ primitives. A file with function bodies is portable: every ONNX runtime with fun
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from onnx import (
     AttributeProto,
@@ -73,10 +73,11 @@ def build_function(signature: FunctionSignature, overload: str = "") -> Function
         if x == "key" and signature.has_scale:
             cos_sin_scale[2] = body.add("Reciprocal", tables[2])
         if signature.x_type == compute:
-            write(body, signature, x, heads, cos_sin_scale, ids, y)
+            write(body, signature, _Operands(x, heads, cos_sin_scale, ids, y))
         else:
             wide = body.add("Cast", x, to=compute)
-            wide = write(body, signature, wide, heads, cos_sin_scale, ids, None)
+            operands = _Operands(wide, heads, cos_sin_scale, ids, None)
+            wide = write(body, signature, operands)
             body.add("Cast", wide, to=signature.x_type, out=y)
 
     function = helper.make_function(
@@ -119,16 +120,27 @@ def _write_ids(body: _Body, signature: FunctionSignature, batch: str) -> str:
     return ids
 
 
-def _write_native(
-    body: _Body,
-    signature: FunctionSignature,
-    x: str,
-    heads: int,
-    tables: Sequence[str],
-    ids: str,
-    out: str | None,
-) -> str:
+class _Operands(NamedTuple):
+    """The values of one rotation, by name.
+
+    Attributes:
+        x: X or key.
+        heads: N of a 3-D x.
+        tables: cos_cache and sin_cache, and scale_cache if the node has one.
+        ids: (B, S) position ids; "": none.
+        out: The name of the result; None: a new one.
+    """
+
+    x: str
+    heads: int
+    tables: Sequence[str]
+    ids: str
+    out: str | None
+
+
+def _write_native(body: _Body, signature: FunctionSignature, operands: _Operands) -> str:
     """Write one `ai.onnx::RotaryEmbedding`; the scale goes into its tables."""
+    x, heads, tables, ids, out = operands
     cos, sin = tables[:2]
     if signature.has_scale:
         cos, sin = body.add("Mul", cos, tables[2]), body.add("Mul", sin, tables[2])
@@ -141,16 +153,9 @@ def _write_native(
     return body.add("RotaryEmbedding", *inputs, out=out, **attributes)
 
 
-def _write_primitive(
-    body: _Body,
-    signature: FunctionSignature,
-    x: str,
-    heads: int,
-    tables: Sequence[str],
-    ids: str,
-    out: str | None,
-) -> str:
+def _write_primitive(body: _Body, signature: FunctionSignature, operands: _Operands) -> str:
     """Write the rotation with Mul, Add and Sub, in eager's order: the same bits in float32."""
+    x, heads, tables, ids, out = operands
     if ids:
         # Gather would wrap a negative id around: map it to row M, which Gather refuses.
         rows = body.add("Squeeze", body.add("Shape", tables[0], start=0, end=1))

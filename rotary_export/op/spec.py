@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rotary_export.errors import RotaryExportError
 
@@ -74,13 +75,13 @@ def _split_heads(name: str, shape: Shape, attribute: str, heads: int) -> tuple[i
     return shape[0], heads, shape[1], shape[2] // heads
 
 
+def shape_of(value: Any) -> Shape | None:
+    """Return the shape of an array or tensor; None if the input is not given."""
+    return None if value is None else tuple(value.shape)
+
+
 def check_inputs(
-    x: Shape,
-    cos_cache: Shape,
-    sin_cache: Shape,
-    position_ids: Shape | None = None,
-    key: Shape | None = None,
-    scale_cache: Shape | None = None,
+    shapes: Sequence[Shape | None],
     *,
     rotary_embedding_dim: int = 0,
     num_heads: int = 0,
@@ -89,15 +90,15 @@ def check_inputs(
     """Check the shapes of one call and return its sizes.
 
     Args:
-        x: (B, N, S, H), or (B, S, N*H) with `num_heads`.
-        cos_cache: (M, R/2) with `position_ids`, else (B, S, R/2) or (1, S, R/2).
-        sin_cache: As `cos_cache`.
-        position_ids: (B, S), (1, S) or (1,); None: tables hold one row per position.
-        key: As `x`, with its own number of heads; None: no key.
-        scale_cache: As `cos_cache`; None: no xPos.
+        shapes: Of the inputs, in the order of INPUTS; None: not given.
+            X: (B, N, S, H), or (B, S, N*H) with `num_heads`.
+            cos_cache, sin_cache: (M, R/2) with `position_ids`, else (B, S, R/2) or (1, S, R/2).
+            position_ids: (B, S), (1, S) or (1,); not given: tables hold one row per position.
+            key: As X, with its own number of heads.
+            scale_cache: As cos_cache; not given: no xPos.
         rotary_embedding_dim: R; 0 means all of H.
-        num_heads: Heads of a 3-D `x`.
-        kv_num_heads: Heads of a 3-D `key`.
+        num_heads: Heads of a 3-D X.
+        kv_num_heads: Heads of a 3-D key.
 
     Returns:
         The sizes.
@@ -106,6 +107,9 @@ def check_inputs(
         RotaryExportError: A shape or an attribute does not fit. The message contains what must hold
             and what was given.
     """
+    x, cos_cache, sin_cache, position_ids, key, scale_cache = shapes
+    assert x is not None
+    assert cos_cache is not None
     batch, heads, seq_len, head_dim = _split_heads("X", x, "num_heads", num_heads)
     rotary_dim = rotary_embedding_dim or head_dim
     check_rotary_dim(rotary_dim, head_dim)

@@ -123,12 +123,7 @@ def _rotary_embedding_op(
 ) -> tuple[Tensor, Tensor]:
     _check_types(x, [cos_cache, sin_cache, scale_cache], position_ids, key)
     sizes = spec.check_inputs(
-        x.shape,
-        cos_cache.shape,
-        sin_cache.shape,
-        None if position_ids is None else position_ids.shape,
-        None if key is None else key.shape,
-        None if scale_cache is None else scale_cache.shape,
+        [*map(spec.shape_of, (x, cos_cache, sin_cache, position_ids, key, scale_cache))],
         rotary_embedding_dim=rotary_dim,
         num_heads=num_heads,
         kv_num_heads=kv_num_heads,

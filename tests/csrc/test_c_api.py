@@ -158,9 +158,9 @@ def test_rotate_reports_what_is_wrong(tensors, spoil, message):
 
 X, COS = (2, 3, 5, 8), (9, 4)
 BAD_SHAPES: dict[str, dict[str, object]] = {
-    "x-rank": {"x": (2, 8)},
-    "num-heads": {"x": (2, 5, 24), "num_heads": 5},
-    "kv-num-heads": {"x": (2, 5, 24), "num_heads": 3, "key": (2, 5, 16), "kv_num_heads": 3},
+    "x-rank": {"X": (2, 8)},
+    "num-heads": {"X": (2, 5, 24), "num_heads": 5},
+    "kv-num-heads": {"X": (2, 5, 24), "num_heads": 3, "key": (2, 5, 16), "kv_num_heads": 3},
     "rotary-dim-odd": {"rotary_embedding_dim": 3},
     "rotary-dim-too-large": {"rotary_embedding_dim": 10},
     "tables-with-ids": {"cos_cache": (9, 8)},

@@ -200,16 +200,16 @@ def test_shapes_are_inferred_with_their_symbols():
 X, COS = (2, 3, 5, 8), (9, 4)
 IDS = {"position_ids": (2, 5)}
 BAD_SHAPES: dict[str, dict[str, object]] = {
-    "x-rank-2": {"x": (2, 8)},
-    "x-rank-5": {"x": (1, 2, 3, 5, 8)},
-    "x-3d-without-num-heads": {"x": (2, 5, 24)},
-    "x-3d-negative-num-heads": {"x": (2, 5, 24), "num_heads": -3},
-    "x-3d-num-heads-do-not-divide": {"x": (2, 5, 24), "num_heads": 5},
+    "x-rank-2": {"X": (2, 8)},
+    "x-rank-5": {"X": (1, 2, 3, 5, 8)},
+    "x-3d-without-num-heads": {"X": (2, 5, 24)},
+    "x-3d-negative-num-heads": {"X": (2, 5, 24), "num_heads": -3},
+    "x-3d-num-heads-do-not-divide": {"X": (2, 5, 24), "num_heads": 5},
     "rotary-dim-odd": {"rotary_embedding_dim": 3},
     "rotary-dim-negative": {"rotary_embedding_dim": -2},
     "rotary-dim-too-large": {"rotary_embedding_dim": 10},
-    "head-dim-odd": {"x": (2, 3, 5, 7)},
-    "head-dim-0": {"x": (2, 3, 5, 0)},
+    "head-dim-odd": {"X": (2, 3, 5, 7)},
+    "head-dim-0": {"X": (2, 3, 5, 0)},
     "cos-too-wide": {"cos_cache": (9, 8)},
     "cos-3d-with-ids": {"cos_cache": (2, 5, 4)},
     "cos-1d-with-ids": {"cos_cache": (4,)},
@@ -228,24 +228,24 @@ BAD_SHAPES: dict[str, dict[str, object]] = {
     "key-batch": {"key": (1, 3, 5, 8)},
     "key-length": {"key": (2, 3, 4, 8)},
     "key-head-dim": {"key": (2, 3, 5, 6)},
-    "key-3d-without-kv-num-heads": {"x": (2, 5, 24), "num_heads": 3, "key": (2, 5, 24)},
-    "key-3d-head-dim": {"x": (2, 5, 24), "num_heads": 3, "key": (2, 5, 24), "kv_num_heads": 2},
+    "key-3d-without-kv-num-heads": {"X": (2, 5, 24), "num_heads": 3, "key": (2, 5, 24)},
+    "key-3d-head-dim": {"X": (2, 5, 24), "num_heads": 3, "key": (2, 5, 24), "kv_num_heads": 2},
     "two-errors-the-first-is-reported": {"cos_cache": (9, 8), "sin_cache": (9, 3), "key": (2, 8)},
 }
 
 
 @pytest.mark.parametrize("bad", BAD_SHAPES.values(), ids=BAD_SHAPES)
 def test_bad_shapes_are_refused_with_spec_s_message(bad):
-    call = {"x": X, "cos_cache": COS, "sin_cache": None, **IDS, **bad}
+    call = {"X": X, "cos_cache": COS, "sin_cache": None, **IDS, **bad}
     call["sin_cache"] = call["sin_cache"] or call["cos_cache"]
+    attributes = {k: v for k, v in call.items() if isinstance(v, int)}
     with pytest.raises(RotaryExportError) as stated:
-        spec.check_inputs(**call)
+        spec.check_inputs([call.get(name) for name in spec.INPUTS], **attributes)
 
     def fill(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int64 if name == "position_ids" else torch.float32)
 
-    attributes = {k: v for k, v in call.items() if isinstance(v, int)}
-    shapes = {"X" if k == "x" else k: v for k, v in call.items() if isinstance(v, tuple)}
+    shapes = {k: v for k, v in call.items() if isinstance(v, tuple)}
     with pytest.raises(Exception, match="RotaryEmbedding node") as raised:
         run_session({k: fill(k, v) for k, v in shapes.items()}, **attributes)
     assert str(stated.value) in str(raised.value)

@@ -38,10 +38,10 @@ from rotary_export.fusion.symbolic.polynomials import (
 from rotary_export.fusion.symbolic.refusal import NotARotationError, Refusal, make_refusal
 from rotary_export.fusion.values import Dims, read_dims
 
-_CHANNEL_OPS = {
-    "Add", "Sub", "Mul", "Neg", "Identity", "Slice", "Split", "Concat", "Gather", "Reshape",
-    "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Cast",
-}  # fmt: skip
+_CHANNEL_OPS = frozenset(
+    "Add Sub Mul Neg Identity Slice Split Concat Gather Reshape Squeeze Unsqueeze Flatten "
+    "Transpose Cast".split()
+)
 _MAX_SOURCES = 24
 _MAX_VISITED = 80
 
