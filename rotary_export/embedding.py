@@ -14,7 +14,7 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.op.torch_op import rotary_embedding
 from rotary_export.reference import build_freqs, build_scale, compute_inv_freq, compute_zeta
 
-MAX_POSITIONS = 2**24  # float32 holds every integer up to here
+MAX_POSITIONS = 2**24  # float32 represents every integer up to here
 
 
 class PreciseBuffers(nn.Module):

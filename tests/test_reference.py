@@ -79,7 +79,7 @@ def test_scale_is_1_at_the_centre_and_falls_by_zeta_per_base():
 
 
 @sweep(PLAIN)
-def test_rotate_has_the_bits_of_eager_and_is_near_the_truth(case):
+def test_rotate_has_the_bits_of_eager_and_is_near_the_oracle(case):
     inputs = case.make_inputs()
     cos, sin = inputs["cos_cache"][:, None], inputs["sin_cache"][:, None]
     scale = inputs["scale_cache"][:, None] if case.scaled else None

@@ -89,7 +89,7 @@ class ScaledRope:
         """Refuse positions that are not ids, and a static export of multimodal positions."""
         if self.parameters.coordinates:
             raise RotaryExportError(
-                "the positions of this rope are coordinates in [-1, 1], a bundle takes "
+                "the positions of this rope are coordinates in [-1, 1], a bundle accepts "
                 "position_ids: rotary_export.rope has its tables"
             )
         if static and module.axes is not None:

@@ -125,7 +125,9 @@ def _read_sections(p: RopeParameters, own: Fields, model_type: str) -> RopeParam
         if not is_list or not all(_is_count(n) for n in given):
             raise own.error("mrope_section", "must be a list of ints >= 0", given)
         if layout == "doubled":
-            what = f"of {model_type} gives the two channels of a pair different axes: no rotation"
+            what = (
+                f"of {model_type} assigns different axes to the channels of a pair: not a rotation"
+            )
             raise own.error("mrope_section", what, given)
         section = tuple(int(n) for n in given)
         layout = layout or ("interleaved" if own.get("mrope_interleaved") else "chunked")

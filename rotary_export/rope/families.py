@@ -173,7 +173,7 @@ def find_layout(model_type: str) -> bool | None:
 
 
 def find_layer_config(config: Any, layer_type: str | None) -> Any:
-    """Return the config that holds for one type of layer, where sizes differ (Gemma 4).
+    """Return the config of one type of layer, where sizes differ (Gemma 4).
 
     Args:
         config: A dict or an object.

@@ -41,7 +41,7 @@ class RopeParameters(ABC):
         base: Largest wavelength over 2 pi (`rope_theta`).
         head_dim: H.
         dim: The divisor of the exponents; rotary_dim is it, made even.
-        max_position_embeddings: Positions of the trained model; 0: the config does not say.
+        max_position_embeddings: Positions of the trained model; 0: not in the config.
         mrope_section: Columns of each axis of multimodal positions; empty: one axis.
         axis_layout: Which axis each column has, see `axes.assign_axes`; empty: one axis.
     """
@@ -125,7 +125,7 @@ class RopeParameters(ABC):
 
     @property
     def default_max_seq_len(self) -> int | None:
-        """Rows of a table by default; None: the config does not say."""
+        """Rows of a table by default; None: not in the config."""
         return self.max_position_embeddings or None
 
     # ---- the same for every type

@@ -31,7 +31,7 @@ QWEN = {"model_type": "qwen2_vl_text"}
 # What is changed of LLAMA, or of its rope parameters, and the message.
 BAD = {
     "unknown type": (ROPE | {"rope_type": "ntk"}, "rope_type must be one of axial, default"),
-    "type is no text": (ROPE | {"rope_type": 3}, "rope_type must be one of axial"),
+    "type is not text": (ROPE | {"rope_type": 3}, "rope_type must be one of axial"),
     "linear, no factor": (without(LINEAR, "factor"), "rope type 'linear' needs factor"),
     "linear, text": (LINEAR | {"factor": "2"}, "factor must be a number > 0 and < 1e30, got '2'"),
     "linear, 0": (LINEAR | {"factor": 0}, "factor must be a number > 0 and < 1e30, got 0"),

@@ -126,7 +126,7 @@ def test_mrope_of_a_family(model_type):
     if families.MROPE[model_type][0] == "doubled":
         rope = {"mrope_section": [16, 16, 16, 16]}
         with pytest.raises(
-            RotaryExportError, match=f"mrope_section of {model_type} gives the two channels of"
+            RotaryExportError, match=f"mrope_section of {model_type} assigns different axes to"
         ):
             read_rope({"model_type": model_type, "head_dim": 128, "rope_parameters": rope})
         return

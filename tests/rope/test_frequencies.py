@@ -112,7 +112,7 @@ def test_dynamic_grows_with_the_length_as_the_paper_says():
 
 
 def test_deepseek_mscale():
-    """The tables take m(mscale) / m(mscale_all_dim), the softmax m(mscale_all_dim) squared."""
+    """Tables times m(mscale) / m(mscale_all_dim), softmax times m(mscale_all_dim) squared."""
     rope = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
     case = RopeCase("deepseek", rope | {"mscale": 0.707, "mscale_all_dim": 1.0})
     parameters = read_rope(case.config)[None]
