@@ -49,7 +49,7 @@ def load_source(source: str) -> Source:
         The model and example inputs.
 
     Raises:
-        RotaryExportError: It is none of these, or can't be loaded; the message says why.
+        RotaryExportError: It is none of these, or can't be loaded; the message is the reason.
     """
     path = Path(source)
     if path.is_dir():

@@ -79,6 +79,12 @@ def rope_scaled(x, angle, scale):
     return (x * angle.cos()[:, None] + half_turn(x) * angle.sin()[:, None]) * scale
 
 
+def rope_both_scaled(q, k, cos, sin, scale):
+    """xPos of query and key: the key is divided by the scale."""
+    rotated_q, rotated_k = rope_half(q, k, cos, sin)
+    return rotated_q * scale, rotated_k / scale
+
+
 def rope_three(q, k, v, cos, sin):
     return *rope_half(q, k, cos, sin), rope_half(v, v, cos, sin)[0]
 

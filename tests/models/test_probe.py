@@ -94,6 +94,15 @@ CASES = {
         False,
     ),
     "xpos": (styles.rope_scaled, (Q, tile(ANGLE), tile(ZETA)), "half", 0, H, "BNSH", False),
+    "xpos-of-both": (
+        styles.rope_both_scaled,
+        (Q, K, tile(COS), tile(SIN), tile(ZETA)),
+        "half",
+        0,
+        H,
+        "BNSH",
+        False,
+    ),
     "factor": (
         styles.rope_half,
         (Q, K, tile(1.3 * COS), tile(1.3 * SIN)),

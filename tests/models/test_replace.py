@@ -76,6 +76,30 @@ def test_layers_share_their_tables():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
 
 
+class TwoTables(Model):
+    """Layers of two kinds, each with angles of its own."""
+
+    def forward(self, q, k):
+        cos, sin = self.tables(q)
+        other = torch.cat((styles.make_angles(S, H // 2, B) / 8,) * 2, -1)
+        for _ in range(self.layers):
+            q, k = rotate_pair_of_module(q, k, cos, sin)
+            q, k = rotate_pair_of_module(q, k, other.cos(), other.sin())
+        return q, k
+
+
+def test_layers_of_two_kinds_have_tables_of_their_own():
+    model = TwoTables(None, 1)
+    want = model(Q, K)
+    found = find_replacement(model, lambda: model(Q, K))
+    calls.clear()
+    with replace_calls(found):
+        got = model(Q, K)
+    assert calls["rotate_pair"] == 2
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+
+
 def rotate_pair_of_module(q, k, cos, sin):
     return rotate_pair(q, k, cos, sin)
 
