@@ -13,6 +13,7 @@ from helpers.fuse_graphs import (
     add_query_key,
     find_rotary,
     make_feeds,
+    rotate_both,
     rotate_half,
     rotate_pairs,
     run,
@@ -27,32 +28,29 @@ from rotary_export.fusion.rules import build
 from rotary_export.fusion.symbolic.refusal import Refusal
 
 
-def finish(g: Graph, cos: str, sin: str, turn=rotate_half) -> None:
-    for x in add_query_key(g):
-        g.output(add_products(g, x, cos, turn(g, x), sin), f"{x}_out")
-
-
 def halves_differ(g: Graph) -> None:
     """2-D vision, read as 1-D: the two halves of the channels turn by different angles."""
     h = write_angles(g)
     w = g.op("Mul", h, g.const(np.float32(0.5)))
     angles = g.join(h, w)
-    finish(g, *(g.unsqueeze(g.op(f, angles), 1) for f in ("Cos", "Sin")))
+    rotate_both(g, *(g.unsqueeze(g.op(f, angles), 1) for f in ("Cos", "Sin")))
 
 
 def constant_halves_differ(g: Graph) -> None:
     rows = np.random.default_rng(0).normal(size=(40, H)).astype("f")
     ids = g.input("position_ids", ["batch", "seq"], TensorProto.INT64)
-    finish(g, *(g.unsqueeze(g.op("Gather", g.const(f(rows)), ids), 1) for f in (np.cos, np.sin)))
+    rotate_both(
+        g, *(g.unsqueeze(g.op("Gather", g.const(f(rows)), ids), 1) for f in (np.cos, np.sin))
+    )
 
 
 def half_tables_for_pairs(g: Graph) -> None:
     """vjepa2: pairs (2i, 2i + 1), tables tiled for (i, i + R/2): no rotation at all."""
-    finish(g, *write_tables(g, "half"), turn=rotate_pairs)
+    rotate_both(g, *write_tables(g, "half"), turn=rotate_pairs)
 
 
 def pair_tables_for_halves(g: Graph) -> None:
-    finish(g, *write_tables(g, "repeat"))
+    rotate_both(g, *write_tables(g, "repeat"))
 
 
 def both_signs_plus(g: Graph) -> None:
@@ -61,7 +59,7 @@ def both_signs_plus(g: Graph) -> None:
     def swap(g: Graph, x: str) -> str:
         return g.join(g.cut(x, H // 2, H), g.cut(x, 0, H // 2))
 
-    finish(g, cos, sin, swap)
+    rotate_both(g, cos, sin, swap)
 
 
 def halves_swapped_twice(g: Graph) -> None:
@@ -79,7 +77,7 @@ def cosines_unlike_sines(g: Graph) -> None:
     other = g.op("Mul", angles, g.const(np.float32(2)))
     cos = g.unsqueeze(g.op("Cos", g.join(angles, other)), 1)
     sin = g.unsqueeze(g.op("Sin", g.join(angles, angles)), 1)
-    finish(g, cos, sin)
+    rotate_both(g, cos, sin)
 
 
 def tables_per_head(g: Graph) -> None:
@@ -98,7 +96,7 @@ def overlapping_slices(g: Graph) -> None:
     def turn(g: Graph, x: str) -> str:
         return g.join(g.op("Neg", g.cut(x, 3, 7)), g.cut(x, 0, 4))
 
-    finish(g, cos, sin, turn)
+    rotate_both(g, cos, sin, turn)
 
 
 def weights_per_channel(g: Graph) -> None:
@@ -180,7 +178,7 @@ def test_a_rotation_by_the_opposite_angle_gets_the_opposite_sines():
     def turn_back(g: Graph, x: str) -> str:
         return g.join(g.cut(x, H // 2, H), g.op("Neg", g.cut(x, 0, H // 2)))
 
-    finish(g, cos, sin, turn_back)
+    rotate_both(g, cos, sin, turn_back)
     model = g.model()
     result = rotary_export.fuse(model)
     feeds = make_feeds(2, 7)

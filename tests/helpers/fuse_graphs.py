@@ -137,6 +137,36 @@ def half(g: Graph, cut: str = "slice", factor: float = 1.0, axis: int = 1) -> No
         g.output(add_products(g, x, cos, rotate_half(g, x, cut=cut), sin), f"{x}_out")
 
 
+def rotate_both(g: Graph, cos: str, sin: str, turn: Any = rotate_half) -> None:
+    """Query and key, x cos + turn(x) sin."""
+    for x in add_query_key(g):
+        g.output(add_products(g, x, cos, turn(g, x), sin), f"{x}_out")
+
+
+def turn_by_signs(*signs: int) -> Any:
+    """rotate_half with a sign for each channel of the result."""
+
+    def turn(g: Graph, x: str) -> str:
+        swapped = g.join(g.cut(x, H // 2, H), g.cut(x, 0, H // 2))
+        return g.op("Mul", swapped, g.const(np.array(signs, "f")))
+
+    return turn
+
+
+def one_wrong_sign(g: Graph) -> None:
+    """Channels 1 and 5 are x cos + y sin and y cos + x sin: not a rotation."""
+    rotate_both(g, *write_tables(g), turn_by_signs(-1, 1, -1, -1, 1, 1, 1, 1))
+
+
+def write_mixed(g: Graph) -> None:
+    """The query is a rotation, the key nearly one, and a third value has nothing to do with it."""
+    cos, sin = write_tables(g)
+    query, key = add_query_key(g)
+    g.output(add_products(g, query, cos, rotate_half(g, query), sin), "query_out")
+    g.output(add_products(g, key, cos, turn_by_signs(*[1] * H)(g, key), sin), "key_out")
+    g.output(g.op("Tanh", key, out="other"), "other_out")
+
+
 def find_rotary(model: ModelProto) -> list[onnx.NodeProto]:
     return [n for n in model.graph.node if (n.domain, n.op_type) == (spec.DOMAIN, spec.OP_TYPE)]
 
