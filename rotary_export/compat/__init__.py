@@ -7,7 +7,7 @@ inductor.py      AOTInductor: compile, package, load
 modules.py       the registries of torch.nn.Module
 transformers.py  model classes of a config, the kernel of experts
 mlserver.py      the HTTP application of an MLServer
-ray.py           undocumented settings of Ray
+ray.py           settings of ray.init that are not public
 
 tests/compat calls each function on a module of a few lines: when a new release moves a name, that
 test fails and names it.

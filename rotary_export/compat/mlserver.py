@@ -6,5 +6,5 @@ from typing import Any
 
 
 def get_http_app(server: Any) -> Any:
-    """Return the FastAPI application of an `mlserver.MLServer`."""
+    """Return the FastAPI application of an `mlserver.MLServer` that was not started yet."""
     return server._rest_server._app
