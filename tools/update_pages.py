@@ -1,4 +1,4 @@
-"""Fill the tables of documents from the code and from what tools measured, or check them."""
+"""Fill the generated sections of the pages from the code and from tools/results, or check them."""
 
 from __future__ import annotations
 
@@ -97,13 +97,112 @@ def write_performance() -> str:
 
 def write_coverage() -> str:
     """What tools/coverage/coverage.py found, from tools/results/coverage.json."""
-    found = json.loads(coverage_report.RESULTS.read_text(encoding="utf-8"))
-    return coverage_report.describe_summary(found["summary"])
+    return coverage_report.describe_summary(_read_result("coverage")["summary"])
+
+
+def write_families() -> str:
+    """One line per family, from tools/results/coverage.json."""
+    return format_table(*coverage_report.tabulate_families(_read_result("coverage")["rows"]))
 
 
 def write_targets() -> str:
     """Where a bundle ran, from tools/results/targets.json."""
-    return format_table(*targets.tabulate(json.loads(targets.RESULTS.read_text(encoding="utf-8"))))
+    return format_table(*targets.tabulate(_read_result("targets")))
+
+
+def write_target_summary() -> str:
+    """One line per target of `deploy`, from tools/results/targets.json."""
+    return format_table(*targets.summarize(_read_result("targets")))
+
+
+def write_headline() -> str:
+    """What a reader wants to see first, of each of tools/results."""
+    coverage = _read_result("coverage")["summary"]
+    ratios = {(r["case"], r["ratio of"]): r["median"] for r in _read_result("bench")["results"]}
+    shares = {
+        (s["model"], s["phase"], s["op"]): s["share"] for s in _read_result("bench")["shares"]
+    }
+    exact = {row["target"] for row in _read_result("targets") if row["exact"]}
+    ran = {row["target"] for row in _read_result("targets") if row["how"] == "ran"}
+    load = _read_result("load").values()
+    latency = _read_result("cpp_latency")["rows"][0]
+    prefill = "float32 half (1, 32, 2048, 128) 1 thread", "times as fast as com.microsoft"
+    decode = next(m for (case, _), m in ratios.items() if case == "decode half batch 1")
+    layer = "1B", "prefill of 512 tokens"
+    ours, theirs = (shares[*layer, op] for op in ("rotary_export", "com.microsoft"))
+    bench, cover, where = (f"tools/{name}/README.md" for name in ("bench", "coverage", "targets"))
+    kit = "rotary_export/deploy/kits/cpp-onnxruntime/README.md"
+    rows = (
+        (
+            "families of transformers with every rotary call fused, `export_model`",
+            f"{coverage['a_all_fused']} of {coverage['a_exported']} exported, "
+            f"{coverage['a_wrong']} wrong",
+            f"[coverage]({cover})",
+        ),
+        (
+            "the same, `fuse` on the files of torch.onnx",
+            f"{coverage['b_all_fused']} of {coverage['b_exported']}, {coverage['b_wrong']} wrong",
+            f"[coverage]({cover})",
+        ),
+        (
+            "of these files, failed before at sizes that were not traced",
+            f"{coverage['b_failed_before']}",
+            f"[coverage]({cover})",
+        ),
+        (
+            "speed, prefill of 2048 tokens: times as fast as ONNX Runtime's op",
+            f"{ratios[prefill]:.2g}",
+            f"[bench]({bench})",
+        ),
+        (
+            "decode of 1 token: time relative to ONNX Runtime's op",
+            f"{decode:.2g}",
+            f"[bench]({bench})",
+        ),
+        (
+            "rope's share of a 1B decoder layer, prefill: ours, ONNX Runtime's op",
+            f"{ours:.2%}, {theirs:.2%}",
+            f"[bench]({bench})",
+        ),
+        (
+            "decode step of the C++ program, relative to `run_with_iobinding`",
+            f"{latency['C++ / raw']:.2g}",
+            f"[C++]({kit})",
+        ),
+        (
+            "targets on which a bundle ran; with the bits of eager",
+            f"{len(ran)}; {len(exact)}",
+            f"[targets]({where})",
+        ),
+        (
+            "replies of servers under load, compared to the bit; wrong",
+            f"{sum(row['requests'] for row in load):,}; {sum(row['wrong'] for row in load)}",
+            f"[targets]({where})",
+        ),
+    )
+    return format_table(("what", "measured", "page"), rows)
+
+
+def write_in_place() -> str:
+    """How often ONNX Runtime puts an output over its input, from tools/results/in_place.json."""
+    rows: dict[str, list[int]] = {}
+    for model in _read_result("in_place")["models"]:
+        row = rows.setdefault(model["style"], [0, 0, 0, 0])
+        for index, name in enumerate(("nodes", "outputs", "eligible", "aliased")):
+            row[index] += model[name]
+    headers = ("attention", "nodes", "outputs", "that nothing else reads", "in place")
+    return format_table(headers, [(style, *row) for style, row in rows.items()])
+
+
+def write_model_export() -> str:
+    """What finding and replacing costs, from tools/results/model_export.json."""
+    found = _read_result("model_export")
+    return (
+        f"Llama with {found['layers']} layers, median of {found['rounds']}: "
+        f"{found['fused_seconds']} s of processor time, {found['plain_seconds']} s as it is. "
+        f"Ratio {found['ratio']} ({found['ratio_min']} to {found['ratio_max']}). "
+        f"On {found['machine']['processor']}."
+    )
 
 
 def write_load() -> str:
@@ -120,9 +219,7 @@ def write_load() -> str:
 
 def write_cpp_latency() -> str:
     """A decode step of the C++ program, from tools/results/cpp_latency.json."""
-    found = json.loads(
-        (ROOT / "tools" / "results" / "cpp_latency.json").read_text(encoding="utf-8")
-    )
+    found = _read_result("cpp_latency")
     machine = found["machine"]
     headers = (
         "batch_size",
@@ -147,23 +244,26 @@ def write_cpp_latency() -> str:
     )
 
 
-SECTIONS = {
-    "minimum_onnxruntime": write_minimum_onnxruntime,
-    "xpos_lengths": write_xpos_lengths,
-    "tolerances": write_tolerances,
-    "proof": write_proof,
-    "performance": write_performance,
-    "coverage": write_coverage,
-    "targets": write_targets,
-    "load": write_load,
-}
+# The generated sections of each page.
 DOCUMENTS = {
-    "README.md": SECTIONS,
+    "README.md": {"target_summary": write_target_summary, "headline": write_headline},
+    "rotary_export/README.md": {"xpos_lengths": write_xpos_lengths},
+    "rotary_export/proof/README.md": {"tolerances": write_tolerances, "proof": write_proof},
     "rotary_export/op/README.md": {"minimum_onnxruntime": write_minimum_onnxruntime},
     "rotary_export/deploy/kits/cpp-onnxruntime/README.md": {
         "minimum_onnxruntime": write_minimum_onnxruntime,
         "cpp_latency": write_cpp_latency,
     },
+    "tools/bench/README.md": {
+        "performance": write_performance,
+        "in_place": write_in_place,
+        "model_export": write_model_export,
+    },
+    "tools/coverage/README.md": {
+        "coverage": write_coverage,
+        "coverage_families": write_families,
+    },
+    "tools/targets/README.md": {"targets": write_targets, "load": write_load},
 }
 
 

@@ -28,7 +28,7 @@ class Row:
     """What one test showed of one target.
 
     Attributes:
-        target: As in the README's table: "C++, ONNX Runtime".
+        target: As in `PLACES` of tools/targets/targets.py: "C++, ONNX Runtime".
         version: Of what ran it.
         graph: "rotate" or "model".
         how: "ran", "parsed" or "compiled"; only "ran" is proof.
@@ -53,7 +53,7 @@ class Row:
 
 
 def record(row: Row) -> None:
-    """Keep a row for the README's table."""
+    """Keep a row for the table of tools/targets/README.md."""
     ROWS.mkdir(parents=True, exist_ok=True)
     name = "-".join((row.target, row.graph, row.path, *row.dtypes))
     name = "".join(c if c.isalnum() else "-" for c in name)

@@ -4,12 +4,13 @@
 Exports by turns as the model is, and with its rotary calls found and replaced; prints the medians
 of the processor time and their ratio. The proof is not part of either.
 
-    tools/bench/measure_model_export.py [--layers N] [--rounds N]
+    python tools/bench/measure_model_export.py --json tools/results/model_export.json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
+from rotary_export.measure.machine import describe_machine
 from rotary_export.models.analyze import analyze_model
 from rotary_export.models.find.replace import replace_calls
 from rotary_export.models.find.replacement import find_replacement
@@ -55,6 +57,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = make_model("llama", num_hidden_layers=options.layers)
@@ -74,6 +77,18 @@ def main():
         f"ratio {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f}); "
         "asked: at most 1.20"
     )
+    if options.json:
+        found = {
+            "machine": describe_machine(),
+            "layers": options.layers,
+            "rounds": options.rounds,
+            "plain_seconds": round(plain, 2),
+            "fused_seconds": round(ours, 2),
+            "ratio": round(statistics.median(ratios), 3),
+            "ratio_min": round(min(ratios), 3),
+            "ratio_max": round(max(ratios), 3),
+        }
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

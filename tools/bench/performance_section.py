@@ -1,4 +1,4 @@
-"""The README's performance section, made from what tools/bench/bench.py wrote."""
+"""The performance section of the bench page, made from what tools/bench/bench.py wrote."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ Each family gets a tiny random model. B: torch.onnx.export as anyone calls it (d
 dynamic batch and sequence), then `rotary_export.fuse`; the fused file is run at shapes that were
 not traced and held against eager PyTorch. A: `rotary_export.export_model`.
 
-    python tools/coverage/coverage.py --json coverage.json --markdown coverage.md
+    python tools/coverage/coverage.py --json tools/results/coverage.json
     python tools/coverage/coverage.py --only llama,gptj,phi3+longrope
 
 Each family runs in a process of its own: a crash or a hang is a line of the table.
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import transformers
 from coverage_configs import VARIANTS, make_tiny_config
-from coverage_report import describe_summary, summarize, write_json, write_markdown
+from coverage_report import describe_summary, summarize, write_json
 from torch import nn
 
 import rotary_export
@@ -356,7 +356,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="Families, separated by commas.")
     parser.add_argument("--json", type=Path, help="File to write.")
-    parser.add_argument("--markdown", type=Path, help="File to write.")
     parser.add_argument("--resume", action="store_true", help="Keep the lines of --json's file.")
     parser.add_argument("--keep", type=Path, help="Folder to keep the files of torch.onnx in.")
     parser.add_argument("--timeout", type=float, default=180.0, help="Seconds per family.")
@@ -381,11 +380,7 @@ def main() -> None:
         print(f"{index}/{len(families)} {family}: {'; '.join(found)}", file=sys.stderr, flush=True)
         if arguments.json:
             write_json(arguments.json, rows)
-    summary = summarize(rows)
-    text = write_markdown(rows, summary)
-    if arguments.markdown:
-        arguments.markdown.write_text(text)
-    print(describe_summary(summary))
+    print(describe_summary(summarize(rows)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What tools/coverage/coverage.py found, as JSON and as Markdown."""
+"""What tools/coverage/coverage.py found, as JSON and for the page."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-RESULTS = Path(__file__).parents[1] / "results" / "coverage.json"
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -37,7 +35,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def describe_summary(found: dict[str, Any]) -> str:
-    """Say in a few sentences what was found."""
+    """Return in a few sentences what was found."""
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     tried = f"{found['tried']} families tried ({found['no_model']} of them with no tiny model)."
     ours = (
@@ -69,31 +67,28 @@ def _describe_calls(way: dict[str, Any]) -> str:
     return ", ".join((f"{way['fused']} of {way['calls']}", *limits))
 
 
-def write_markdown(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
-    lines = [
-        "# Which rotary embeddings are fused",
-        "",
-        describe_summary(summary),
-        "",
-        "| family | rope type | fused by A | what | fused by B | was | error of B | reason |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        a = row.get("a", {})
-        reasons = {"A": a, "B": row}
-        cells = (
-            row["family"],
-            row.get("rope_type", ""),
-            _describe_calls(a),
-            "; ".join(a.get("layouts", [])),
-            f"{row['fused']} of {row['fused'] + row.get('left', 0)}" if "fused" in row else "",
-            "; ".join(row.get("was", [])),
-            f"{float(row['error']):.1e}" if "error" in row else "",
-            "; ".join(
-                f"{name}: {way['status']}: {way.get('reason', '')}"
-                for name, way in reasons.items()
-                if way and way["status"] != "fused"
-            ),
-        )
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+def tabulate_families(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Return headers and cells of the table of families."""
+    headers = (
+        "family", "rope type", "fused by A", "what", "fused by B", "was", "error of B", "reason",
+    )  # fmt: skip
+    return headers, [_describe_family(row) for row in rows]
+
+
+def _describe_family(row: dict[str, Any]) -> list[str]:
+    a = row.get("a", {})
+    cells = (
+        row["family"],
+        row.get("rope_type", ""),
+        _describe_calls(a),
+        "; ".join(a.get("layouts", [])),
+        f"{row['fused']} of {row['fused'] + row.get('left', 0)}" if "fused" in row else "",
+        "; ".join(row.get("was", [])),
+        f"{float(row['error']):.1e}" if "error" in row else "",
+        "; ".join(
+            f"{name}: {way['status']}: {way.get('reason', '')}"
+            for name, way in (("A", a), ("B", row))
+            if way and way["status"] != "fused"
+        ),
+    )
+    return [str(cell).replace("|", "\\|") for cell in cells]

@@ -1,7 +1,7 @@
-"""Where a bundle runs: collect what the tests of deploy's targets showed, for the README's table.
+"""Where a bundle runs: collect what the tests of deploy's targets showed, for the pages.
 
 python tools/targets/targets.py            run those tests, then write tools/results/targets.json
-python tools/targets/targets.py --check    after a test run: is all that the table says still shown?
+python tools/targets/targets.py --check    after a test run: is all that the page says still shown?
 """
 
 from __future__ import annotations
@@ -25,6 +25,22 @@ HEADERS = (
 )  # fmt: skip
 
 
+# By target of `deploy`: where that is, and the targets of its rows.
+PLACES = {
+    "cpp-onnxruntime": ("C++, ONNX Runtime", ["C++, ONNX Runtime"]),
+    "cpp-libtorch": ("C++, libtorch", ["C++, libtorch"]),
+    "cpp-aoti": ("C++, AOTInductor", ["C++, AOTInductor"]),
+    "node": ("Node.js", ["Node.js"]),
+    "browser": ("browser", ["browser"]),
+    "openvino": ("OpenVINO", ["OpenVINO"]),
+    "tract": ("tract", ["tract"]),
+    "triton": ("Triton Inference Server", ["Triton, Python backend"]),
+    "mlserver": ("MLServer", ["MLServer"]),
+    "ray": ("Ray Serve", ["Ray Serve"]),
+}
+PATHS = {"fused": "our kernel", "portable": "the function body"}
+
+
 def read_rows() -> list[dict[str, Any]]:
     """Return what the last test run showed, in a fixed order."""
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in ROWS.glob("*.json")]
@@ -36,7 +52,7 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def tabulate(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Return headers and cells of the README's table."""
+    """Return headers and cells of the page's table."""
     return HEADERS, [
         [
             row["target"],
@@ -52,6 +68,19 @@ def tabulate(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str
         ]
         for row in rows
     ]
+
+
+def summarize(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Return headers and cells of the top page's table: one line for each target of `deploy`."""
+    headers = ("where", "target, and its page", "what runs there", "types that ran")
+    lines = []
+    for name, (place, titles) in PLACES.items():
+        ran = [row for row in rows if row["target"] in titles and row["how"] == "ran"]
+        paths = dict.fromkeys(PATHS.get(row["path"], row["path"]) for row in ran)
+        dtypes = dict.fromkeys(dtype for row in ran for dtype in row["dtypes"])
+        link = f"[`{name}`](rotary_export/deploy/kits/{name}/README.md)"
+        lines.append([place, link, ", ".join(paths), ", ".join(sorted(dtypes))])
+    return headers, lines
 
 
 def find_losses(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The families of transformers that README names: every rotary call fused, equal at batch 3."""
+"""The families of transformers that the page names: every rotary call fused, equal at batch 3."""
 
 from __future__ import annotations
 
