@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import onnx
 from onnxscript import ir
 
+from rotary_export.bundle.atomic import check_file, write_files
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.fusion.candidates import NotReplaced
 from rotary_export.fusion.check.compare import Check
@@ -94,24 +93,14 @@ class FuseResult:
             raise RotaryExportError("a dry run can't be written: the model was not compared")
         path = Path(out).absolute()
         check_out(path, force, self.sources)
-        data = path.with_name(f"{path.name}.data")
-        try:
-            staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            try:
-                staged = staging / path.name
-                if self.folder is None:
-                    staged.write_bytes(self.model.SerializeToString())
-                else:
-                    model = ir.serde.deserialize_model(self.model)
-                    ir.external_data.set_base_dir(model.graph, self.folder)
-                    ir.save(model, staged, external_data=data.name)
-                    if (staging / data.name).exists():
-                        os.replace(staging / data.name, data)
-                os.replace(staged, path)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
-        except OSError as error:
-            raise RotaryExportError(f"{path} can't be written: {error.strerror or error}") from None
+        with write_files(path) as staging:
+            staged = staging / path.name
+            if self.folder is None:
+                staged.write_bytes(self.model.SerializeToString())
+            else:
+                model = ir.serde.deserialize_model(self.model)
+                ir.external_data.set_base_dir(model.graph, self.folder)
+                ir.save(model, staged, external_data=f"{path.name}.data")
         return path
 
 
@@ -130,13 +119,7 @@ def check_out(path: Path, force: bool, sources: Sequence[Path]) -> None:
         RotaryExportError: It, or its external data, exists.
     """
     for file in (path, path.with_name(f"{path.name}.data")):
-        try:
-            file.exists()
-        except OSError as error:  # a name that is too long
-            raise RotaryExportError(f"{file} can't be written: {error.strerror}") from None
-        if file.is_dir():
-            raise RotaryExportError(f"{file} is a folder")
+        check_file(file, force=True)
         if file.exists() and any(s.exists() and file.samefile(s) for s in sources):
             raise RotaryExportError(f"{file} is read from: the input is never replaced")
-        if file.exists() and not force:
-            raise RotaryExportError(f"{file} exists; force=True (--force) replaces it")
+        check_file(file, force)
