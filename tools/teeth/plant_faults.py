@@ -3,10 +3,10 @@
 
     python tools/teeth/plant_faults.py [--only TEXT] [--list] [--json FILE]
 
-Each fault of faults.py is planted in a copy of the checkout; its tests run there, until the first
-failure, for at most three minutes. A fault in C++ is compiled first (cmake and a C++ compiler). A
-fault that its tests do not notice survives: exit code 1. Before, each selection of tests runs once
-without a fault, which must pass. Needs an environment with '.[test]'.
+Each fault of faults/*.toml is planted in a copy of the checkout; its tests run there, until the
+first failure, for at most three minutes. A fault in C++ is compiled first, which needs cmake and a
+C++ compiler. A fault that its tests do not notice survives: exit code 1. Before, each selection of
+tests runs once without a fault, and must pass. Needs an environment with '.[test]'.
 """
 
 from __future__ import annotations
@@ -19,16 +19,43 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from faults import FAULTS, Fault
-
 ROOT = Path(__file__).parents[2]
 LIBRARY = "librotary_export.so"
 LIMIT = 180  # seconds of tests for each fault
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        name: What is wrong when it is planted.
+        file: Where, from the top of the checkout.
+        old: A text that the file contains once.
+        new: What replaces it.
+        tests: Files and folders of tests that must notice.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def read_faults() -> list[Fault]:
+    """Read the faults of every folder, those in C++ first."""
+    faults = []
+    for path in sorted((Path(__file__).parent / "faults").glob("*.toml")):
+        rows = tomllib.loads(path.read_text(encoding="utf-8"))["fault"]
+        faults += [Fault(**row | {"tests": tuple(row["tests"])}) for row in rows]
+    return faults
 
 
 @dataclass(frozen=True)
@@ -72,7 +99,7 @@ class Copy:
         build = self.folder / "build" / "library"
         source = self.folder / "rotary_export" / "csrc"
         for command in (
-            ["cmake", "-S", str(source), "-B", str(build)],
+            ["cmake", "-S", str(source), "-B", str(build), "-DCMAKE_BUILD_TYPE=Debug"],
             ["cmake", "--build", str(build), "--parallel", "2"],
         ):
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -136,7 +163,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="list the faults and stop")
     parser.add_argument("--json", type=Path, help="write the outcomes to this file")
     arguments = parser.parse_args()
-    faults = [fault for fault in FAULTS if arguments.only in fault.name]
+    faults = [fault for fault in read_faults() if arguments.only in fault.name]
     if arguments.list:
         for fault in faults:
             print(f"{fault.name:45} {fault.file}")
