@@ -1,1 +1,7 @@
-"""A bundle on disk: what it says of itself, and how it appears there whole or not at all."""
+"""A bundle on disk: what it contains, and how it appears there whole or not at all.
+
+- `manifest.py`: `manifest.json`, hashes; standard library only.
+- `dims.py`: the names of dynamic sizes.
+- `atomic.py`: folders and files that replace others only when they are complete.
+- `json_file.py`: JSON files, with one error for each defect.
+"""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from rotary_export.bundle.manifest import TensorInfo, read_manifest
 from rotary_export.errors import RotaryExportError
 from rotary_export.op import library as op_library
 from rotary_export.op import spec
+from rotary_export.package import find_versions
 from rotary_export.runtime.providers import CPU, CUDA, find_cuda_problem, library_refusal
 
 ROTARY_OPS = {"RotaryEmbedding", "MRotaryEmbedding"}
@@ -156,12 +156,8 @@ def examine_machine() -> tuple[dict[str, str], list[str]]:
     """
     facts = {"python": platform.python_version(), "machine": platform.machine()}
     problems = []
-    facts |= {name: _get_version(name) for name in PACKAGES}
-    flavours = {
-        name: _get_version(name)
-        for name in ("onnxruntime", "onnxruntime-gpu")
-        if _get_version(name) != "not installed"
-    }
+    facts |= dict.fromkeys(PACKAGES, "not installed") | find_versions(PACKAGES)
+    flavours = find_versions(("onnxruntime", "onnxruntime-gpu"))
     if len(flavours) > 1:
         problems.append(
             f"{' and '.join(flavours)} are both installed and overwrite each other: keep one"
@@ -192,10 +188,3 @@ def examine_machine() -> tuple[dict[str, str], list[str]]:
         facts["ROTARY_EXPORT_ISA"] = forced
     facts["op"] = f"{spec.DOMAIN}::{spec.OP_TYPE} version {spec.OP_VERSION}"
     return facts, problems
-
-
-def _get_version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

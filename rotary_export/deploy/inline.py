@@ -15,7 +15,7 @@ import numpy as np
 
 from rotary_export.bundle.manifest import Manifest
 from rotary_export.deploy.example import make_example
-from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.errors import CheckFailedError, RotaryExportError, first_line
 from rotary_export.proof.sample_inputs import fit_shapes
 from rotary_export.runtime.load import open_session
 from rotary_export.runtime.providers import CPU
@@ -67,7 +67,7 @@ def prepare_tract(staging: Path, manifest: Manifest, graph: str) -> None:
         _write(model, staging, manifest, graph)
     except onnx.checker.ValidationError as error:
         command = "export-model" if graph == "model" else "export"
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise RotaryExportError(
             f"tract needs a bundle of opset {TRACT_OPSET} (rotary-export {command} --opset "
             f"{TRACT_OPSET}), got opset {manifest.opset}, whose graph is not of opset "

@@ -1,1 +1,5 @@
-"""From a `RotaryEmbedding` to a bundle: one file per format, `bundle.py` puts them together."""
+"""From a rotary embedding to a bundle: one file per format.
+
+- `export.py`: `export`, which writes a bundle and proves it.
+- `onnx.py`, `torchscript.py`, `program.py`, `aoti.py`: one format each.
+"""

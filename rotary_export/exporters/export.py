@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from rotary_export.exporters.torchscript import export_torchscript
 from rotary_export.graphs.config import check_config
 from rotary_export.graphs.graph import TRACED_SIZES, Graph, make_graphs
 from rotary_export.graphs.kinds import RopeModule
-from rotary_export.package import __version__
+from rotary_export.package import __version__, find_versions
 from rotary_export.proof.plain import compare_plain
 from rotary_export.proof.report import Report, check_report
 from rotary_export.runtime.compiled import COMPILED_FOR
@@ -132,7 +131,7 @@ def export(
             graphs=graphs,
             minimum_onnxruntime=minimum_onnxruntime(opset),
             producers={"rotary_export": __version__}
-            | {name: version(name) for name in ("torch", "onnx", "onnxscript")},
+            | find_versions(("torch", "onnx", "onnxscript")),
             files={file.name: hash_file(file) for file in sorted(staging.iterdir())},
             compiled_for=COMPILED_FOR if "aoti" in formats else {},
         )

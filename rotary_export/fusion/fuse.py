@@ -13,7 +13,7 @@ from onnxscript import ir
 from rotary_export.errors import RotaryExportError
 from rotary_export.fusion.candidates import NotReplaced, examine_node, find_not_replaced, list_names
 from rotary_export.fusion.check.compare import Check, compare_models
-from rotary_export.fusion.check.feeds import SHAPES, Array, Shape
+from rotary_export.fusion.check.feeds import SHAPES, Shape
 from rotary_export.fusion.normalize import normalize
 from rotary_export.fusion.read import Model, explain, has_external, list_files, read_model
 from rotary_export.fusion.result import FuseResult, NothingFusedError
@@ -22,6 +22,7 @@ from rotary_export.fusion.rules.base import Findings
 from rotary_export.fusion.rules.join import is_rotary
 from rotary_export.op.onnx_function import add_functions
 from rotary_export.op.onnx_schema import register_schema
+from rotary_export.types import Array
 
 LARGE = 2**26  # bytes of weights above which they are mapped from a file while the model runs
 

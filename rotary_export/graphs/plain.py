@@ -14,6 +14,7 @@ from rotary_export.bundle.manifest import TensorInfo
 from rotary_export.embedding import RotaryEmbedding, RotaryQueryKey
 from rotary_export.errors import RotaryExportError
 from rotary_export.graphs.static import StoredStatic
+from rotary_export.types import name_dtype
 
 ZETA = "zeta"  # the name in ONNX of RotaryEmbedding's buffer `scale`
 ARGUMENTS = (
@@ -86,7 +87,7 @@ class PlainRope:
             return
         longest = find_longest_xpos(module, dtype)
         if max_seq_len > longest:
-            name = str(dtype).removeprefix("torch.")
+            name = name_dtype(dtype)
             raise RotaryExportError(
                 f"with xPos (dim={module.dim}, scale_base={module.scale_base:g}) the scale leaves "
                 f"the range of {name} at max_seq_len={max_seq_len}; the longest that fits is "

@@ -1,1 +1,6 @@
-"""How long it takes: timing on a noisy machine, and `bench`."""
+"""How long it takes.
+
+- `timing.py`: interleaved runs, medians and their uncertainty, on a noisy machine.
+- `machine.py`: what a measurement was made on.
+- `benchmark.py`: `rotary-export bench`.
+"""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rotary_export.errors import RotaryExportError
 from rotary_export.op import library as op_library
+from rotary_export.package import find_versions
 
 PACKAGES = ("rotary_export", "onnxruntime", "onnxruntime-gpu", "torch", "numpy")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -22,7 +22,7 @@ def describe_machine() -> dict[str, object]:
         "caches": read_caches(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _find_version(name))},
+        "versions": find_versions(PACKAGES),
         "instruction set": _find_instruction_set(),
     }
 
@@ -46,13 +46,6 @@ def _read_processor() -> str:
     name = facts.get("model name", platform.processor() or platform.machine())
     family = [facts[key] for key in ("cpu family", "model", "stepping") if key in facts]
     return f"{name} (family, model, stepping: {', '.join(family)})" if family else name
-
-
-def _find_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _find_instruction_set() -> str:

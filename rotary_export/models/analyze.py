@@ -34,8 +34,7 @@ from rotary_export.proof.model_cases import (
     make_case,
     make_cases,
 )
-from rotary_export.runtime.tensors import name_dtype
-from rotary_export.types import Progress
+from rotary_export.types import Progress, name_dtype
 
 
 @dataclass(frozen=True)

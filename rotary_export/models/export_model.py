@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,12 @@ from rotary_export.models.trace.size_limits import SizeConstraints
 from rotary_export.models.trace.snapshot import Snapshot, take_snapshot
 from rotary_export.models.write_graph import write_graph
 from rotary_export.models.write_onnx import MAX_INLINE_BYTES
-from rotary_export.package import __version__
+from rotary_export.package import __version__, find_versions
 from rotary_export.proof.model import GRAPH, Results, compare_model, run_eager, write_input_values
 from rotary_export.proof.model_cases import Case
 from rotary_export.proof.report import Report, check_report
 from rotary_export.runtime.compiled import COMPILED_FOR
-from rotary_export.runtime.tensors import name_dtype
-from rotary_export.types import Progress, ignore_progress
+from rotary_export.types import Progress, ignore_progress, name_dtype
 
 
 def export_model(
@@ -184,12 +182,8 @@ def _make_manifest(
     opset: int,
     folder: Path,
 ) -> Manifest:
-    producers = {"rotary_export": __version__}
-    for package in ("torch", "onnx", "onnxscript", type(model).__module__.partition(".")[0]):
-        try:
-            producers[package] = version(package)
-        except PackageNotFoundError:  # the user's own module
-            continue
+    own = type(model).__module__.partition(".")[0]  # not installed if it is the user's own module
+    producers = find_versions(("torch", "onnx", "onnxscript", own))
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return Manifest(
         name=name,
@@ -198,7 +192,7 @@ def _make_manifest(
         opset=opset,
         graphs={GRAPH: graph},
         minimum_onnxruntime=minimum_onnxruntime(opset),
-        producers=producers,
+        producers={"rotary_export": __version__} | producers,
         files={file.name: hash_file(file) for file in sorted(folder.iterdir())},
         compiled_for=COMPILED_FOR if "aoti" in graph.files else {},
     )

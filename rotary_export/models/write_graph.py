@@ -31,8 +31,7 @@ from rotary_export.models.trace.snapshot import Snapshot
 from rotary_export.models.trace.trace_patches import patch_for_tracing
 from rotary_export.models.write_onnx import write_onnx
 from rotary_export.proof.model import GRAPH
-from rotary_export.runtime.tensors import name_dtype
-from rotary_export.types import Progress
+from rotary_export.types import Progress, name_dtype
 
 
 def write_graph(

@@ -12,8 +12,7 @@ from onnx.reference.op_run import OpRun
 
 from rotary_export.errors import RotaryExportError
 from rotary_export.op import spec
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from rotary_export.types import Array
 
 
 class RotaryEmbedding(OpRun):

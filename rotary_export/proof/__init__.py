@@ -1,1 +1,12 @@
-"""The proof: a bundle against eager PyTorch and a float64 oracle; `verify`."""
+"""The proof: every graph of a bundle, in every way to run it, against eager PyTorch and an oracle.
+
+- `verify.py`: `verify`.
+- `plain.py`, `plain_cases.py`: the proof of a plain bundle, and its inputs.
+- `model.py`, `model_cases.py`: the proof of a model's bundle, and its inputs.
+- `oracle.py`, `scaled_oracle.py`, `oracles.py`: the formulas once more, in float64.
+- `comparison.py`: errors of arrays, in ulp.
+- `tolerances.py`: every limit, with its reason.
+- `report.py`: the result.
+- `stored.py`: what the files of a bundle store.
+- `sample_inputs.py`: inputs to time a graph with, or to show it with.
+"""

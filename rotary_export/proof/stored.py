@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
@@ -15,8 +13,7 @@ from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import CheckFailedError
 from rotary_export.graphs.plain import ZETA
 from rotary_export.op.spec import DOMAIN, OP_TYPE
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from rotary_export.types import Array
 
 STORED = ("inv_freq", "scale", "cos_cache", "sin_cache", "scale_cache")
 

@@ -1,4 +1,13 @@
-"""Run a bundle. With ONNX Runtime this needs numpy and some ONNX Runtime wheel; no torch."""
+"""Run a bundle. With ONNX Runtime this needs numpy and some ONNX Runtime wheel; no torch.
+
+- `load.py`: `load`, from a folder to a session.
+- `session.py`: what every session does: checked inputs, numpy or torch.
+- `ort.py`, `torch_runtime.py`, `reference_session.py`: sessions of one runtime each.
+- `providers.py`: execution providers, and when the op library is registered.
+- `compiled.py`: which machines run a compiled graph.
+- `ways.py`: every way to run a graph, listed once.
+- `tensors.py`: between torch tensors and numpy arrays.
+"""
 
 from rotary_export.op.library import op_library_path
 from rotary_export.runtime.load import load

@@ -20,7 +20,8 @@ from rotary_export.runtime.providers import (
     library_refusal,
 )
 from rotary_export.runtime.session import Session, Tensors, resolve_shape
-from rotary_export.runtime.tensors import is_torch, make_dtype, name_dtype
+from rotary_export.runtime.tensors import is_torch, make_dtype
+from rotary_export.types import name_dtype
 
 _ONNX_BFLOAT16 = 16
 _NO_ELEMENTS = np.zeros(1)

@@ -11,7 +11,8 @@ import numpy as np
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
 from rotary_export.errors import RotaryExportError
 from rotary_export.op.spec import bad_id_message
-from rotary_export.runtime.tensors import is_torch, name_dtype
+from rotary_export.runtime.tensors import is_torch
+from rotary_export.types import name_dtype
 
 Tensors = Mapping[str, Any]  # numpy arrays, or torch tensors
 

@@ -8,18 +8,13 @@ from typing import Any
 import numpy as np
 
 from rotary_export.errors import RotaryExportError
-from rotary_export.types import Array
+from rotary_export.types import Array, name_dtype
 
 
 def is_torch(value: object) -> bool:
     """Whether value is a torch tensor, without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
-
-
-def name_dtype(dtype: Any) -> str:
-    """Return the name of a torch or numpy dtype as manifests write it, such as "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def make_bfloat16() -> np.dtype[Any]:

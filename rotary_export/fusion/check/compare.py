@@ -11,7 +11,7 @@ import onnx
 from onnxscript import ir
 
 from rotary_export.errors import CheckFailedError, RotaryExportError
-from rotary_export.fusion.check.feeds import SHAPES, Array, Shape, make_feeds
+from rotary_export.fusion.check.feeds import SHAPES, Shape, make_feeds
 from rotary_export.fusion.check.runs import (
     BY_REFERENCE,
     Outputs,
@@ -24,6 +24,7 @@ from rotary_export.proof.comparison import Error, compare
 from rotary_export.proof.oracle import compute_ulp
 from rotary_export.proof.tolerances import TOLERANCES
 from rotary_export.runtime.ways import REFERENCE
+from rotary_export.types import Array
 
 # A rotary call differs by TOLERANCES["native"] ulp. What follows it (softmax, norms, products with
 # weights, layer after layer) enlarges that, as it does any rounding: by this much at most.

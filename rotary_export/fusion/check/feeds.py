@@ -13,8 +13,7 @@ from onnxscript import ir
 from rotary_export.errors import RotaryExportError
 from rotary_export.fusion.values import Dims, read_dims, read_int_attribute
 from rotary_export.runtime.tensors import make_bfloat16
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from rotary_export.types import Array
 
 _PAST = re.compile(r"past|cache")
 _TOTAL = re.compile(r"total|past.*(\+|plus|and)")

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import onnx
 
-from rotary_export.fusion.check.feeds import Array, Shape
+from rotary_export.fusion.check.feeds import Shape
 from rotary_export.op import library as op_library
 from rotary_export.op.onnx_reference import RotaryEmbedding as ReferenceRotaryEmbedding
 from rotary_export.runtime.providers import CPU, import_onnxruntime
 from rotary_export.runtime.ways import FUNCTION_BODY, OP_LIBRARY, Way
+from rotary_export.types import Array
 
 # How a model ran before: with the whole batch, one row at a time where it can't run a batch, or in
 # onnx.reference where ONNX Runtime can't run it.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rotary_export.compat import pytree
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import RotaryExportError, first_line
 from rotary_export.models.find.calls import RecordedCall
 from rotary_export.models.find.lowering import (
     AXES,
@@ -59,7 +59,7 @@ def find_lowering(call: RecordedCall) -> Lowering | None:
             if not probed.is_linear():
                 continue
         except Exception as error:  # whatever the model's own function raises
-            reason = f"it fails on random inputs: {type(error).__name__}: {_first_line(error)}"
+            reason = f"it fails on random inputs: {type(error).__name__}: {first_line(error)}"
             continue
         if not _covers_output(call, slots):
             reason = "it returns a tensor that is not one of its arguments, rotated"
@@ -79,10 +79,6 @@ def find_lowering(call: RecordedCall) -> Lowering | None:
     if reason is None:
         return None
     raise NotReplacedError(reason)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _is_rotatable(value: Any) -> bool:
