@@ -99,7 +99,7 @@ def test_command_line_without_a_config(tmp_path):
         ((), "export needs one of --dim and --hf-config"),
         (("--dim", 8), "export needs --max-seq-len with --dim"),
         (("--dim", 8, "--max-seq-len", 4, "--layer-type", "a"), "--layer-type is for --hf-config"),
-        (("--hf-config", tmp_path / "no.json"), "can't be read: No such file"),
+        (("--hf-config", tmp_path / "no.json"), "no.json does not exist"),
     ):
         result = run_cli("--out", tmp_path / "b", *arguments)
         assert result.exit_code == 2
