@@ -1,4 +1,6 @@
-"""What the op library registers in each version of ONNX Runtime, seen by a fake one."""
+"""The ops that the library registers in each version of ONNX Runtime, in a fake one."""
+
+from __future__ import annotations
 
 import ctypes
 import shutil
@@ -23,13 +25,13 @@ class FakeRuntime:
     """An OrtApiBase of a version, which keeps the ops that are registered.
 
     Attributes:
-        asked: The API versions that were requested.
+        requested: The API versions that were requested.
         ops: The members of each OrtCustomOp.
         domains: How many domains a session got.
     """
 
     def __init__(self, version):
-        self.asked, self.ops, self.domains = [], [], 0
+        self.requested, self.ops, self.domains = [], [], 0
         self._text = ctypes.create_string_buffer(version.encode())
         self._domain = ctypes.create_string_buffer(8)
         self._keep = [
@@ -51,7 +53,7 @@ class FakeRuntime:
         self.base = (ctypes.c_void_p * 2)(get_api, get_version)
 
     def _get_api(self, version):
-        self.asked.append(version)
+        self.requested.append(version)
         return ctypes.addressof(self._api)
 
     def _create_domain(self, name, domain):
@@ -97,7 +99,7 @@ def register(version, folder):
 def test_shapes_are_inferred_only_where_that_is_safe(version, api, infers, tmp_path):
     """Before 1.24, ONNX Runtime crashes in an op's shape inference at an omitted input."""
     runtime = register(version, tmp_path)
-    assert runtime.asked == [api]
+    assert runtime.requested == [api]
     assert runtime.domains == 1
     assert len(runtime.ops) >= 7  # one for each pair of types
     assert {bool(op[INFER_OUTPUT_SHAPE]) for op in runtime.ops} == {infers}
