@@ -28,7 +28,7 @@ class Row:
     """What one test showed of one target.
 
     Attributes:
-        target: As in `PLACES` of tools/targets/targets.py: "C++, ONNX Runtime".
+        target: The title of the kit's page, and what to add: "C++, ONNX Runtime".
         version: Of what ran it.
         graph: "rotate" or "model".
         how: "ran", "parsed" or "compiled"; only "ran" is proof.

@@ -29,7 +29,7 @@ own_page = pytest.mark.parametrize("page", OWN_PAGES, ids=lambda page: page.name
 @pytest.mark.parametrize(
     "page", [page for page in OWN_PAGES if page.blocks], ids=lambda page: page.name
 )
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")  # of what a page calls besides this package
 def test_blocks_run(page, tmp_path, monkeypatch):
     shutil.copytree(EXPORTED, tmp_path / "exported")
     monkeypatch.chdir(tmp_path)

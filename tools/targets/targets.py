@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rotary_export.deploy.targets import TARGETS
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tools" / "results" / "targets.json"
 ROWS = ROOT / "build" / "targets" / "rows"  # written by tests/helpers/target_runs.py
@@ -25,19 +27,6 @@ HEADERS = (
 )  # fmt: skip
 
 
-# By target of `deploy`: where that is, and the targets of its rows.
-PLACES = {
-    "cpp-onnxruntime": ("C++, ONNX Runtime", ["C++, ONNX Runtime"]),
-    "cpp-libtorch": ("C++, libtorch", ["C++, libtorch"]),
-    "cpp-aoti": ("C++, AOTInductor", ["C++, AOTInductor"]),
-    "node": ("Node.js", ["Node.js"]),
-    "browser": ("browser", ["browser"]),
-    "openvino": ("OpenVINO", ["OpenVINO"]),
-    "tract": ("tract", ["tract"]),
-    "triton": ("Triton Inference Server", ["Triton, Python backend"]),
-    "mlserver": ("MLServer", ["MLServer"]),
-    "ray": ("Ray Serve", ["Ray Serve"]),
-}
 PATHS = {"fused": "our kernel", "portable": "the function body"}
 
 
@@ -71,16 +60,25 @@ def tabulate(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str
 
 
 def summarize(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Return headers and cells of the top page's table: one line for each target of `deploy`."""
+    """Return headers and cells of the top page's table: one line for each target of `deploy`.
+
+    A target's rows start with the title of its page.
+    """
     headers = ("where", "target, and its page", "what runs there", "types that ran")
     lines = []
-    for name, (place, titles) in PLACES.items():
-        ran = [row for row in rows if row["target"] in titles and row["how"] == "ran"]
+    for name in TARGETS:
+        page = Path("rotary_export") / "deploy" / "kits" / name / "README.md"
+        heading = (ROOT / page).read_text(encoding="utf-8").partition("\n")[0]
+        title = heading.removeprefix("# ").partition(":")[0]
+        ran = [row for row in rows if row["how"] == "ran" and _is_of(row, title)]
         paths = dict.fromkeys(PATHS.get(row["path"], row["path"]) for row in ran)
-        dtypes = dict.fromkeys(dtype for row in ran for dtype in row["dtypes"])
-        link = f"[`{name}`](rotary_export/deploy/kits/{name}/README.md)"
-        lines.append([place, link, ", ".join(paths), ", ".join(sorted(dtypes))])
+        dtypes = {dtype for row in ran for dtype in row["dtypes"]}
+        lines.append([title, f"[`{name}`]({page})", ", ".join(paths), ", ".join(sorted(dtypes))])
     return headers, lines
+
+
+def _is_of(row: dict[str, Any], title: str) -> bool:
+    return row["target"].casefold().startswith(title.casefold())
 
 
 def find_losses(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
