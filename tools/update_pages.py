@@ -18,6 +18,7 @@ import performance_section
 import targets
 
 from rotary_export.bundle.manifest import read_manifest
+from rotary_export.deploy.targets import TARGETS
 from rotary_export.embedding import RotaryEmbedding
 from rotary_export.exporters.onnx import NEWEST_OPSET, minimum_onnxruntime
 from rotary_export.graphs.config import DTYPES
@@ -101,6 +102,15 @@ def write_coverage() -> str:
     return coverage_report.describe_summary(found["summary"])
 
 
+def write_kits() -> str:
+    """One line for each target of `deploy`."""
+    rows = (
+        (f"[`{name}`](kits/{name}/README.md)", target.what, target.runs)
+        for name, target in TARGETS.items()
+    )
+    return format_table(("target, and its page", "what deploy writes", "what runs"), rows)
+
+
 def write_targets() -> str:
     """Where a bundle ran, from tools/results/targets.json."""
     return format_table(*targets.tabulate(json.loads(targets.RESULTS.read_text(encoding="utf-8"))))
@@ -160,6 +170,7 @@ SECTIONS = {
 DOCUMENTS = {
     "README.md": SECTIONS,
     "rotary_export/op/README.md": {"minimum_onnxruntime": write_minimum_onnxruntime},
+    "rotary_export/deploy/README.md": {"kits": write_kits},
     "rotary_export/deploy/kits/cpp-onnxruntime/README.md": {
         "minimum_onnxruntime": write_minimum_onnxruntime,
         "cpp_latency": write_cpp_latency,
