@@ -18,6 +18,7 @@ import performance_section
 import targets
 
 from rotary_export.bundle.manifest import read_manifest
+from rotary_export.deploy.targets import TARGETS
 from rotary_export.embedding import RotaryEmbedding
 from rotary_export.exporters.onnx import NEWEST_OPSET, minimum_onnxruntime
 from rotary_export.graphs.config import DTYPES
@@ -103,6 +104,15 @@ def write_coverage() -> str:
 def write_families() -> str:
     """One line per family, from tools/results/coverage.json."""
     return format_table(*coverage_report.tabulate_families(_read_result("coverage")["rows"]))
+
+
+def write_kits() -> str:
+    """One line for each target of `deploy`."""
+    rows = (
+        (f"[`{name}`](kits/{name}/README.md)", target.what, target.runs)
+        for name, target in TARGETS.items()
+    )
+    return format_table(("target, and its page", "what deploy writes", "what runs"), rows)
 
 
 def write_targets() -> str:
@@ -250,6 +260,7 @@ DOCUMENTS = {
     "rotary_export/README.md": {"xpos_lengths": write_xpos_lengths},
     "rotary_export/proof/README.md": {"tolerances": write_tolerances, "proof": write_proof},
     "rotary_export/op/README.md": {"minimum_onnxruntime": write_minimum_onnxruntime},
+    "rotary_export/deploy/README.md": {"kits": write_kits},
     "rotary_export/deploy/kits/cpp-onnxruntime/README.md": {
         "minimum_onnxruntime": write_minimum_onnxruntime,
         "cpp_latency": write_cpp_latency,

@@ -21,13 +21,15 @@ class Target:
     """Somewhere a bundle runs.
 
     Attributes:
-        what: In a few words.
+        what: What deploy writes, in a few words.
+        runs: What computes the rotary embedding there.
         format: The format of the bundle that it opens: "onnx", "torchscript", "program", "aoti".
         prepare: Writes the files that depend on the bundle into the folder, if there are any.
         shared: A folder of `kits/shared/`, whose files are copied too.
     """
 
     what: str
+    runs: str
     format: str
     prepare: Prepare | None = None
     shared: str | None = None
@@ -45,35 +47,56 @@ def _find(module: str, name: str) -> Prepare:
 
 TARGETS: dict[str, Target] = {
     "cpp-onnxruntime": Target(
-        "a C++ program, ONNX Runtime", "onnx", _find("cpp_onnxruntime", "copy_op_library")
+        "a C++ program, ONNX Runtime",
+        "our kernel, or the function body",
+        "onnx",
+        _find("cpp_onnxruntime", "copy_op_library"),
     ),
     "cpp-libtorch": Target(
-        "a C++ program, libtorch: TorchScript",
+        "a C++ program, libtorch",
+        "TorchScript",
         "torchscript",
         _find("signature", "write_signature"),
         shared="libtorch",
     ),
     "cpp-aoti": Target(
-        "a C++ program, libtorch: compiled by AOTInductor",
+        "a C++ program, libtorch",
+        "code compiled by AOTInductor",
         "aoti",
         _find("signature", "write_signature"),
         shared="libtorch",
     ),
-    "node": Target("a program for Node.js, onnxruntime-node", "onnx", shared="javascript"),
-    "browser": Target("a page, onnxruntime-web", "onnx", shared="javascript"),
+    "node": Target(
+        "a program for Node.js, onnxruntime-node", "the function body", "onnx", shared="javascript"
+    ),
+    "browser": Target("a page, onnxruntime-web", "the function body", "onnx", shared="javascript"),
     "openvino": Target(
-        "OpenVINO, from Python", "onnx", _find("inline", "prepare_openvino"), shared="python"
+        "a Python program, OpenVINO",
+        "the function body, fused to OpenVINO's own RoPE",
+        "onnx",
+        _find("inline", "prepare_openvino"),
+        shared="python",
     ),
     "tract": Target(
-        "tract, from Python", "onnx", _find("inline", "prepare_tract"), shared="python"
+        "a Python program, tract",
+        "primitives of opset 18",
+        "onnx",
+        _find("inline", "prepare_tract"),
+        shared="python",
     ),
     "triton": Target(
         "a model repository for Triton Inference Server",
+        "our kernel, or TorchScript",
         "onnx",
         _find("triton", "write_repository"),
     ),
     "mlserver": Target(
-        "the settings of an MLServer, and a client", "onnx", _find("mlserver", "prepare_mlserver")
+        "the settings of an MLServer, and a client",
+        "our kernel",
+        "onnx",
+        _find("mlserver", "prepare_mlserver"),
     ),
-    "ray": Target("an application and a config file of Ray Serve, and a client", "onnx"),
+    "ray": Target(
+        "an application and a config file of Ray Serve, and a client", "our kernel", "onnx"
+    ),
 }

@@ -23,7 +23,9 @@ def target(monkeypatch, tmp_path):
     (kits / "shared" / "language").mkdir(parents=True)
     (kits / "shared" / "language" / "lib.txt").write_text("shared")
     monkeypatch.setattr("rotary_export.deploy.deploy.KITS", kits)
-    monkeypatch.setitem(TARGETS, "some", Target("some machine", "onnx", shared="language"))
+    monkeypatch.setitem(
+        TARGETS, "some", Target("some machine", "our kernel", "onnx", shared="language")
+    )
 
 
 def list_folders(path):
@@ -117,7 +119,7 @@ def test_refusals(tmp_path, monkeypatch):
     broken = copy_bundle("plain", tmp_path)
     (broken / "rotate.pt").write_bytes(b"")
     check_refused("sha256 differs", lambda: deploy("some", broken, out), tmp_path)
-    monkeypatch.setitem(TARGETS, "other", Target("", "torchscript"))
+    monkeypatch.setitem(TARGETS, "other", Target("", "", "torchscript"))
     act = lambda: deploy("other", get_bundle("opset18"), out)  # noqa: E731
     check_refused("other needs the format 'torchscript'", act, tmp_path)
 
@@ -127,7 +129,7 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(TARGETS, "some", Target("", "onnx", fail))
+    monkeypatch.setitem(TARGETS, "some", Target("", "", "onnx", fail))
     before = read_tree(tmp_path)
     with pytest.raises(ValueError, match="No space left"):
         deploy("some", get_bundle("plain"), tmp_path / "out")
