@@ -51,7 +51,7 @@ def check_file(path: Path, force: bool) -> None:
 
 @contextmanager
 def write_folder(path: Path, force: bool, check_owned: Callable[[Path], None]) -> Iterator[Path]:
-    """Give a folder to write in, which takes the place of `path` once the block has ended.
+    """Give a folder to write in, which replaces `path` once the block has ended.
 
     Args:
         path: Where it goes; the folder is made beside it, or in the nearest parent that exists.

@@ -3,7 +3,7 @@
 import re
 
 BATCH, SEQ, PAST = "batch_size", "seq_len", "past_seq_len"
-TOTAL = f"{PAST} + {SEQ}"  # what a key/value cache holds after a step
+TOTAL = f"{PAST} + {SEQ}"  # what a key/value cache contains after a step
 
 
 def is_past(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a bundle says of itself, written by the exporters, read by the runtime.
+"""`manifest.json`: the contents of a bundle, written by the exporters, read by the runtime.
 
 Standard library only. The hashes are for integrity (a truncated or swapped file), not for
 authenticity: whoever can change a file can change the manifest.
@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "program": ".pt2", "aoti": ".aoti.pt2"}
 DEFAULT_FORMATS = ("onnx", "torchscript", "program")
 MAIN_GRAPHS = ("rotate", "model")  # a bundle has one of them
-DATA_SUFFIX = ".data"  # of the file beside GRAPH.onnx that holds a large model's weights
+DATA_SUFFIX = ".data"  # of the file beside GRAPH.onnx that contains a large model's weights
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def read_manifest(bundle_dir: Path) -> Manifest:
         raise RotaryExportError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     compiled = any("aoti" in graph.files for graph in manifest.graphs.values())
     if compiled and manifest.compiled_for.keys() != {"system", "machine", "instruction_set"}:
-        raise RotaryExportError(f"{path} does not say which machine its compiled graphs need")
+        raise RotaryExportError(f"{path} does not name the machine that its compiled graphs need")
     for name in (*manifest.files, *(f for g in manifest.graphs.values() for f in g.files.values())):
         if Path(name).name != name or name in ("", ".", ".."):
             raise RotaryExportError(f"{path} names a file outside the bundle: {name!r}")

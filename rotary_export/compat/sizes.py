@@ -104,7 +104,7 @@ def set_lower_bound(program: Any, size: torch.SymInt, lower: int) -> None:
 
 
 def compile_condition(expression: Any, symbols: Sequence[sympy.Symbol]) -> Callable[..., bool]:
-    """Make a function of a condition; sympy's own substitution takes a thousand times as long."""
+    """Make a function of a condition; sympy's own substitution is a thousand times slower."""
     code = PythonPrinter().doprint(expression)
     arguments = ", ".join(map(str, symbols))
     function = eval(f"lambda {arguments}: {code}", {"math": math, "torch": torch})

@@ -1,4 +1,4 @@
-"""`export`: a folder with every graph in every format, proven before it is there."""
+"""`export`: a folder with every graph in every format, proven before it appears."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ def export(
         head_dim: H, >= module.dim; default: module.dim, or the config's. Channels past module.dim
             are copied.
         interleaved: True: pairs (2i, 2i + 1); False: pairs (i, i + dim/2).
-        max_seq_len: Rows of the tables; default: module.max_seq_len, or what the config says.
+        max_seq_len: Rows of the tables; default: module.max_seq_len, or that of the config.
         batch_size: Of a static export.
         static: query and key have max_seq_len rows, of which the first seq_len are rotated.
         formats: Of "onnx", "torchscript", "program", and "aoti": the program, compiled for the
-            CPU by AOTInductor, which takes a C++ compiler.
+            CPU by AOTInductor, which requires a C++ compiler.
         opset: Of ai.onnx; from 23 on the function body is ORT's own rotary kernel.
         dtype: Of query and key; float32, float16, bfloat16 or float64. Tables stay float32.
         force: Replace an existing bundle.
@@ -159,7 +159,7 @@ def check_formats(formats: Sequence[str]) -> None:
 
 
 def find_out(out: str | os.PathLike[str]) -> Path:
-    """Return where a bundle is to be written, or refuse what is no path."""
+    """Return where a bundle is to be written, or refuse what is not a path."""
     if not isinstance(out, (str, os.PathLike)):
         raise RotaryExportError(f"out must be a path, got {out!r}")
     return Path(out).absolute()
@@ -176,7 +176,7 @@ def _check_owned(path: Path) -> None:
     for file in path.iterdir():
         if file.name not in (FILE_NAME, *manifest.files):
             raise RotaryExportError(
-                f"{path} holds {file.name!r}, which is not of the bundle and would be lost"
+                f"{path} contains {file.name!r}, which is not of the bundle and would be lost"
             )
 
 
@@ -189,11 +189,11 @@ def _write_graph(
     rotary_nodes, function_body = int(graph.name == "rotate"), "primitive"
     for kind, file in files.items():
         if kind == "aoti":
-            continue  # compiled once the program is there
+            continue  # compiled once the program exists
         progress(f"export {file}")
         if kind == "onnx":
-            forms = export_onnx(graph, example, folder / file, opset)
-            if forms and all(form.is_native for form in forms):
+            signatures = export_onnx(graph, example, folder / file, opset)
+            if signatures and all(signature.is_native for signature in signatures):
                 function_body = "native"
         elif kind == "torchscript":
             export_torchscript(graph, example, folder / file)
@@ -206,7 +206,7 @@ def _write_graph(
 
 
 def write_bundle(path: Path, force: bool) -> AbstractContextManager[Path]:
-    """Give a folder to write a bundle in, which takes the place of `path` once the block has ended.
+    """Give a folder to write a bundle in, which replaces `path` once the block has ended.
 
     Raises:
         RotaryExportError: `path` already exists, or can't be written.

@@ -63,7 +63,7 @@ def export_onnx(
         opset: Of ai.onnx, >= 18.
 
     Returns:
-        The forms of its rotary nodes, one per function body.
+        The signatures of its rotary nodes, one per function body.
     """
     register_schema()
     with quiet_torch():
@@ -85,10 +85,10 @@ def export_onnx(
     _rename(model, graph)
     strip_metadata(model)
     proto = ir.serde.serialize_model(model)
-    forms = add_functions(proto)
+    signatures = add_functions(proto)
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
-    return forms
+    return signatures
 
 
 def _rename(model: ir.Model, graph: Graph) -> None:
@@ -106,7 +106,7 @@ def _rename(model: ir.Model, graph: Graph) -> None:
 
 
 def strip_metadata(model: ir.Model) -> None:
-    """Remove source paths and stack traces; say who made the file."""
+    """Remove source paths and stack traces; name the producer of the file."""
     model.producer_name = "rotary_export"
     model.producer_version = __version__
     model.metadata_props.clear()
@@ -127,14 +127,14 @@ def minimum_onnxruntime(opset: int) -> dict[str, str]:
     """Return the oldest ONNX Runtime that runs such a file, fused and portable.
 
     Measured in every dtype, with `tools/measure_minimum_ort`. Portable, older ones have bugs: in a
-    fusion of opset 18 to 22's bodies, and in their rotary op, which wants num_heads of a 4-D X.
+    fusion of opset 18 to 22's bodies, and in their rotary op, which requires num_heads of a 4-D X.
     """
     fused = {22: "1.21", 23: "1.23", 24: "1.24", 25: "1.24"}
     return {"fused": fused.get(opset, "1.20"), "portable": "1.22" if opset < 23 else "1.24"}
 
 
 def check_opset(opset: int) -> None:
-    """Refuse an opset that the bodies or the exporter don't know.
+    """Refuse an opset that the function bodies or the exporter don't support.
 
     Raises:
         RotaryExportError: It is out of range.

@@ -24,7 +24,7 @@ from rotary_export.runtime.ways import FUNCTION_BODY, REFERENCE, list_ways
 from rotary_export.types import Progress, ignore_progress
 
 SHAPES = ((1, 1), (16, 1), (1, 128), (1, 2048))  # batch_size, seq_len
-PAUSE = 5e-3  # ONNX Runtime's threads spin on after a run, on the cores that torch wants next
+PAUSE = 5e-3  # ONNX Runtime's threads spin on after a run, on the cores that torch uses next
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Measurement:
     speed: Spread
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the row as JSON takes it."""
+        """Return the row as values that JSON can express."""
         facts = {name: getattr(self, name) for name in ("batch_size", "seq_len", "run")}
         return facts | {
             "kernel_path": self.kernel_path,
@@ -80,7 +80,7 @@ class BenchmarkReport:
     skipped: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON takes it."""
+        """Return the report as values that JSON can express."""
         return {
             "bundle": self.bundle,
             "dtype": self.dtype,

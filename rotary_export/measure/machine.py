@@ -15,7 +15,7 @@ _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def describe_machine() -> dict[str, object]:
-    """Return facts by name, as JSON takes them; nothing that names the machine or its user."""
+    """Return facts by name, for JSON; nothing that names the machine or its user."""
     return {
         "processor": _read_processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -28,7 +28,7 @@ def describe_machine() -> dict[str, object]:
 
 
 def read_caches() -> dict[str, str]:
-    """Return the sizes of one core's data caches, by level; empty where Linux does not say."""
+    """Return the sizes of one core's data caches, by level; empty if Linux lists none."""
     sizes = {}
     for folder in sorted(_CACHES.glob("index*")):
         if (folder / "type").read_text().strip() != "Instruction":

@@ -2,7 +2,7 @@
 
 Calls are interleaved (a, b, a, b, ...), so that a slow moment hits all of them. What counts is the
 ratio of neighbours, and of those the median. Its confidence interval says how far the machine can
-be trusted; `measure_noise` says it beforehand. Standard library only.
+be trusted; `measure_noise` measures that beforehand. Standard library only.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Clock = Callable[[], float]
 # Calls shorter than this are repeated within one sample: the timer and the loop then cost nothing.
 SAMPLE_SECONDS = 2e-3
 # What another call has left in the caches is not this one's to write back. (One call is not enough
-# where it stores past the cache: what lies there is then replaced by what it reads alone.)
+# where it uses streaming stores: what the cache contains is then replaced by reads alone.)
 WARMING_CALLS = 2
 MIN_ROUNDS = 9
 MAX_ROUNDS = 201
 SECONDS = 1.5  # per measurement, if one is not told
 
-# Identical calls that differ by more than this leave nothing to say about a few per cent.
+# Identical calls that differ by more than this make a few per cent meaningless.
 NOISE_LIMIT = 0.05
 
 _Z95 = 1.96
@@ -58,7 +58,7 @@ class Spread:
         return max(abs(end - middle) for end in self.interval) / abs(middle)
 
     def to_dict(self) -> dict[str, float]:
-        """Return min, median and max as JSON takes it."""
+        """Return min, median and max as values that JSON can express."""
         limits = {"min": min(self.values), "median": self.median, "max": max(self.values)}
         return {name: _round(value) for name, value in limits.items()}
 
@@ -168,7 +168,7 @@ def describe_noise(noise: float) -> str | None:
         return None
     return (
         f"this machine is noisy: identical calls differ by {noise:.0%} (quiet: at most "
-        f"{NOISE_LIMIT:.0%}); differences of that size say nothing"
+        f"{NOISE_LIMIT:.0%}); differences of that size mean nothing"
     )
 
 

@@ -69,8 +69,8 @@ def write_graph(
             continue  # compiled once the program is written
         report_progress(f"export {file}")
         if kind == "onnx":
-            forms = write_onnx(program, graph, symbols, folder / file, opset, max_inline_bytes)
-            if all(form.is_native for form in forms):
+            signatures = write_onnx(program, graph, symbols, folder / file, opset, max_inline_bytes)
+            if all(signature.is_native for signature in signatures):
                 graph = replace(graph, function_body="native")
         elif kind == "program":
             _write_program(program, folder / file)

@@ -79,7 +79,7 @@ def write_onnx(
             model, path.parent, f"{path.name}.data", size_threshold_bytes=1024
         )
     proto = ir.serde.serialize_model(model)
-    forms = add_functions(proto)
+    signatures = add_functions(proto)
     onnx.save(proto, path)
     try:
         onnx.checker.check_model(str(path) if is_external else proto, full_check=not is_external)
@@ -87,7 +87,7 @@ def write_onnx(
         raise RotaryExportError(
             f"torch.onnx wrote a model that is not valid: {describe_error(error)}"
         ) from error
-    return forms
+    return signatures
 
 
 def _rename(model: ir.Model, info: GraphInfo, symbols: Mapping[str, str]) -> None:

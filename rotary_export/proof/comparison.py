@@ -34,7 +34,7 @@ class Error:
     worst: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the error as JSON takes it, which has no infinity."""
+        """Return the error as values that JSON can express; it has no infinity."""
         values = asdict(self).items()
         return {k: str(v) if isinstance(v, float) and np.isinf(v) else v for k, v in values}
 

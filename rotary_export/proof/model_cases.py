@@ -39,7 +39,7 @@ class Case:
     """One set of inputs.
 
     Attributes:
-        name: Sizes and what is particular, for people.
+        name: Sizes and what is particular, human-readable.
         tensors: In order.
         keep: (batch_size, seq_len) bool: rows that are no padding; None: all.
     """
@@ -150,7 +150,7 @@ def make_cases(
     thresholds: Sequence[int],
     longest: int | None,
     max_size: Mapping[str, int],
-    points: Sequence[Mapping[str, int]],
+    sizes_to_verify: Sequence[Mapping[str, int]],
 ) -> list[Case]:
     """Make the cases that a model is proven with: none has the sizes that it was traced at.
 
@@ -159,9 +159,9 @@ def make_cases(
         sources: What to fill them with.
         traced: The sizes it was traced at.
         thresholds: Lengths at which its angles change (longrope, dynamic).
-        longest: Positions that the model takes; None: any.
-        max_size: By name of a size, the largest that the graph takes.
-        points: Sizes at which the model itself takes another path than the graph.
+        longest: Positions that the model accepts; None: any.
+        max_size: By name of a size, the largest that the graph accepts.
+        sizes_to_verify: Sizes at which the model takes another branch than the traced one.
     """
     roles = {source.role for source in sources.values()}
     limit = min(longest or 1 << 30, max_size.get(SEQ, 1 << 30))
@@ -204,7 +204,7 @@ def make_cases(
                 cases.append(
                     make_case(infos, sources, sizes(2, seq + 1, past), seed=6, offset=offset)
                 )
-    for point in points:
+    for point in sizes_to_verify:
         cases.append(make_case(infos, sources, sizes(3, seq + 1, past) | dict(point), seed=7))
     return cases
 

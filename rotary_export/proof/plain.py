@@ -2,7 +2,7 @@
 
 Eager here computes from the tables that the bundle stores, so that the comparison is of the same
 operations on the same numbers on every machine; the stored tables themselves are held against the
-oracle. Errors are counted in ulp of the output's dtype (`oracle.Expected` says which).
+oracle. Errors are counted in ulp of the output's dtype (`oracle.Expected` defines them).
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def _check_state(stored: Mapping[str, Arrays], state: Mapping[str, Tensor]) -> N
     for file_format, tables in stored.items():
         for name, value in tables.items():
             if not torch.equal(torch.from_numpy(value), state[name]):
-                raise CheckFailedError(f"tables ({file_format}) does not hold the module's {name}")
+                raise CheckFailedError(
+                    f"tables ({file_format}) does not contain the module's {name}"
+                )
 
 
 def _compare_graph(
@@ -164,7 +166,7 @@ def _make_rows(
     config: ExportConfig,
     oracle: Oracle,
 ) -> list[Row]:
-    """Make the empty rows of one way to run a graph, with the tolerances that hold for it."""
+    """Make the empty rows of one way to run a graph, with its tolerances."""
     rows = []
     xpos = config.rope.uses_xpos
     is_half = config.dtype in ("float16", "bfloat16")

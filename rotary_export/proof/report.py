@@ -21,7 +21,7 @@ class Row:
         kernel_path: As `Session.kernel_path`.
         eager: Error against eager PyTorch.
         eager_tolerance: Key of TOLERANCES.
-        oracle_tolerance: Key of TOLERANCES; None: there is no oracle of a whole model.
+        oracle_tolerance: Key of TOLERANCES; None: a whole model has no oracle.
         oracle: Error against the float64 oracle (float64 outputs: long double).
     """
 
@@ -49,7 +49,7 @@ class Row:
         return TOLERANCES[self.oracle_tolerance].max_ulp
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the row as JSON takes it."""
+        """Return the row as values that JSON can express."""
         return {
             **asdict(self),
             "eager": self.eager.to_dict(),
@@ -82,7 +82,7 @@ class Report:
         return all(row.passed for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON takes it."""
+        """Return the report as values that JSON can express."""
         return {
             "passed": self.passed,
             "rows": [row.to_dict() for row in self.rows],

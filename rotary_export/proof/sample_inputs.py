@@ -21,7 +21,7 @@ HEADS = 8  # where the bundle leaves the number open
 def fit_shapes(
     manifest: Manifest, name: str, shapes: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """Lower (batch_size, seq_len) to what `rotate` or `model` takes, each once."""
+    """Lower (batch_size, seq_len) to what `rotate` or `model` accepts, each once."""
     if name != "rotate":
         return _fit_sizes(manifest, shapes)
     query, _, position = manifest.graphs[name].inputs
@@ -33,7 +33,7 @@ def fit_shapes(
 
 
 def make_inputs(manifest: Manifest, name: str, batch_size: int, seq_len: int) -> Mapping[str, Any]:
-    """Make inputs of `rotate` (numpy) or `model` (torch) at a shape that it takes."""
+    """Make inputs of `rotate` (numpy) or `model` (torch) at a shape that it accepts."""
     if name == "rotate":
         return _make_rotate_inputs(manifest.graphs[name], batch_size, seq_len)
     return _make_model_inputs(manifest, batch_size, seq_len)
@@ -56,7 +56,7 @@ def _make_rotate_inputs(graph: GraphInfo, batch_size: int, seq_len: int) -> Arra
 
 
 def _fit_sizes(manifest: Manifest, shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Lower (batch_size, seq_len) to what a model takes, each once."""
+    """Lower (batch_size, seq_len) to what a model accepts, each once."""
     max_size = manifest.graphs[GRAPH].max_size
     rows, length = max_size.get(BATCH, 1 << 30), max_size.get(SEQ, 1 << 30)
     longest = min(length, manifest.config["max_positions"] or length)

@@ -31,7 +31,7 @@ def read_constants(path: Path, info: GraphInfo) -> dict[str, dict[str, Array]]:
     constants: dict[str, dict[str, Array]] = {}
     for kind, file in info.files.items():
         if kind == "aoti":
-            continue  # machine code; the program that it was compiled from is there too
+            continue  # machine code; the bundle also contains the program
         if kind == "onnx":
             initializers = onnx.load(path / file).graph.initializer
             arrays = {t.name: numpy_helper.to_array(t) for t in initializers}
@@ -51,7 +51,7 @@ def read_constants(path: Path, info: GraphInfo) -> dict[str, dict[str, Array]]:
 
 
 def check_rotary_nodes(path: Path, info: GraphInfo) -> None:
-    """Compare what a manifest says of the rotary nodes of a graph with its ONNX file.
+    """Compare the rotary nodes in a manifest with those in the ONNX file.
 
     Args:
         path: The bundle's folder.
@@ -70,5 +70,5 @@ def check_rotary_nodes(path: Path, info: GraphInfo) -> None:
     if found != (info.rotary_nodes, info.function_body):
         raise CheckFailedError(
             f"{info.files['onnx']} has {found[0]} rotary nodes of {found[1]} bodies, the manifest "
-            f"says {info.rotary_nodes} of {info.function_body}"
+            f"names {info.rotary_nodes} of {info.function_body}"
         )

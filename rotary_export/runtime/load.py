@@ -48,11 +48,11 @@ def load(
         require_fused: Raise where our kernel would not run.
 
     Returns:
-        The session; `session.providers` and `session.kernel_path` say what runs.
+        The session; `session.providers` and `session.kernel_path` name what runs.
 
     Raises:
         RotaryExportError: The bundle is damaged, lacks the graph or the format, or what was asked
-            for by name can't run here; the message says what is missing.
+            for by name can't run here; the message names what is missing.
     """
     path = Path(bundle_dir)
     manifest = read_manifest(path)
@@ -102,7 +102,7 @@ def open_session(
     if require_fused:
         raise RotaryExportError(f"require_fused: the runtime {runtime!r} has no fused kernel")
     if providers != "auto":
-        raise RotaryExportError(f"providers are ONNX Runtime's; {runtime!r} takes none")
+        raise RotaryExportError(f"providers are ONNX Runtime's; {runtime!r} has none")
     if use_op_library not in ("auto", False):
         raise RotaryExportError(
             f"use_op_library={use_op_library}: the op library is for ONNX Runtime, not {runtime!r}"

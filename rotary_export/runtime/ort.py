@@ -66,7 +66,7 @@ class OrtSession(Session):
         names = [value.name for value in self._session.get_inputs()]
         if names != [info.name for info in graph.inputs]:
             raise RotaryExportError(
-                f"{file.name} takes {', '.join(names)}, which is not what the manifest says of "
+                f"{file.name} has the inputs {', '.join(names)}, the manifest has others for "
                 f"{graph_name}"
             )
         if not graph.rotary_nodes:
@@ -113,7 +113,7 @@ def _name_kernel(provider: str) -> str:
 
 
 def _describe(buffer: Any) -> tuple[str, int, Any, tuple[int, ...], int]:
-    """Return device, device id, element type, shape and address, as an IO binding takes them."""
+    """Return device, device id, element type, shape and address, as an IO binding requires them."""
     if is_torch(buffer):
         name = name_dtype(buffer.dtype)
         element = _ONNX_BFLOAT16 if name == "bfloat16" else np.dtype(name).type

@@ -112,7 +112,7 @@ def library_refusal(providers: Sequence[str], use_op_library: bool | str) -> str
 
     A registered kernel wins over the function body, wherever it runs: a CPU kernel would pull
     nodes off the accelerator that would have run the body. So the library is registered only
-    where it has a kernel for the first provider, which is the one that takes the node. Its CUDA
+    where it has a kernel for the first provider, which is the one that runs the node. Its CUDA
     kernel is opt-in until it has been run on a GPU: only True registers it.
 
     Args:
@@ -123,7 +123,7 @@ def library_refusal(providers: Sequence[str], use_op_library: bool | str) -> str
         The reason, or None: register it.
 
     Raises:
-        RotaryExportError: The library is there but broken, or the argument is not one of the three.
+        RotaryExportError: The library is broken, or the argument is not one of the three.
     """
     if not (isinstance(use_op_library, bool) or use_op_library == "auto"):
         raise RotaryExportError(

@@ -47,7 +47,7 @@ class Session(ABC):
 
         Args:
             **inputs: One numpy array per input, or one torch tensor per input (used where they
-                are, without a copy, if contiguous). A scalar input also takes an int.
+                are, without a copy, if contiguous). A scalar input may also be an int.
 
         Returns:
             Outputs by name, of the kind of the inputs.
@@ -101,13 +101,15 @@ def check_session_inputs(name: str, graph: GraphInfo, inputs: Tensors) -> dict[s
     wanted = [info.name for info in graph.inputs]
     for given in inputs:
         if given not in wanted:
-            raise RotaryExportError(f"{name} has no input {given!r}; it takes {', '.join(wanted)}")
+            raise RotaryExportError(
+                f"{name} has no input {given!r}; it accepts {', '.join(wanted)}"
+            )
     sizes: dict[str, int] = {}
     sums = {d for info in graph.inputs for d in info.shape if isinstance(d, str) and " + " in d}
     for info in sorted(graph.inputs, key=lambda i: bool(sums.intersection(i.shape))):  # sums last
         if info.name not in inputs:
             raise RotaryExportError(
-                f"{name} needs the input {info.name!r}; it takes {', '.join(wanted)}"
+                f"{name} needs the input {info.name!r}; it accepts {', '.join(wanted)}"
             )
         value = inputs[info.name]
         if not (isinstance(value, (np.ndarray, np.generic)) or is_torch(value)):

@@ -55,8 +55,8 @@ def add_compiled(bundle, **compiled_for):
 
 
 REFUSALS = {
-    "nothing said": ({}, "manifest.json does not say which machine its compiled graphs need"),
-    "half said": ({"machine": "x86_64"}, "does not say which machine its compiled graphs need"),
+    "nothing said": ({}, "manifest.json does not name the machine that its compiled graphs need"),
+    "half said": ({"machine": "x86_64"}, "does not name the machine that its compiled graphs need"),
     "machine": (
         COMPILED_FOR | {"machine": "aarch64"},
         "rotate.aoti.pt2 can't run here: it needs Linux aarch64 with AVX2, this is",

@@ -180,7 +180,7 @@ def test_export_leaves_what_is_in_the_way(tmp_path, force):
         "file": "file exists and is not a bundle; it is left as it is",
         "folder": "folder exists and is not a bundle; it is left as it is",
         "extension": "extension exists and is not a bundle; it is left as it is",
-        "plain": "holds 'notes.txt', which is not of the bundle and would be lost"
+        "plain": "contains 'notes.txt', which is not of the bundle and would be lost"
         if force
         else "plain exists; force=True (--force) replaces it",
         "file/under": "file/under can't be written: Not a directory",
@@ -256,7 +256,7 @@ BUNDLES = {
     "other graph's file": (
         lambda b: edit_graph(b, files={"onnx": "tables.onnx"}),
         {},
-        "tables.onnx takes seq_len, which is not what the manifest says of rotate",
+        "tables.onnx has the inputs seq_len, the manifest has others for rotate",
     ),
     "no minimum": (
         lambda b: edit_manifest(b, minimum_onnxruntime={"fused": "1.23"}),
@@ -318,7 +318,7 @@ BUNDLES = {
     "providers": (
         None,
         {"runtime": "program", "providers": ["CPUExecutionProvider"]},
-        "providers are ONNX Runtime's; 'program' takes none",
+        "providers are ONNX Runtime's; 'program' has none",
     ),
     "use_op_library": (None, {"use_op_library": "x"}, "use_op_library must be 'auto', True or"),
     "library for torch": (

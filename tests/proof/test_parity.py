@@ -265,7 +265,7 @@ def test_rotary_nodes_are_those_of_the_file(tmp_path, name, value):
     graphs = json.loads((bundle / "manifest.json").read_text())["graphs"]
     graphs["rotate"][name] = value
     edit_manifest(bundle, graphs=graphs)
-    message = r"^rotate.onnx has 1 rotary nodes of native bodies, the manifest says "
+    message = r"^rotate.onnx has 1 rotary nodes of native bodies, the manifest names "
     with pytest.raises(CheckFailedError, match=message):
         verify(bundle)
 

@@ -29,8 +29,12 @@ ANY_PATH = pytest.mark.parametrize("path", PATHS)
 # bundle, inputs to change (None: left out), message
 QUERY = "query must have shape (batch_size, num_heads, seq_len, 24)"
 INPUTS = {
-    "missing": ("plain", {"key": None}, "rotate needs the input 'key'; it takes query, key, posi"),
-    "unknown": ("plain", {"x": 1}, "rotate has no input 'x'; it takes query, key, position_ids"),
+    "missing": (
+        "plain",
+        {"key": None},
+        "rotate needs the input 'key'; it accepts query, key, posi",
+    ),
+    "unknown": ("plain", {"x": 1}, "rotate has no input 'x'; it accepts query, key, position_ids"),
     "list": ("plain", {"key": [1.0]}, "key must be a numpy array or a torch tensor, got list"),
     "none": ("plain", {"key": ()}, "key must be a numpy array or a torch tensor, got tuple"),
     "dtype object": ("plain", {"key": torch.float32}, "key must be a numpy array or a torch"),

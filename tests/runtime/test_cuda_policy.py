@@ -1,7 +1,7 @@
 """When our op library is registered: every provider list, without a GPU.
 
-ONNX Runtime is real in the first table's questions and a stand-in in `load`, where CUDA would have
-to be there.
+ONNX Runtime is real in the first table's questions, and a replacement in `load`, which would need
+CUDA.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def test_verify_compares_the_manifest_with_the_file(bundle, tmp_path):
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["graphs"]["model"]["rotary_nodes"] = 3
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    message = "model.onnx has 2 rotary nodes of native bodies, the manifest says 3 of native"
+    message = "model.onnx has 2 rotary nodes of native bodies, the manifest names 3 of native"
     with pytest.raises(CheckFailedError, match=message):
         verify(copy)
 
