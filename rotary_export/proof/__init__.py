@@ -3,7 +3,7 @@
 - `verify.py`: `verify`.
 - `plain.py`, `plain_cases.py`: the proof of a plain bundle, and its inputs.
 - `model.py`, `model_cases.py`: the proof of a model's bundle, and its inputs.
-- `oracle.py`, `scaled_oracle.py`, `oracles.py`: the formulas once more, in float64.
+- `oracle.py`, `scaled_oracle.py`: the formulas once more, in float64.
 - `comparison.py`: errors of arrays, in ulp.
 - `tolerances.py`: every limit, with its reason.
 - `report.py`: the result.

@@ -20,14 +20,15 @@ from rotary_export.graphs.config import ExportConfig, read_config
 from rotary_export.graphs.graph import Graph, make_graphs
 from rotary_export.proof.comparison import compare, to_comparable
 from rotary_export.proof.oracle import Expected, Oracle
-from rotary_export.proof.oracles import make_oracle
 from rotary_export.proof.plain_cases import describe_case, make_cases
 from rotary_export.proof.report import Report, Row
+from rotary_export.proof.scaled_oracle import ScaledOracle
 from rotary_export.proof.stored import check_rotary_nodes, read_constants
 from rotary_export.runtime.ways import list_ways
 from rotary_export.types import Array, Arrays, Progress, ignore_progress
 
 Case = tuple[Tensor, ...]  # inputs in order
+ORACLES = {"plain": Oracle, "scaled": ScaledOracle}  # by `RopeKind.kind`
 Run = Callable[[Case], list[Array]]  # from inputs in order to outputs in order
 
 
@@ -61,7 +62,7 @@ def compare_plain(
     buffers = config.rope.make_buffers(config.max_seq_len)  # a one-row graph stores none
     buffers |= {name: torch.from_numpy(value) for name, value in constants["tables"].items()}
     constants["tables"] = {name: to_comparable(value) for name, value in buffers.items()}
-    oracle = make_oracle(config, constants["tables"], constants["rotate"])
+    oracle = ORACLES[config.rope.kind](config, constants["tables"], constants["rotate"])
     report = Report()
     for graph in make_graphs(config, buffers):
         for name, value in constants[graph.name].items():

@@ -19,7 +19,7 @@ from helpers.paths import CSRC
 
 SOURCES = (
     "kernel/element_types",
-    "kernel/message",
+    "message",
     "kernel/input_checks",
     "cuda/launch_rotation",
     "cuda/launch_plan",

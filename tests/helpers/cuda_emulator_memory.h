@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cuda/rotate_thread.h"
-#include "kernel/message.h"
+#include "message.h"
 
 namespace rotary_export {
 namespace {

@@ -5,7 +5,7 @@
 #ifndef ROTARY_EXPORT_CUDA_CUDA_DRIVER_H_
 #define ROTARY_EXPORT_CUDA_CUDA_DRIVER_H_
 
-#include "kernel/message.h"
+#include "message.h"
 
 // The driver's opaque types, at global scope as in cuda.h.
 struct CUfunc_st;

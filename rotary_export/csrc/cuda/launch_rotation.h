@@ -2,8 +2,8 @@
 #ifndef ROTARY_EXPORT_CUDA_LAUNCH_ROTATION_H_
 #define ROTARY_EXPORT_CUDA_LAUNCH_ROTATION_H_
 
-#include "kernel/message.h"
 #include "kernel/rotary_kernel.h"
+#include "message.h"
 
 struct CUstream_st;
 

@@ -5,8 +5,8 @@
 #ifndef ROTARY_EXPORT_KERNEL_INPUT_CHECKS_H_
 #define ROTARY_EXPORT_KERNEL_INPUT_CHECKS_H_
 
-#include "kernel/message.h"
 #include "kernel/rotary_kernel.h"
+#include "message.h"
 #include "rotary_export.h"
 
 namespace rotary_export {

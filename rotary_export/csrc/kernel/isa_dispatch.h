@@ -2,8 +2,8 @@
 #ifndef ROTARY_EXPORT_KERNEL_ISA_DISPATCH_H_
 #define ROTARY_EXPORT_KERNEL_ISA_DISPATCH_H_
 
-#include "kernel/message.h"
 #include "kernel/rotary_kernel.h"
+#include "message.h"
 
 namespace rotary_export {
 

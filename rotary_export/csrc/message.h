@@ -1,7 +1,7 @@
 // An error sentence in a fixed buffer: no allocation and no exception, so nothing can cross the C
 // boundary. Shapes and types are written as in Python, since the sentences are the same there.
-#ifndef ROTARY_EXPORT_KERNEL_MESSAGE_H_
-#define ROTARY_EXPORT_KERNEL_MESSAGE_H_
+#ifndef ROTARY_EXPORT_MESSAGE_H_
+#define ROTARY_EXPORT_MESSAGE_H_
 
 #include <cstdint>
 
@@ -30,4 +30,4 @@ ShortText FormatTypes(const RotaryExportType* types, int count);
 
 }  // namespace rotary_export
 
-#endif  // ROTARY_EXPORT_KERNEL_MESSAGE_H_
+#endif  // ROTARY_EXPORT_MESSAGE_H_

@@ -1,4 +1,4 @@
-#include "kernel/message.h"
+#include "message.h"
 
 #include <cinttypes>
 #include <cstdarg>
