@@ -21,7 +21,7 @@ struct OrtStatus;
  *
  * ONNX Runtime prefers a registered kernel to the node's function body. This holds for the CUDA
  * provider too if the library has a kernel for it (RotaryExportProviders). That kernel has never
- * run on a GPU (see tools/gpu/README.md): register the library with a CUDA session only to try it. */
+ * run on a GPU (see tools/gpu/README.md): register the library with a CUDA session to try it. */
 ROTARY_EXPORT_PUBLIC struct OrtStatus* RegisterCustomOps(struct OrtSessionOptions* options,
                                                          const void* api_base);
 

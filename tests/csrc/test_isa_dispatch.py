@@ -25,7 +25,7 @@ def program(tmp_path_factory) -> Path:
     program = tmp_path_factory.mktemp("dispatch") / "kernel_dispatch"
     helpers = ROOT / "tests" / "helpers"
     sources = [
-        CSRC / "kernel" / f"{name}.cc" for name in ("element_types", "isa_dispatch", "message")
+        CSRC / f"{name}.cc" for name in ("kernel/element_types", "kernel/isa_dispatch", "message")
     ]
     command = [
         *(os.environ.get("CXX", "c++"), "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"),
