@@ -23,7 +23,6 @@ OWN_PAGES = [page for page in PAGES if not page.is_kit]
 README = next(page for page in PAGES if page.path == TOP)
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-own_page = pytest.mark.parametrize("page", OWN_PAGES, ids=lambda page: page.name)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +47,13 @@ def test_links_resolve(page):
         assert file.is_relative_to(ROOT), f"{target} is outside of the repository"
         if anchor:
             assert anchor in Page(file).anchors, f"{target}: the page has no such heading"
+
+
+@every_page
+def test_files_that_are_named_exist(page):
+    names = re.findall(r"`((?:rotary_export|tests|tools|exported)/[\w./-]+)`", page.text)
+    missing = [n for n in names if "NAME" not in n and not (ROOT / n).exists()]
+    assert missing == []
 
 
 @pytest.mark.parametrize(
@@ -75,7 +81,7 @@ def is_started(text):
     return text.startswith("#!") or '__name__ == "__main__"' in text
 
 
-@own_page
+@every_page
 def test_pages_are_short(page):
     assert page.written.count("\n") <= MAX_LINES
 
@@ -84,7 +90,7 @@ def test_readme_is_short():
     assert README.text.count("\n") <= MAX_LINES
 
 
-@own_page
+@every_page
 def test_sentences_are_short(page):
     sentences = [
         sentence for sentence in page.iterate_sentences() if count_words(sentence) > MAX_WORDS
@@ -96,7 +102,7 @@ def count_words(sentence):
     return len([word for word in sentence.split() if re.search(r"\w", word)])
 
 
-@own_page
+@every_page
 def test_tables_fit(page):
     lines = [strip_markup(line) for line in page.prose.splitlines() if line.startswith("|")]
     assert [line for line in lines if len(line) > MAX_COLUMNS] == []
