@@ -4,10 +4,11 @@ import inspect
 import re
 import shutil
 
+import click
 import pytest
 import torch
 import update_pages
-from helpers.page_blocks import matches, run_page, split_commands
+from helpers.page_blocks import matches, run_command, run_page, split_commands
 from helpers.pages import PAGES, TOP, Page, split_sentences, strip_markup
 from helpers.paths import EXPORTED, KITS, ROOT
 
@@ -140,6 +141,27 @@ def test_commands_are_split():
     code = "a --b 'c d' && e  # f\nX=1 g \\\n  h | i > j\n"
     want = [["a", "--b", "c d"], ["e"], ["X=1", "g", "h"], ["i", ">", "j"]]
     assert list(split_commands(code)) == want
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "rotary-export expoort DIR",
+        "rotary-export verify BUNDLE --jsn",
+        "rotary-export serve bundle --port 1",
+        "rotary-export verify missing",
+        "python tools/bench/bench.py --fast",
+        "tools/targets/setup_target",
+        "pip install '.[exports]'",
+        "pytest tests/op/test_nothing.py",
+        "unheard-of",
+    ],
+)
+def test_wrong_commands_are_found(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (words,) = split_commands(command)
+    with pytest.raises((AssertionError, click.UsageError)):
+        run_command(words)
 
 
 def test_what_is_printed_is_compared():
