@@ -165,15 +165,15 @@ def find_out(out: str | os.PathLike[str]) -> Path:
     return Path(out).absolute()
 
 
-def _check_owned(path: Path) -> None:
-    """Refuse to replace a folder that is not a bundle, or contains something else besides."""
+def _check_owned(path: Path, force: bool) -> None:
+    """Refuse to replace a folder that is not a bundle; with force, also one that contains more."""
     try:
         manifest = read_manifest(path)
     except RotaryExportError as error:
         raise RotaryExportError(
             f"{path} exists and is not a bundle; it is left as it is ({error})"
         ) from None
-    for file in path.iterdir():
+    for file in path.iterdir() if force else ():
         if file.name not in (FILE_NAME, *manifest.files):
             raise RotaryExportError(
                 f"{path} contains {file.name!r}, which is not of the bundle and would be lost"
@@ -211,7 +211,7 @@ def write_bundle(path: Path, force: bool) -> AbstractContextManager[Path]:
     Raises:
         RotaryExportError: `path` already exists, or can't be written.
     """
-    return write_folder(path, force, _check_owned)
+    return write_folder(path, force, lambda folder: _check_owned(folder, force))
 
 
 def finish_bundle(staging: Path, path: Path, manifest: Manifest, report: Report) -> Bundle:

@@ -176,16 +176,16 @@ BAD_SHAPES: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("bad", BAD_SHAPES.values(), ids=BAD_SHAPES)
 def test_bad_shapes_have_the_message_of_spec(bad):
-    call = {"x": X, "cos_cache": COS, "position_ids": (2, 5), **bad}
+    call = {"X": X, "cos_cache": COS, "position_ids": (2, 5), **bad}
     call["sin_cache"] = call.get("sin_cache", call["cos_cache"])
+    attributes = {k: v for k, v in call.items() if isinstance(v, int)}
     with pytest.raises(RotaryExportError) as expected:
-        spec.check_inputs(**call)
-    shapes = {"X" if k == "x" else k: v for k, v in call.items() if isinstance(v, tuple)}
+        spec.check_inputs([call.get(name) for name in spec.INPUTS], **attributes)
+    shapes = {k: v for k, v in call.items() if isinstance(v, tuple)}
     inputs = {
         name: torch.zeros(shape, dtype=torch.int64 if name == "position_ids" else torch.float32)
         for name, shape in shapes.items()
     }
-    attributes = {k: v for k, v in call.items() if isinstance(v, int)}
     assert rotate(inputs, **attributes) == str(expected.value)
 
 
