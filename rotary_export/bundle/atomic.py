@@ -1,4 +1,7 @@
-"""Write folders and files that appear whole or not at all, whenever the process ends."""
+"""Write folders and files that appear whole or not at all, whenever the process ends.
+
+A process that is killed may leave its staging folder, `.NAME.xxxxxxxx`, beside the target.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from rotary_export.errors import RotaryExportError
 
 
 def check_folder(path: Path, force: bool, check_owned: Callable[[Path], None]) -> None:
-    """Refuse to replace a folder that nobody asked to replace, or that is not of this package.
+    """Refuse to replace a folder without force, or that is not of this package.
 
     Args:
         path: The folder to write.
@@ -34,7 +37,7 @@ def check_folder(path: Path, force: bool, check_owned: Callable[[Path], None]) -
 
 
 def check_file(path: Path, force: bool) -> None:
-    """Refuse to replace a file that nobody asked to replace.
+    """Refuse to replace a file without force.
 
     Raises:
         RotaryExportError: `path` exists, is a folder, or is not a valid name.
@@ -51,7 +54,7 @@ def check_file(path: Path, force: bool) -> None:
 
 @contextmanager
 def write_folder(path: Path, force: bool, check_owned: Callable[[Path], None]) -> Iterator[Path]:
-    """Give a folder to write in, which replaces `path` once the block has ended.
+    """Yield a folder to write in, which replaces `path` once the block has ended.
 
     Args:
         path: Where it goes; the folder is made beside it, or in the nearest parent that exists.
@@ -78,7 +81,7 @@ def write_folder(path: Path, force: bool, check_owned: Callable[[Path], None]) -
 
 @contextmanager
 def write_files(path: Path) -> Iterator[Path]:
-    """Give a folder to write files in, which move beside `path` once the block has ended.
+    """Yield a folder to write files in, which move beside `path` once the block has ended.
 
     `path` itself, the file that names the others, moves last.
 
@@ -107,7 +110,7 @@ def _describe(error: OSError, path: Path) -> RotaryExportError:
 
 
 def _move_into_place(staging: Path, path: Path, force: bool) -> None:
-    """Rename staging to path; with force, what was there goes only once it is replaced."""
+    """Rename staging to path; with force, what exists is deleted only after it was replaced."""
     staging.chmod(0o755)  # mkdtemp's folder is for its owner alone
     path.parent.mkdir(parents=True, exist_ok=True)
     if not force or not path.exists():

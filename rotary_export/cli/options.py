@@ -12,7 +12,6 @@ from rotary_export.bundle.manifest import DEFAULT_FORMATS, SUFFIXES
 from rotary_export.op import spec
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-DTYPES = tuple(dict.fromkeys(x_type for x_type, _ in spec.TYPE_PAIRS))
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
@@ -52,7 +51,7 @@ def bundle_options(dtype: str | None, requires_out: bool = True) -> Decorator:
         ),
         click.option(
             "--dtype",
-            type=click.Choice(DTYPES),
+            type=click.Choice(spec.X_TYPES),
             default=dtype,
             show_default=dtype is not None or "that of the model",
         ),

@@ -35,7 +35,7 @@ def check_compiler() -> None:
     compiler = get_compiler()
     if shutil.which(compiler) is None:
         raise RotaryExportError(
-            f"the format 'aoti' needs a C++ compiler, {compiler} is not there: install g++, or "
+            f"the format 'aoti' needs a C++ compiler, {compiler} is not installed: install g++, or "
             "name another in the environment variable CXX"
         )
 

@@ -206,7 +206,7 @@ def _write_graph(
 
 
 def write_bundle(path: Path, force: bool) -> AbstractContextManager[Path]:
-    """Give a folder to write a bundle in, which replaces `path` once the block has ended.
+    """Return a context whose folder, a bundle to be, replaces `path` once the block has ended.
 
     Raises:
         RotaryExportError: `path` already exists, or can't be written.

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from onnxscript import ir
 
 from rotary_export.compat.quiet import quiet_torch
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import RotaryExportError, first_line
 from rotary_export.op import spec
 from rotary_export.op.onnx_signature import OLDEST_OPSET
 
@@ -39,7 +39,7 @@ def explain(model: Model, what: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:  # onnx-ir reports first what it found, last where
             cause = cause.__cause__
-        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        reason = f"{type(cause).__name__}: {first_line(cause)}"
         raise RotaryExportError(f"{_name(model)} {what}: {reason}") from error
 
 

@@ -17,31 +17,28 @@ from torch import Tensor
 from rotary_export.errors import RotaryExportError
 from rotary_export.op import cpu_kernel, spec
 from rotary_export.reference import rotate
-
-
-def _type_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+from rotary_export.types import name_dtype
 
 
 def _check_types(
     x: Tensor, tables: list[Tensor | None], position_ids: Tensor | None, key: Tensor | None
 ) -> None:
-    x_type = _type_name(x)
+    x_type = name_dtype(x.dtype)
     if x_type not in spec.X_TYPES:
         raise RotaryExportError(spec.bad_x_type_message(x_type))
     cos, sin, scale = tables
     assert cos is not None
-    if (x_type, _type_name(cos)) not in spec.TYPE_PAIRS:
-        raise RotaryExportError(spec.bad_type_message("cos_cache", _type_name(cos), x_type))
+    if (x_type, name_dtype(cos.dtype)) not in spec.TYPE_PAIRS:
+        raise RotaryExportError(spec.bad_type_message("cos_cache", name_dtype(cos.dtype), x_type))
     for name, table in (("sin_cache", sin), ("scale_cache", scale)):
         if table is not None and table.dtype != cos.dtype:
             raise RotaryExportError(
-                spec.mismatched_table_message(name, _type_name(table), _type_name(cos))
+                spec.mismatched_table_message(name, name_dtype(table.dtype), name_dtype(cos.dtype))
             )
     if key is not None and key.dtype != x.dtype:
-        raise RotaryExportError(spec.bad_type_message("key", _type_name(key), x_type))
+        raise RotaryExportError(spec.bad_type_message("key", name_dtype(key.dtype), x_type))
     if position_ids is not None and position_ids.dtype != torch.int64:
-        raise RotaryExportError(spec.bad_id_type_message(_type_name(position_ids)))
+        raise RotaryExportError(spec.bad_id_type_message(name_dtype(position_ids.dtype)))
 
 
 def _compute_positions(position_ids: Tensor, seq_len: int) -> Tensor:

@@ -41,7 +41,7 @@ class Case:
     Attributes:
         name: Sizes and what is particular, human-readable.
         tensors: In order.
-        keep: (batch_size, seq_len) bool: rows that are no padding; None: all.
+        keep: (batch_size, seq_len) bool: rows that are not padding; None: all.
     """
 
     name: str

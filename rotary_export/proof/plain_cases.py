@@ -1,4 +1,4 @@
-"""The inputs that `parity` compares at."""
+"""The inputs that the proof of a plain bundle compares at."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def library_refusal(providers: Sequence[str], use_op_library: bool | str) -> str
         )
     if providers[0] == CUDA and use_op_library is not True:
         return (
-            "the op library's CUDA kernel has never been run on a GPU, so it is used only if asked "
-            "for by use_op_library=True"
+            "the op library's CUDA kernel has never been run on a GPU, so it is used only with "
+            "use_op_library=True"
         )
     return None

@@ -1,6 +1,6 @@
 """The format `aoti`: what is refused before anything is compiled or loaded.
 
-What it compiles is run in test_target_cpp_aoti.py.
+What it compiles is run in tests/deploy/test_cpp_aoti.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def test_needs_a_compiler(tmp_path, monkeypatch):
     act = lambda: rotary_export.export(  # noqa: E731
         make_rope("plain"), tmp_path / "b", formats=("program", "aoti")
     )
-    check_refused("the format 'aoti' needs a C++ compiler, g++ is not there", act, tmp_path)
+    check_refused("the format 'aoti' needs a C++ compiler, g++ is not installed", act, tmp_path)
 
 
 def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ EVERY = [
     if path in ("fused", "portable") or "formats" not in SPECS[name][1]
 ]
 KINDS = pytest.mark.parametrize("make", [make_arrays, make_tensors], ids=["numpy", "torch"])
-# Portable, the kernel is ONNX Runtime's own; parity.TOLERANCES says why so much.
+# Portable, the kernel is ONNX Runtime's own; proof.tolerances.TOLERANCES says why so much.
 CLOSE = {"float32": 10 * 2**-23, "float16": 2**-10, "bfloat16": 2**-7, "float64": 0}
 
 
