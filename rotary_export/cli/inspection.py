@@ -130,7 +130,7 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
 
 
 def _count_fusible(path: Path, model: Any) -> dict[str, str]:
-    """Say how many calls `fuse` would replace; nothing of a file that has our node already."""
+    """Count the calls that `fuse` would replace; nothing for a file that has our node already."""
     if any(node.domain == spec.DOMAIN for node in model.graph.node):
         return {}
     try:

@@ -131,7 +131,7 @@ def list_names(model: ir.Model) -> dict[str, tuple[str, ...]]:
 def examine_node(
     name: str, names: Names, model: ir.Model, findings: Findings
 ) -> NotReplaced | None:
-    """Say why a node was not replaced, whatever it looks like.
+    """Return why a node was not replaced, whatever it looks like.
 
     Args:
         name: Of a node, or of an output of it.

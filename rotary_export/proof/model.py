@@ -115,7 +115,7 @@ def compare_model(
 
 
 def _list_unverified(manifest: Manifest) -> dict[str, str]:
-    """Say what a model's proof leaves out, and why."""
+    """List what a model's proof leaves out, and why."""
     config, sources = manifest.config, read_input_values(manifest)
     lengths = list_unverified(sources, config["traced_sizes"], config["length_thresholds"])
     why = f"more than {LONGEST_CASE} or no size named {SEQ}, and no position_ids to reach it with"

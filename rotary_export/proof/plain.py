@@ -146,7 +146,7 @@ def _pick_constants(stored: Mapping[str, Arrays]) -> dict[str, Array]:
 
 
 def _compare_stored(stored: Mapping[str, Arrays], constants: Arrays, oracle: Oracle) -> list[Row]:
-    """Hold the tables that each format stores against those that eager gets, and the oracle."""
+    """Compare the tables that each format stores with those of eager and of the oracle."""
     rows = []
     for file_format, tables in stored.items():
         for name, table in tables.items():

@@ -108,7 +108,7 @@ def choose_providers(requested: str | Sequence[str]) -> list[str]:
 
 
 def library_refusal(providers: Sequence[str], use_op_library: bool | str) -> str | None:
-    """Say why our op library is not to be registered.
+    """Return why our op library is not to be registered.
 
     A registered kernel wins over the function body, wherever it runs: a CPU kernel would pull
     nodes off the accelerator that would have run the body. So the library is registered only

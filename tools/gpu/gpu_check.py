@@ -241,7 +241,7 @@ def run_check(name: str, check: Callable[[], str]) -> dict[str, Any]:
 
 
 def find_problem() -> str | None:
-    """Say why there is no CUDA kernel to check here, or None."""
+    """Return why there is no CUDA kernel to check here, or None."""
     if problem := find_cuda_problem():
         return problem
     if not torch.cuda.is_available():

@@ -70,7 +70,7 @@ def describe_nearest(channels: Sequence[Terms]) -> str:
 
 
 def _describe_difference(fit: _Fit) -> str:
-    """Say what differs; the reason of the refusal shows the terms of a pair already."""
+    """Return what differs; the reason of the refusal shows the terms of a pair already."""
     difference = find_difference(fit.channels, *fit.differing[0])
     assert difference is not None
     return str(difference) if len(difference.found) == 1 else difference.what
@@ -107,7 +107,7 @@ def _try_layout(channels: Sequence[Terms], rotated: list[int], layout: Layout) -
 
 
 def _describe_tiling(fit: _Fit) -> str:
-    """Say for which other layout the cosines are tiled, if they are."""
+    """Return for which other layout the cosines are tiled, if they are."""
     if 2 * len(fit.differing) != len(fit.rotated):
         return ""
     if not all(is_paired(fit.channels[c], pair) for pair in fit.layout.pairs for c in pair):
