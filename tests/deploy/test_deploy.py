@@ -33,7 +33,9 @@ def list_folders(path):
 
 
 def list_files(folder):
-    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    """Return the files of a folder, without those that pip compiles."""
+    files = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
+    return {name for name in files if "__pycache__" not in name}
 
 
 def test_every_target_has_a_kit_with_a_page():
