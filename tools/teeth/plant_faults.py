@@ -99,7 +99,15 @@ class Copy:
         build = self.folder / "build" / "library"
         source = self.folder / "rotary_export" / "csrc"
         for command in (
-            ["cmake", "-S", str(source), "-B", str(build), "-DCMAKE_BUILD_TYPE=Debug"],
+            [
+                "cmake",
+                "-S",
+                str(source),
+                "-B",
+                str(build),
+                "-DCMAKE_BUILD_TYPE=Debug",
+                "-DCMAKE_CXX_FLAGS=-w",
+            ],
             ["cmake", "--build", str(build), "--parallel", "2"],
         ):
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
