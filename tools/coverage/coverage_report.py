@@ -41,13 +41,13 @@ def describe_summary(found: dict[str, Any]) -> str:
     ours = (
         f"`export_model` exports {found['a_exported']} that apply a rotary embedding, and fuses "
         f"every call in {found['a_all_fused']} of them, {found['a_wrong']} wrongly; at most "
-        f"{found['a_ulp']:.3g} ulp of the largest output off eager. {found['a_limited']} are "
-        "limited to a length, past which the model takes another path than the graph."
+        f"{found['a_ulp']:.3g} ulp error of the largest output to eager. {found['a_limited']} are "
+        "limited to a length, past which the model takes another branch than the graph."
     )
     theirs = (
         f"torch.onnx exports {found['b_exported']}; `fuse` fuses every call in "
         f"{found['b_all_fused']} of them, {found['b_wrong']} wrongly; at most "
-        f"{found['b_error']:.1e} of the largest output off eager. Before, "
+        f"{found['b_error']:.1e} of the largest output from eager. Before, "
         f"{found['b_failed_before']} of these files failed at one or more of the sizes that they "
         f"were not traced at."
     )
