@@ -109,7 +109,7 @@ def test_auto_prefers_cuda_and_never_our_kernel_there(monkeypatch, registered):
 
 def test_require_fused_does_not_opt_in_by_itself(monkeypatch, registered):
     monkeypatch.setattr(op_library, "library_providers", lambda: BUILDS["with-nvcc"])
-    wanted = re.escape("only if asked for by use_op_library=True")
+    wanted = re.escape("only with use_op_library=True")
     with pytest.raises(RotaryExportError, match=f"require_fused: .*{wanted}"):
         load(BUNDLE, providers=[CUDA], require_fused=True)
     session = load(BUNDLE, providers=[CUDA], require_fused=True, use_op_library=True)
