@@ -142,7 +142,7 @@ def test_double_is_double():
 
 @XPOS
 @pytest.mark.parametrize("dim", [6, 64, 130])
-def test_a_tensor_gives_what_an_int_gives(use_xpos, dim):
+def test_a_tensor_equals_an_int(use_xpos, dim):
     rope = RotaryEmbedding(dim, use_xpos)
     static = RotaryEmbedding(dim, use_xpos, max_seq_len=32)
     for seq_len in LENGTHS:

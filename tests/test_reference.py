@@ -119,7 +119,7 @@ def test_apply_has_the_bits_of_x_cos_plus_rotate_half_x_sin(interleaved, dim, na
     assert_same_bits(got, rotate_eagerly(x, cos, sin, factor, interleaved))
 
 
-def test_apply_takes_any_leading_dimensions_and_batched_freqs():
+def test_apply_accepts_any_leading_dimensions_and_batched_freqs():
     x, (freqs, scale) = draw(2, 3, 5, 8), make_tables(9, 8)
     rows = torch.tensor([[0, 1, 2, 3, 4], [4, 8, 0, 1, 1]])
     got = apply_rotary_emb(x, freqs[rows][:, None], scale[rows][:, None])  # (B, 1, S, R)

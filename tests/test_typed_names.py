@@ -20,7 +20,7 @@ rotary_export.export(rope, "out", opset="23")
 """
 
 
-def test_mypy_knows_signatures(tmp_path):
+def test_mypy_finds_the_signatures(tmp_path):
     file = tmp_path / "user.py"
     file.write_text(USER)
     package = Path(rotary_export.__file__).parents[1]

@@ -1,7 +1,7 @@
 """Time calls against each other on a machine that others use too.
 
 Calls are interleaved (a, b, a, b, ...), so that a slow moment hits all of them. What counts is the
-ratio of neighbours, and of those the median. Its confidence interval says how far the machine can
+ratio of neighbours, and of those the median. Its confidence interval shows how far the machine can
 be trusted; `measure_noise` measures that beforehand. Standard library only.
 """
 

@@ -161,7 +161,7 @@ LONGROPE_ONLY = frozenset({"phi3", "phi4_multimodal"})
 
 
 def is_known(model_type: str) -> bool:
-    """Return whether a family is known to have a rotary embedding, whatever its config says."""
+    """Return whether a family is known to have a rotary embedding, whatever its config contains."""
     return model_type in INTERLEAVED | HALF or model_type in AXIAL or model_type in DEFAULTS
 
 

@@ -146,7 +146,7 @@ def read_optimised_ops(file: Path, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_the_function_body_is_what_the_manifest_says(name, tmp_path):
+def test_the_function_body_matches_the_manifest(name, tmp_path):
     bundle = get_bundle(name)
     ops = read_optimised_ops(bundle.path / "rotate.onnx", tmp_path)
     assert not [op for op in ops if op.startswith("rotary_export")]

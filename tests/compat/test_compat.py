@@ -117,7 +117,7 @@ def test_a_module_keeps_its_buffers_in_a_registry():
     assert vars(module).keys() - modules.ATTRIBUTES_OF_TORCH >= {"extra"}
 
 
-def test_transformers_says_what_a_config_makes():
+def test_transformers_names_the_class_of_a_config():
     import transformers
 
     assert transformers_names.has_causal_lm(transformers, transformers.LlamaConfig())

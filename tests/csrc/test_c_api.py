@@ -30,7 +30,7 @@ def tensors() -> Tensors:
     return inputs | outputs
 
 
-def test_rotate_gives_the_bits_of_the_oracle(tensors):
+def test_rotate_returns_the_bits_of_the_oracle(tensors):
     assert rotate(tensors, rotary_embedding_dim=4) == ""
     for name, want in zip(spec.OUTPUTS, compute_eager(tensors, False), strict=True):
         assert_same_bits(tensors[name], want)

@@ -55,7 +55,7 @@ def test_clean_under_address_and_undefined_behavior_sanitizer(tmp_path):
             assert re.fullmatch(rf"\d{{4}} calls, instruction set {isa}\n", out)
 
 
-def test_aarch64_gives_the_same_bits(tmp_path):
+def test_aarch64_returns_the_same_bits(tmp_path):
     install = "apt-get install g++-aarch64-linux-gnu qemu-user"
     require_program(AARCH64_COMPILER, install)
     emulator = require_program("qemu-aarch64", install)

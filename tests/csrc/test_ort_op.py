@@ -236,7 +236,7 @@ def make_runtime(tmp_path):
 
 
 @pytest.mark.parametrize("version", ["1.18.0", "1.23.2"])
-def test_a_runtime_without_version_24_gives_the_same_bits(make_runtime, version):
+def test_a_runtime_without_version_24_returns_the_same_bits(make_runtime, version):
     library = make_runtime(version)
     for form in ID_FORMS:
         inputs = make_inputs(np.random.default_rng(6), form=form, kv_heads=2)

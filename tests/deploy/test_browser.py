@@ -24,7 +24,7 @@ from helpers.javascript_kits import (
     run_node,
     save_case,
 )
-from helpers.target_runs import Row, record
+from helpers.target_runs import TargetRun, record
 
 NAME = "browser"
 
@@ -66,7 +66,7 @@ def run_cases(name, shapes, tolerance, dtype, folder: Path) -> list[dict[str, An
 def record_reports(graph, dtype, shapes, reports, note="") -> None:
     results = [result for report in reports for result in report["results"]]
     record(
-        Row(
+        TargetRun(
             "browser",
             f"onnxruntime-web {NEWEST}, Chromium {reports[0]['chromium'].split('.')[0]}",
             graph,
@@ -125,7 +125,7 @@ def test_pins_are_what_is_installed(plain):
     check_pins(plain, "onnxruntime-web")
 
 
-def test_scripts_are_what_the_page_says(plain):
+def test_scripts_match_the_page(plain):
     scripts = json.loads((plain / "package.json").read_text())["scripts"]
     assert scripts == {"start": "node serve.mjs", "test": "node check.mjs"}
 

@@ -14,7 +14,7 @@ import pytest
 from helpers.bundles import get_bundle, make_arrays, run_eager, to_numpy
 from helpers.paths import KITS, ROOT
 from helpers.target_runs import (
-    Row,
+    TargetRun,
     compare,
     get_model_bundle,
     make_model_arrays,
@@ -143,7 +143,7 @@ def test_rotate_is_eager(name, path, kit, tmp_path):
         exact &= same
     if name in ("plain", "float16", "bfloat16"):  # a row for each type
         record(
-            Row(
+            TargetRun(
                 "C++, ONNX Runtime",
                 f"{oldest[path]}, {NEWEST}",
                 "rotate",
@@ -153,7 +153,7 @@ def test_rotate_is_eager(name, path, kit, tmp_path):
                 [f"{b}x{s}" for b, s in SHAPES],
                 max(errors),
                 exact,
-                "a decode loop gives the same bits",
+                "a decode loop returns the same bits",
             )
         )
 
@@ -176,7 +176,7 @@ def test_model_is_eager(path, kit, tmp_path):
             error, _ = compare(run(kit, "run", folder, arrays, **options), wanted, allowed)
             worst = max(worst, error)
     record(
-        Row(
+        TargetRun(
             "C++, ONNX Runtime",
             f"{OLDEST[path]}, {NEWEST}",
             "model",

@@ -24,7 +24,7 @@ from helpers.javascript_kits import (
     run_node,
     save_case,
 )
-from helpers.target_runs import Row, compare, record
+from helpers.target_runs import TargetRun, compare, record
 
 NAME = "node"
 
@@ -66,7 +66,7 @@ def test_rotate_is_eager(dtype, tmp_path):
         for name, tolerance in BUNDLES[dtype].items()
     ]
     record(
-        Row(
+        TargetRun(
             "Node.js",
             f"onnxruntime-node {OLDEST}, {NEWEST}",
             "rotate",
@@ -92,7 +92,7 @@ def test_float16_where_javascript_has_no_float16array(tmp_path):
 def test_model_is_eager(tmp_path):
     error, exact = run_cases("model", MODEL_SHAPES, "model", "float32", tmp_path / "model")
     record(
-        Row(
+        TargetRun(
             "Node.js",
             f"onnxruntime-node {OLDEST}, {NEWEST}",
             "model",

@@ -14,7 +14,7 @@ import pytest
 from helpers.bundles import get_bundle
 from helpers.processes import wait_for
 from helpers.serving_runs import RAY, make_environment, run_serve
-from helpers.target_runs import Row, read_version, record
+from helpers.target_runs import TargetRun, read_version, record
 
 from rotary_export.deploy.deploy import deploy
 from rotary_export.serving.ports import find_ports
@@ -66,7 +66,7 @@ def test_kit(python, tmp_path):
             process.kill()
             process.wait()
     record(
-        Row(
+        TargetRun(
             "Ray Serve", read_version(python, "ray"), "rotate", "ran", "fused", ("float16",),
             ("2x7",), max(errors), run.stdout.count("equal to the bit") == 2,
             "deploy ray, serve run serve.yaml; gRPC",

@@ -15,7 +15,7 @@ from helpers.bundles import get_bundle, make_arrays, run_eager
 from helpers.paths import TOOLS
 from helpers.serving_runs import ask
 from helpers.target_runs import (
-    Row,
+    TargetRun,
     compare,
     get_model_bundle,
     make_model_arrays,
@@ -156,7 +156,7 @@ def test_configurations_are_what_triton_reads(name, repositories, python, tmp_pa
         for backend in ("onnxruntime", "pytorch"):
             path = {"onnxruntime": "fused", "pytorch": "TorchScript"}[backend]
             target, note = TARGET.format(backend), "the configuration; the backend is NVIDIA's"
-            record(Row(target, "", graph, "parsed", path, ("float32",), note=note))
+            record(TargetRun(target, "", graph, "parsed", path, ("float32",), note=note))
 
 
 @pytest.mark.parametrize("options", [(), ("--model-config-name=gpu",)])
@@ -169,7 +169,7 @@ def test_the_server_reads_the_configurations_of_backends_that_it_lacks(options, 
             assert f"unable to find backend library for backend '{backend}'" in answer
 
 
-def test_the_torchscript_model_takes_its_inputs_in_order(repositories):
+def test_the_torchscript_model_accepts_its_inputs_in_order(repositories):
     import torch
 
     for name, make, eager in (
@@ -190,7 +190,7 @@ def test_the_torchscript_model_takes_its_inputs_in_order(repositories):
 
 def record_run(version, graph, dtype, worst, exact, note):
     target, shapes = TARGET.format("Python"), [f"{b}x{s}" for b, s in SHAPES]
-    record(Row(target, version, graph, "ran", "fused", (dtype,), shapes, worst, exact, note))
+    record(TargetRun(target, version, graph, "ran", "fused", (dtype,), shapes, worst, exact, note))
 
 
 @pytest.mark.parametrize("name", ["plain", "float16", "bfloat16"])

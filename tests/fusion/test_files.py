@@ -229,7 +229,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("damage", "message"), BAD.values(), ids=BAD)
-def test_a_model_that_can_t_be_fused_says_why(damage, message):
+def test_a_model_that_can_t_be_fused_is_an_error_with_the_reason(damage, message):
     model = make_model()
     damage(model)
     with pytest.raises(RotaryExportError, match=message):
@@ -291,7 +291,7 @@ def test_a_model_without_rotary_is_exit_code_1(tmp_path):
     assert not out.exists()
 
 
-def test_fusing_twice_says_so(file):
+def test_fusing_twice_is_an_error(file):
     result = rotary_export.fuse(file)
     with pytest.raises(CheckFailedError, match="is fused already: 1 node"):
         rotary_export.fuse(result.model)

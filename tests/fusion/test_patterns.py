@@ -251,7 +251,7 @@ def test_a_key_that_comes_from_the_query_is_not_joined_with_it():
 
 
 @pytest.mark.parametrize("element", [TensorProto.FLOAT16, TensorProto.FLOAT])
-def test_half_precision_takes_the_tables_from_before_they_were_rounded(element):
+def test_half_precision_uses_the_tables_from_before_rounding(element):
     g = Graph(23, element)
     half(g)
     result = rotary_export.fuse(g.model())

@@ -189,7 +189,7 @@ def write_nothing(g: Graph) -> None:
         (write_nothing, "0 of 0 candidates"),
     ],
 )
-def test_inspect_says_how_many_calls_would_be_fused(tmp_path, write, line):
+def test_inspect_counts_the_calls_that_would_be_fused(tmp_path, write, line):
     g = Graph()
     write(g)
     onnx.save(g.model(), tmp_path / "in.onnx")
@@ -207,7 +207,7 @@ def test_inspect_of_a_fused_file_does_not_say_so(tmp_path):
     assert "fuse would replace" not in call("inspect", tmp_path / "fused.onnx").stdout
 
 
-def test_inspect_of_a_damaged_or_old_file_says_why_it_does_not_know(tmp_path):
+def test_inspect_of_a_damaged_or_old_file_reports_why_it_has_no_count(tmp_path):
     g = Graph()
     half(g)
     model = g.model()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from helpers.bundles import make_arrays, run_eager, to_numpy
-from helpers.target_runs import Row, compare, make_model_arrays, record, run_model_eager
+from helpers.target_runs import TargetRun, compare, make_model_arrays, record, run_model_eager
 
 from rotary_export.proof.tolerances import TOLERANCES
 
@@ -44,7 +44,7 @@ class CppKit:
         """Keep a row for the table of targets."""
         names = [f"{batch}x{length}" for batch, length in shapes]
         version = f"torch {VERSION}"
-        record(Row(self.row, version, graph, "ran", self.path, [dtype], names, worst, exact))
+        record(TargetRun(self.row, version, graph, "ran", self.path, [dtype], names, worst, exact))
 
     def check_rotate(
         self,

@@ -15,7 +15,7 @@ import onnx.inliner
 from helpers.bundles import make_folder
 from helpers.cases import FORMS
 from helpers.function_bodies import make_with_bodies
-from helpers.target_runs import Row, record, require
+from helpers.target_runs import TargetRun, record, require
 
 from rotary_export.op import spec
 from rotary_export.op.onnx_schema import register_schema
@@ -60,7 +60,9 @@ class InlineRuntime:
         version = done.stdout.strip().partition("-")[0]
         shapes = name_shapes(cases)
         record(
-            Row(self.row, version, graph, "ran", "portable", [dtype], shapes, worst, exact, note)
+            TargetRun(
+                self.row, version, graph, "ran", "portable", [dtype], shapes, worst, exact, note
+            )
         )
 
 

@@ -19,7 +19,7 @@ from urllib.request import urlopen
 import numpy as np
 from helpers.bundles import run_eager
 from helpers.paths import ROOT, TOOLS
-from helpers.target_runs import Row, compare, read_version, record, require
+from helpers.target_runs import TargetRun, compare, read_version, record, require
 
 import rotary_export
 
@@ -55,7 +55,11 @@ class Engine:
         shapes = [f"{batch}x{length}" for batch, length in SHAPES]
         version = read_version(self.python, self.name)
         path, note = "fused", self.note + note
-        record(Row(self.target, version, graph, "ran", path, (dtype,), shapes, worst, exact, note))
+        record(
+            TargetRun(
+                self.target, version, graph, "ran", path, (dtype,), shapes, worst, exact, note
+            )
+        )
 
 
 MLSERVER = Engine(

@@ -24,7 +24,7 @@ ROWS = ENVIRONMENTS / "rows"  # read by tools/targets/targets.py
 
 
 @dataclass(frozen=True)
-class Row:
+class TargetRun:
     """What one test showed of one target.
 
     Attributes:
@@ -52,12 +52,12 @@ class Row:
     note: str = ""
 
 
-def record(row: Row) -> None:
-    """Keep a row for the table of tools/targets/README.md."""
+def record(run: TargetRun) -> None:
+    """Keep a run for the table of tools/targets/README.md."""
     ROWS.mkdir(parents=True, exist_ok=True)
-    name = "-".join((row.target, row.graph, row.path, *row.dtypes))
+    name = "-".join((run.target, run.graph, run.path, *run.dtypes))
     name = "".join(c if c.isalnum() else "-" for c in name)
-    (ROWS / f"{name}.json").write_text(json.dumps(asdict(row), indent=1))
+    (ROWS / f"{name}.json").write_text(json.dumps(asdict(run), indent=1))
 
 
 def require(name: str) -> Path:

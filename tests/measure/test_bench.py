@@ -11,7 +11,7 @@ import bench_cases
 import bench_share
 import pytest
 import torch
-from bench_graphs import OURS, PEERS, PRIMITIVES, Problem, make_runner
+from bench_graphs import OURS, PEERS, PRIMITIVES, BenchCase, make_runner
 from click.testing import CliRunner, Result
 from helpers.bundles import copy_bundle, get_bundle
 
@@ -22,7 +22,7 @@ from rotary_export.measure.timing import Goal, Spread
 from rotary_export.op import library as op_library
 from rotary_export.runtime.ways import AOTI, FUNCTION_BODY, OP_LIBRARY, REFERENCE, WAYS
 
-SMALL = Problem(2, 4, 2, 6, 8)
+SMALL = BenchCase(2, 4, 2, 6, 8)
 RUNS = [way.name for way in WAYS if way not in (AOTI, REFERENCE)]  # of the default formats
 
 
@@ -163,10 +163,10 @@ def test_what_a_copy_would_reach_is_said(monkeypatch):
     seconds |= {"plain stores": 4.0}
     pretended = {name: Spread((value,)) for name, value in seconds.items()}
     monkeypatch.setattr(bench_cases, "time_interleaved", lambda *arguments, **more: pretended)
-    reader, plain = bench_cases.measure_reader("r", 0.0, problem=SMALL)
+    reader, plain = bench_cases.measure_reader("r", 0.0, case=SMALL)
     assert (reader.ratio.values, reader.of_copy.values) == ((9 / 4,), (9 / 3,))
     assert plain.to_dict()["of a copy"] is None
-    options = {"problem": SMALL, "threads": 1, "peer": None, "copy": None}
+    options = {"case": SMALL, "threads": 1, "peer": None, "copy": None}
     peer, copy = bench_cases.measure_op("o", 0.0, **options)
     assert (peer.ratio.values, peer.to_dict()["of a copy"]) == ((9 / 4,), 9.0)
     assert copy.of_copy is None
@@ -225,20 +225,20 @@ def test_the_plot_is_a_png(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "problem",
+    "case",
     [
         SMALL,
-        Problem(2, 4, 2, 6, 8, interleaved=True),
-        Problem(2, 4, 2, 6, 8, rotary_dim=4),
-        Problem(2, 4, 2, 6, 8, use_xpos=True),
-        Problem(2, 4, 2, 6, 8, torch.float16),
+        BenchCase(2, 4, 2, 6, 8, interleaved=True),
+        BenchCase(2, 4, 2, 6, 8, rotary_dim=4),
+        BenchCase(2, 4, 2, 6, 8, use_xpos=True),
+        BenchCase(2, 4, 2, 6, 8, torch.float16),
     ],
     ids=["half", "interleaved", "partial", "xpos", "float16"],
 )
 @pytest.mark.parametrize("chain", [1, 3])
-def test_peers_compute_the_same(problem, chain):
-    ops = (OURS, *PEERS) + ((PRIMITIVES,) if problem.dtype == torch.float32 else ())
-    runners = {op: make_runner(problem, op, chain=chain) for op in ops}
+def test_peers_compute_the_same(case, chain):
+    ops = (OURS, *PEERS) + ((PRIMITIVES,) if case.dtype == torch.float32 else ())
+    runners = {op: make_runner(case, op, chain=chain) for op in ops}
     bench_cases.check_equal(runners)
     assert all(output.any() for output in runners[OURS].outputs.values())
 

@@ -42,7 +42,7 @@ def instruction_sets_of_this_machine(load_copy) -> list[str]:
     return str(raised.value).split("one of ")[1].split(" on this machine")[0].split(", ")
 
 
-def test_every_instruction_set_gives_the_same_bits(load_copy):
+def test_every_instruction_set_returns_the_same_bits(load_copy):
     names = instruction_sets_of_this_machine(load_copy)
     assert names[0] in {"baseline", "neon"}
     cpuinfo = Path("/proc/cpuinfo")

@@ -86,7 +86,7 @@ def test_inputs_need_not_be_contiguous(case):
             assert got.is_contiguous()
 
 
-def test_channels_last_comes_back_contiguous_as_the_fake_says():
+def test_channels_last_comes_back_contiguous_like_the_fake():
     case = Case(rotary_dim=4)
     inputs = case.make_inputs()
     inputs["X"] = inputs["X"].to(memory_format=torch.channels_last)

@@ -48,7 +48,7 @@ def test_compare(comparison):
     assert got.dtype == want.dtype == np.float32
 
 
-def test_compare_wants_the_dtype_for_exact():
+def test_compare_requires_the_dtype_for_exact():
     got = np.ones(3)
     assert not compare(got, got.astype(np.float32), np.ones(3)).exact
     assert compare(got[:0], got[:0], np.ones(0)) == Error()

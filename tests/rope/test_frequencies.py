@@ -103,7 +103,7 @@ def test_a_manifest_contains_what_the_type_needs(case):
         from_dict(values | {"rope_type": "ntk"})
 
 
-def test_dynamic_grows_with_the_length_as_the_paper_says():
+def test_dynamic_grows_with_the_length_as_in_the_paper():
     case = RopeCase("dynamic", {"rope_type": "dynamic", "factor": 2.0})
     parameters = read_rope(case.config)[None]
     at = {n: float(parameters.compute_inv_freq(n)[1]) for n in (100, 2048, 2049, 3000, 4096)}

@@ -84,9 +84,7 @@ def registered(monkeypatch) -> list[str]:
 
 
 @CASES
-def test_load_does_what_the_policy_says(
-    monkeypatch, registered, build, names, use_op_library, refusal
-):
+def test_load_follows_the_policy(monkeypatch, registered, build, names, use_op_library, refusal):
     monkeypatch.setattr(op_library, "library_providers", lambda: BUILDS[build])
     if refusal and use_op_library is True:
         with pytest.raises(RotaryExportError, match=f"use_op_library=True: .*{refusal}"):
@@ -117,7 +115,7 @@ def test_require_fused_does_not_opt_in_by_itself(monkeypatch, registered):
 
 
 @pytest.mark.parametrize(("build", "reason"), [("without-nvcc", NO_KERNEL), ("with-nvcc", OPT_IN)])
-def test_doctor_says_what_runs_on_cuda(monkeypatch, build, reason):
+def test_doctor_reports_what_runs_on_cuda(monkeypatch, build, reason):
     monkeypatch.setattr(op_library, "library_providers", lambda: BUILDS[build])
     facts, _ = examine_machine()
     assert facts["on CUDA"].startswith("function body: ")

@@ -118,7 +118,7 @@ def test_no_kernel_for_the_provider_is_an_error_where_fused_was_asked_for(librar
 # ---- which providers
 
 
-def test_cuda_by_name_is_an_error_that_says_what_is_missing():
+def test_cuda_by_name_is_an_error_that_names_what_is_missing():
     """On a machine without an NVIDIA driver, whatever wheel of ONNX Runtime is installed."""
     if find_cuda_problem() is None:
         pytest.skip("CUDA works here")
@@ -131,7 +131,7 @@ def test_cuda_by_name_is_an_error_that_says_what_is_missing():
     assert load(get_bundle("plain")).providers == (CPU,)
 
 
-def test_auto_takes_cuda_where_it_works(monkeypatch):
+def test_auto_selects_cuda_where_it_works(monkeypatch):
     monkeypatch.setattr(providers, "find_cuda_problem", lambda: None)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
     assert choose_providers("auto") == [CUDA, CPU]
@@ -252,7 +252,7 @@ def test_an_old_onnx_runtime_is_refused(installed, minimum):
         check_version(installed, minimum)
 
 
-def test_load_asks_for_the_version_of_the_path_that_runs(monkeypatch):
+def test_load_requires_the_version_of_the_path_that_runs(monkeypatch):
     minimum = get_bundle("plain").manifest.minimum_onnxruntime
     assert (minimum["fused"], minimum["portable"]) == ("1.23", "1.24")
     monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")

@@ -315,7 +315,7 @@ def test_ports():
             find_ports("127.0.0.1", 0, port)
 
 
-def test_without_the_extra_the_command_says_what_to_install():
+def test_without_the_extra_the_command_names_what_to_install():
     result = CliRunner().invoke(cli, ["serve", str(get_bundle("plain").path)])
     assert result.exit_code == 2
     assert "serve needs mlserver: pip install 'rotary_export[serve]'" in result.stderr

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import gpu_check
 import pytest
-from gpu_models import Target, build_model
+from gpu_models import TestedDevice, build_model
 from helpers.cuda_emulator import CSRC, compile_emulator, get_emulator
 
 from rotary_export.op import library as op_library
 from rotary_export.op import spec
 from rotary_export.runtime.providers import CPU, CUDA, find_cuda_problem
 
-ON_CPU = Target(CPU)
+ON_CPU = TestedDevice(CPU)
 CHECKS = gpu_check.list_checks(ON_CPU)
 
 
@@ -50,7 +50,7 @@ def test_a_failed_check_is_told_and_the_rest_still_runs(tmp_path, monkeypatch, c
     assert "1 of 2 checks passed" in capsys.readouterr().out
 
 
-def test_without_a_gpu_it_says_so_and_exits_3(tmp_path, monkeypatch, capsys):
+def test_without_a_gpu_it_exits_with_3(tmp_path, monkeypatch, capsys):
     problem = find_cuda_problem()
     if problem is None:
         problem = "as if there were none"

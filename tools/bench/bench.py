@@ -23,7 +23,7 @@ from typing import Any
 import bench_environment  # noqa: F401 (before torch)
 import torch
 from bench_cases import CASES, Result, make_copy
-from bench_graphs import Problem
+from bench_graphs import BenchCase
 from bench_lengths import (
     LENGTHS_CASE,
     choose_lengths,
@@ -77,7 +77,7 @@ def measure_noises(seconds: float) -> dict[str, float]:
     noises = {}
     for name, (threads, clock) in CLOCKS.items():
         torch.set_num_threads(threads)
-        noises[name] = measure_noise(make_copy(Problem()), seconds, clock=clock)
+        noises[name] = measure_noise(make_copy(BenchCase()), seconds, clock=clock)
     return noises
 
 
@@ -88,7 +88,7 @@ def list_uncertain(results: list[Result]) -> list[str]:
 
 
 def run(names: list[str], quick: bool, terminal: Terminal) -> dict[str, Any]:
-    """Measure cases; return all numbers, as JSON takes them."""
+    """Measure cases; return all numbers, as JSON accepts them."""
     seconds = QUICK_SECONDS if quick else SECONDS
     results: list[Result] = []
     shares: list[Share] = []

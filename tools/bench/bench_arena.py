@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench_graphs import OURS, Problem, make_runner
+from bench_graphs import OURS, BenchCase, make_runner
 
-PROBLEM = Problem(batch_size=32, seq_len=128)  # 80 MB of query and key, small tables
+CASE = BenchCase(batch_size=32, seq_len=128)  # 80 MB of query and key, small tables
 MODES = {"without": {"chain": 0}, "in place": {}, "out of place": {"tapped": True}}
 
 
@@ -21,7 +21,7 @@ def count_buffers(mode: str) -> float:
     Args:
         mode: "in place", or "out of place" where something else reads its inputs too.
     """
-    size = PROBLEM.elements * 4
+    size = CASE.elements * 4
     return (_measure(mode) - _measure("without")) / size
 
 
@@ -33,7 +33,7 @@ def _measure(mode: str) -> int:
 def main() -> None:
     """Run one graph and print the peak memory of this process, in bytes."""
     graph = {"negate": True, "sum_outputs": True} | MODES[sys.argv[1]]
-    make_runner(PROBLEM, OURS, **graph)()
+    make_runner(CASE, OURS, **graph)()
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM:"):
             print(int(line.split()[1]) * 1024)

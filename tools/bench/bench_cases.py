@@ -13,7 +13,7 @@ from bench_arena import count_buffers
 from bench_graphs import (
     OURS,
     PEERS,
-    Problem,
+    BenchCase,
     Runner,
     library_with,
     make_runner,
@@ -62,7 +62,7 @@ class Result:
         return self.goal.judge(self.ratio) if self.goal else ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as JSON takes it."""
+        """Return the result as JSON accepts it."""
         return {
             "case": self.case,
             "ratio of": self.ratio_of,
@@ -77,9 +77,9 @@ class Result:
 Measure = Callable[[str, float], Iterator[Result]]  # (name of the case, seconds)
 
 
-def make_copy(problem: Problem) -> Call:
+def make_copy(case: BenchCase) -> Call:
     """Return a plain copy of query and key to memory that is there."""
-    given = [problem.inputs[name] for name in ("query", "key")]
+    given = [case.inputs[name] for name in ("query", "key")]
     copies = [torch.zeros_like(x) for x in given]
 
     def copy() -> None:
@@ -119,16 +119,16 @@ def measure_op(
     name: str,
     seconds: float,
     *,
-    problem: Problem,
+    case: BenchCase,
     threads: int,
     peer: Goal | None,
     copy: Goal | None,
 ) -> Iterator[Result]:
     """Compare one node with two nodes of ORT's, and with a copy of the same bytes."""
-    ops = (OURS,) if problem.dtype == torch.bfloat16 else (OURS, *PEERS)
-    runners = {op: make_runner(problem, op, threads) for op in ops}
+    ops = (OURS,) if case.dtype == torch.bfloat16 else (OURS, *PEERS)
+    runners = {op: make_runner(case, op, threads) for op in ops}
     check_equal(runners)
-    times = time_on(threads, {**runners, "copy": make_copy(problem)}, seconds)
+    times = time_on(threads, {**runners, "copy": make_copy(case)}, seconds)
     if len(ops) > 1:
         faster = pick_faster_peer(times)
         ratio = divide(times[faster], times[OURS])
@@ -139,41 +139,39 @@ def measure_op(
 
 
 def time_per_node(
-    problem: Problem, ops: Mapping[str, Mapping[str, Any]], chain: int, seconds: float
+    case: BenchCase, ops: Mapping[str, Mapping[str, Any]], chain: int, seconds: float
 ) -> Times:
     """Time one node as (chain - 1 node) / (length - 1): the session's own time drops out.
 
     Args:
-        problem: Sizes and types.
+        case: Sizes and types.
         ops: By name: arguments of `make_runner`.
         chain: Nodes in the chain.
         seconds: About how long it may take.
     """
     calls = {}
     for name, options in ops.items():
-        calls[f"{name} x1"] = make_runner(problem, **options)
-        calls[f"{name} x{chain}"] = make_runner(problem, chain=chain, **options)
+        calls[f"{name} x1"] = make_runner(case, **options)
+        calls[f"{name} x{chain}"] = make_runner(case, chain=chain, **options)
     times = time_on(1, calls, seconds)
     return {
         name: subtract(times[f"{name} x{chain}"], times[f"{name} x1"], chain - 1) for name in ops
     }
 
 
-def measure_decode(name: str, seconds: float, *, problem: Problem, goal: Goal) -> Iterator[Result]:
+def measure_decode(name: str, seconds: float, *, case: BenchCase, goal: Goal) -> Iterator[Result]:
     """Compare one node with two of ORT's where one token is rotated."""
-    times = time_per_node(problem, {op: {"op": op} for op in (OURS, *PEERS)}, 65, seconds)
+    times = time_per_node(case, {op: {"op": op} for op in (OURS, *PEERS)}, 65, seconds)
     faster = pick_faster_peer(times)
     ratio = divide(times[OURS], times[faster])
     yield Result(name, f"time relative to {faster}", goal, ratio, times)
 
 
-def measure_in_place(
-    name: str, seconds: float, *, problem: Problem, goal: Goal
-) -> Iterator[Result]:
+def measure_in_place(name: str, seconds: float, *, case: BenchCase, goal: Goal) -> Iterator[Result]:
     """Compare our node in place with our node out of place, both between two others."""
     between = {"negate": True, "sum_outputs": True}
     graphs = {"without": {"chain": 0}, "in place": {}, "out of place": {"tapped": True}}
-    calls = {n: make_runner(problem, OURS, **between, **graph) for n, graph in graphs.items()}
+    calls = {n: make_runner(case, OURS, **between, **graph) for n, graph in graphs.items()}
     times = time_on(1, calls, 2 * seconds)
     without = times.pop("without")
     times = {name: subtract(spread, without) for name, spread in times.items()}
@@ -188,13 +186,13 @@ def measure_memory(name: str, seconds: float) -> Iterator[Result]:
         yield Result(name, f"buffers that the op adds, {mode}", goal, buffers)
 
 
-def measure_reader(name: str, seconds: float, *, problem: Problem) -> Iterator[Result]:
+def measure_reader(name: str, seconds: float, *, case: BenchCase) -> Iterator[Result]:
     """Compare op + ReduceSum over its output with ORT's, and with ours without streaming stores."""
     graph = {"sum_outputs": True}
-    calls: dict[str, Call] = {op: make_runner(problem, op, **graph) for op in (OURS, *PEERS)}
-    calls |= {"reader": make_runner(problem, OURS, chain=0, **graph), "copy": make_copy(problem)}
+    calls: dict[str, Call] = {op: make_runner(case, op, **graph) for op in (OURS, *PEERS)}
+    calls |= {"reader": make_runner(case, OURS, chain=0, **graph), "copy": make_copy(case)}
     with library_with(*NEVER_STREAM) as library:
-        calls["plain stores"] = make_runner(problem, OURS, library=library, **graph)
+        calls["plain stores"] = make_runner(case, OURS, library=library, **graph)
     times = time_on(1, calls, seconds)
     faster = pick_faster_peer(times)
     ratio = divide(times[faster], times[OURS])
@@ -219,7 +217,7 @@ def measure_eager(
 
 
 def _make_cases() -> Iterator[tuple[str, Measure]]:
-    large, small = Problem(), Problem(8, 32, 32, 512, 64)
+    large, small = BenchCase(), BenchCase(8, 32, 32, 512, 64)
     shapes = {"(1, 32, 2048, 128)": large, "(8, 32, 512, 64)": small}
 
     def op(what: str, **options: Any) -> tuple[str, Measure]:
@@ -227,39 +225,39 @@ def _make_cases() -> Iterator[tuple[str, Measure]]:
 
     for interleaved, layout in enumerate(("half", "interleaved")):
         for shape, base in shapes.items():
-            problem = replace(base, interleaved=bool(interleaved))
+            case = replace(base, interleaved=bool(interleaved))
             faster = Goal(3.5 if base is large else 3.0)
             what = f"float32 {layout} {shape}"
-            yield op(f"{what} 1 thread", problem=problem, threads=1, peer=faster, copy=Goal(1))
-            yield op(f"{what} 2 threads", problem=problem, threads=2, peer=Goal(2.2), copy=None)
+            yield op(f"{what} 1 thread", case=case, threads=1, peer=faster, copy=Goal(1))
+            yield op(f"{what} 2 threads", case=case, threads=2, peer=Goal(2.2), copy=None)
             for dtype in (torch.float16, torch.bfloat16):
                 what = f"{str(dtype).removeprefix('torch.')} {layout} {shape} 1 thread"
-                typed = replace(problem, dtype=dtype)
-                yield op(what, problem=typed, threads=1, peer=Goal(4), copy=Goal(0.85))
+                typed = replace(case, dtype=dtype)
+                yield op(what, case=typed, threads=1, peer=Goal(4), copy=Goal(0.85))
         for shape, base in shapes.items():
-            problem = replace(base, interleaved=bool(interleaved))
+            case = replace(base, interleaved=bool(interleaved))
             kinds = {"xPos": {"use_xpos": True}, "partial": {"rotary_dim": base.head_dim // 4}}
             for what, change in kinds.items():
                 what = f"{what} {layout} {shape} 1 thread"
-                changed = replace(problem, **change)
-                yield op(what, problem=changed, threads=1, peer=Goal(3), copy=None)
-        cached = Problem(seq_len=128, interleaved=bool(interleaved))
+                changed = replace(case, **change)
+                yield op(what, case=changed, threads=1, peer=Goal(3), copy=None)
+        cached = BenchCase(seq_len=128, interleaved=bool(interleaved))
         what = f"in cache {layout} (1, 32, 128, 128) 1 thread"
-        yield op(what, problem=cached, threads=1, peer=Goal(1.25), copy=None)
+        yield op(what, case=cached, threads=1, peer=Goal(1.25), copy=None)
         for batch_size, limit in ((1, 0.72), (16, 0.75)):
-            token = Problem(batch_size, seq_len=1, interleaved=bool(interleaved))
+            token = BenchCase(batch_size, seq_len=1, interleaved=bool(interleaved))
             goal = Goal(limit, is_maximum=True)
             what = f"decode {layout} batch {batch_size}"
-            yield what, functools.partial(measure_decode, problem=token, goal=goal)
+            yield what, functools.partial(measure_decode, case=token, goal=goal)
     for megabytes in (0.5, 2, 8, 32, 64):
-        sized = Problem(seq_len=int(64 * megabytes))
+        sized = BenchCase(seq_len=int(64 * megabytes))
         goal = Goal(1.5) if megabytes >= 32 else NEVER_SLOWER
         what = f"in place {megabytes:g} MB"
-        yield what, functools.partial(measure_in_place, problem=sized, goal=goal)
+        yield what, functools.partial(measure_in_place, case=sized, goal=goal)
     yield "in place, memory", measure_memory
     for megabytes in (0.5, 1, 2, 4, 8, 16, 32, 64):
-        sized = Problem(seq_len=int(64 * megabytes))
-        yield f"reader {megabytes:g} MB", functools.partial(measure_reader, problem=sized)
+        sized = BenchCase(seq_len=int(64 * megabytes))
+        yield f"reader {megabytes:g} MB", functools.partial(measure_reader, case=sized)
     for threads in (1, 2):
         for keeps, what in ((False, "fresh memory"), (True, "memory kept by the allocator")):
             call = functools.partial(measure_eager, threads=threads, keeps_memory=keeps)

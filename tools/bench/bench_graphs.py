@@ -32,7 +32,7 @@ ONNX_TYPES = {
 
 
 @dataclass(frozen=True)
-class Problem:
+class BenchCase:
     """What is rotated; names as in the glossary."""
 
     batch_size: int = 1
@@ -58,12 +58,12 @@ class Problem:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """Return query, key and position_ids; the same tensors to all runners of this problem."""
+        """Return query, key and position_ids; the same tensors to all runners of this case."""
         return _make_inputs(self)
 
     @property
     def tables(self) -> dict[str, Tensor]:
-        """Return cos, sin and scale, of x's type: what both ops take."""
+        """Return cos, sin and scale, of x's type: what both ops accept."""
         half = (self.rotary_dim or self.head_dim) // 2
         inv_freq = 10000.0 ** (-torch.arange(half) / half)
         positions = torch.arange(self.seq_len)
@@ -74,12 +74,12 @@ class Problem:
         return {name: table.to(self.dtype) for name, table in tables.items()}
 
 
-@functools.lru_cache(maxsize=1)  # large: gone when the next problem is measured
-def _make_inputs(problem: Problem) -> dict[str, Tensor]:
+@functools.lru_cache(maxsize=1)  # large: gone when the next case is measured
+def _make_inputs(case: BenchCase) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.arange(problem.seq_len).repeat(problem.batch_size, 1)
+    ids = torch.arange(case.seq_len).repeat(case.batch_size, 1)
     drawn = {
-        name: torch.randn(problem.shape(name), generator=generator).to(problem.dtype)
+        name: torch.randn(case.shape(name), generator=generator).to(case.dtype)
         for name in ("query", "key")
     }
     return drawn | {"position_ids": ids}
@@ -93,33 +93,33 @@ def make_constant(name: str, value: Tensor) -> TensorProto:
     return numpy_helper.from_array(value.numpy(), name)
 
 
-def _make_rotary_nodes(problem: Problem, op: str, inputs: Sequence[str], step: int) -> Any:
+def _make_rotary_nodes(case: BenchCase, op: str, inputs: Sequence[str], step: int) -> Any:
     """Return the nodes that rotate query and key once, and the tables that they read."""
     outputs = [f"query_{step}", f"key_{step}"]
-    tables = problem.tables
-    layout = {"interleaved": int(problem.interleaved)}
+    tables = case.tables
+    layout = {"interleaved": int(case.interleaved)}
     if op in (OURS, PRIMITIVES):
         names = [inputs[0], "cos", "sin", "position_ids", inputs[1]]
-        names += ["scale"] if problem.use_xpos else []
+        names += ["scale"] if case.use_xpos else []
         node = helper.make_node(
             spec.OP_TYPE,
             names,
             outputs,
             domain=spec.DOMAIN,
-            rotary_embedding_dim=problem.rotary_dim,
+            rotary_embedding_dim=case.rotary_dim,
             **layout,
         )
         read = {name: table for name, table in tables.items() if name in names}
         return [node], read
     nodes, read = [], {}
-    for x, y, heads in zip(inputs, outputs, (problem.num_heads, problem.kv_num_heads), strict=True):
-        of = y[: y.index("_")] if problem.use_xpos else "both"
+    for x, y, heads in zip(inputs, outputs, (case.num_heads, case.kv_num_heads), strict=True):
+        of = y[: y.index("_")] if case.use_xpos else "both"
         factor = {"both": 1, "query": tables["scale"], "key": 1 / tables["scale"]}[of]
         cos, sin = f"cos_{of}", f"sin_{of}"
         read |= {cos: tables["cos"] * factor, sin: tables["sin"] * factor}
         standard = op == STANDARD
         names = [x, cos, sin, "position_ids"] if standard else [x, "position_ids", cos, sin]
-        partial = {"rotary_embedding_dim": problem.rotary_dim} if problem.rotary_dim else {}
+        partial = {"rotary_embedding_dim": case.rotary_dim} if case.rotary_dim else {}
         partial |= {"num_heads": heads} if partial and not standard else {}
         domain = "" if standard else op
         nodes.append(helper.make_node(spec.OP_TYPE, names, [y], domain=domain, **layout, **partial))
@@ -127,7 +127,7 @@ def _make_rotary_nodes(problem: Problem, op: str, inputs: Sequence[str], step: i
 
 
 def make_model(
-    problem: Problem,
+    case: BenchCase,
     op: str,
     *,
     chain: int = 1,
@@ -138,7 +138,7 @@ def make_model(
     """Write a graph that rotates query and key `chain` times.
 
     Args:
-        problem: Sizes and types.
+        case: Sizes and types.
         op: OURS, MICROSOFT, STANDARD or PRIMITIVES.
         chain: Nodes (or pairs of nodes) in a row.
         negate: A Neg stands before the first, so that its inputs are intermediate results too.
@@ -162,7 +162,7 @@ def make_model(
             constants |= {"tap_start": torch.zeros(4, dtype=torch.int64)}
             constants |= {"tap_end": torch.ones(4, dtype=torch.int64)}
             constants |= {"tap_axes": torch.arange(4)}
-        made, read = _make_rotary_nodes(problem, op, values, step)
+        made, read = _make_rotary_nodes(case, op, values, step)
         nodes += made
         constants |= read
         values = [f"query_{step}", f"key_{step}"]
@@ -171,8 +171,8 @@ def make_model(
             nodes.append(helper.make_node("ReduceSum", [value], [f"{name}_sum"], keepdims=0))
             outputs[f"{name}_sum"] = []
         else:
-            outputs[value] = list(problem.shape(name))
-    return finish_model(nodes, problem.inputs, constants, outputs, problem.dtype, op)
+            outputs[value] = list(case.shape(name))
+    return finish_model(nodes, case.inputs, constants, outputs, case.dtype, op)
 
 
 def finish_model(
@@ -249,13 +249,13 @@ def _describe(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
 
 
 def make_runner(
-    problem: Problem, op: str, threads: int = 1, *, library: str | None = None, **graph: Any
+    case: BenchCase, op: str, threads: int = 1, *, library: str | None = None, **graph: Any
 ) -> Runner:
     """Return a session that rotates; keyword arguments as `make_model`'s."""
     if library is None:
         library = str(op_library.op_library_path())
     library = library if op == OURS else ""
-    return Runner(make_model(problem, op, **graph), problem.inputs, threads, library)
+    return Runner(make_model(case, op, **graph), case.inputs, threads, library)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_cases import Result, make_copy, time_on
-from bench_graphs import OURS, PEERS, Problem, make_runner
+from bench_graphs import OURS, PEERS, BenchCase, make_runner
 
 from rotary_export.measure.timing import Goal, Spread, divide
 
@@ -29,7 +29,7 @@ def choose_lengths(quick: bool) -> list[int]:
     return [
         n
         for n in LENGTHS
-        if n <= longest and 4 * Problem(seq_len=n).elements * tensors < 0.7 * free
+        if n <= longest and 4 * BenchCase(seq_len=n).elements * tensors < 0.7 * free
     ]
 
 
@@ -37,9 +37,9 @@ def measure_lengths(lengths: list[int], seconds: float) -> Lengths:
     """Time query (1, 32, S, 128) with key (1, 8, S, 128), one thread, for each S."""
     found = {}
     for seq_len in lengths:
-        problem = Problem(seq_len=seq_len)
-        calls: dict[str, Any] = {op: make_runner(problem, op) for op in (OURS, *PEERS)}
-        calls["copy"] = make_copy(problem)
+        case = BenchCase(seq_len=seq_len)
+        calls: dict[str, Any] = {op: make_runner(case, op) for op in (OURS, *PEERS)}
+        calls["copy"] = make_copy(case)
         found[seq_len] = time_on(1, calls, seconds)
     return found
 
@@ -51,19 +51,19 @@ def measure_flatness(found: Lengths, seconds: float) -> Iterator[Result]:
         found: As `measure_lengths`.
         seconds: About how long it may take.
     """
-    problems = {str(n): Problem(seq_len=n) for n in found if n >= FLAT_FROM}
-    if len(problems) < 2:
+    cases = {str(n): BenchCase(seq_len=n) for n in found if n >= FLAT_FROM}
+    if len(cases) < 2:
         return
-    times = time_on(1, {n: make_runner(p, OURS) for n, p in problems.items()}, seconds)
+    times = time_on(1, {n: make_runner(p, OURS) for n, p in cases.items()}, seconds)
     costs = {
-        n: Spread(tuple(t / problems[n].elements for t in spread.values))
+        n: Spread(tuple(t / cases[n].elements for t in spread.values))
         for n, spread in times.items()
     }
     dearest = max(costs, key=lambda n: costs[n].median)
     cheapest = min(costs, key=lambda n: costs[n].median)
     what = f"S = {dearest} / S = {cheapest}, of {', '.join(costs)}"
     ratio = divide(costs[dearest], costs[cheapest])
-    copies = [found[int(n)]["copy"].median / problems[n].elements for n in (dearest, cheapest)]
+    copies = [found[int(n)]["copy"].median / cases[n].elements for n in (dearest, cheapest)]
     yield Result(LENGTHS_CASE, what, FLAT, ratio, times, Spread((copies[0] / copies[1],)))
 
 
@@ -72,7 +72,7 @@ def list_costs(found: Lengths) -> list[dict[str, float]]:
     return [
         {"seq_len": seq_len}
         | {
-            name: float(f"{1e9 * spread.median / Problem(seq_len=seq_len).elements:.4g}")
+            name: float(f"{1e9 * spread.median / BenchCase(seq_len=seq_len).elements:.4g}")
             for name, spread in times.items()
         }
         for seq_len, times in found.items()
@@ -93,7 +93,7 @@ def plot_costs(costs: list[dict[str, float]], title: str, file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    megabytes = [4 * Problem(seq_len=int(row["seq_len"])).elements / 1e6 for row in costs]
+    megabytes = [4 * BenchCase(seq_len=int(row["seq_len"])).elements / 1e6 for row in costs]
     styles = {OURS: "o-", "copy": "k--"}
     for name in RUNS:
         axes.plot(megabytes, [row[name] for row in costs], styles.get(name, ".-"), label=name)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from bench_cases import Times, time_on, time_per_node
-from bench_graphs import OURS, PEERS, PRIMITIVES, Problem, Runner, finish_model
+from bench_graphs import OURS, PEERS, PRIMITIVES, BenchCase, Runner, finish_model
 from onnx import ModelProto, NodeProto, helper
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class Share:
     times: Times
 
     def to_dict(self) -> dict[str, object]:
-        """Return the share as JSON takes it."""
+        """Return the share as JSON accepts it."""
         seconds = {name: spread.to_dict() for name, spread in self.times.items()}
         share = float(f"{self.share:.3g}")
         names = {"model": self.model, "phase": self.phase, "op": self.op}
@@ -143,10 +143,10 @@ def measure_shares(model: str, phase: str, seconds: float) -> list[Share]:
     sizes = MODELS[model]
     tokens, chain = PHASES[phase]
     layer = time_on(1, {"layer": Runner(*make_layer(sizes, tokens), threads=1)}, seconds)["layer"]
-    problem = Problem(1, sizes.num_heads, sizes.kv_num_heads, tokens, HEAD_DIM)
+    case = BenchCase(1, sizes.num_heads, sizes.kv_num_heads, tokens, HEAD_DIM)
     ops = {op: {"op": op} for op in (OURS, *PEERS, PRIMITIVES)}
     shares = []
-    for op, rope in time_per_node(problem, ops, chain, seconds).items():
+    for op, rope in time_per_node(case, ops, chain, seconds).items():
         share = rope.median / (rope.median + layer.median)
         shares.append(Share(model, phase, op, share, {"rope": rope, "layer": layer}))
     return shares

@@ -26,7 +26,7 @@ import torch
 from gpu_models import (
     Runner,
     Shape,
-    Target,
+    TestedDevice,
     build_model,
     make_inputs,
     read_placement,
@@ -81,31 +81,31 @@ def measure_ulp(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
 # ---- checks: each returns what it found, or raises
 
 
-def check_placement(target: Target) -> str:
+def check_placement(tested: TestedDevice) -> str:
     """Our node runs on the provider, and ids from the CPU bring no copy with them."""
-    inputs = make_inputs(target, PARITY_SHAPE)
-    nodes = read_placement(build_model(inputs), target, inputs, library=True)
-    require(nodes == [(spec.OP_TYPE, target.provider)], f"ran {nodes}")
-    return f"one {spec.OP_TYPE} on {target.provider}, no copy"
+    inputs = make_inputs(tested, PARITY_SHAPE)
+    nodes = read_placement(build_model(inputs), tested, inputs, library=True)
+    require(nodes == [(spec.OP_TYPE, tested.provider)], f"ran {nodes}")
+    return f"one {spec.OP_TYPE} on {tested.provider}, no copy"
 
 
-def check_portable_placement(target: Target) -> str:
+def check_portable_placement(tested: TestedDevice) -> str:
     """Without the opt-in a bundle's function body runs, all of it on the provider."""
-    session = rotary_export.load(BUNDLE, providers=[target.provider])
+    session = rotary_export.load(BUNDLE, providers=[tested.provider])
     opted_in = session.kernel_path.startswith("fused")
-    require(opted_in == (target.provider == CPU), f"load chose {session.kernel_path}")
+    require(opted_in == (tested.provider == CPU), f"load chose {session.kernel_path}")
     heads = [int(info.shape[1]) for info in session.graph.inputs[:2]]
     head_dim = int(session.graph.inputs[0].shape[3])
-    x, key = (torch.ones(2, n, 5, head_dim, device=target.device) for n in heads)
-    ids = torch.arange(5, device=target.device).repeat(2, 1)
+    x, key = (torch.ones(2, n, 5, head_dim, device=tested.device) for n in heads)
+    ids = torch.arange(5, device=tested.device).repeat(2, 1)
     inputs = {"query": x, "key": key, "position_ids": ids}
     file = str(BUNDLE / session.graph.files["onnx"])
-    nodes = read_placement(file, target, inputs, library=False, like=("query", "key"))
-    require(nodes == [("RotaryEmbedding", target.provider)] * 2, f"ran {nodes}")
-    return f"two of ONNX Runtime's RotaryEmbedding on {target.provider}"
+    nodes = read_placement(file, tested, inputs, library=False, like=("query", "key"))
+    require(nodes == [("RotaryEmbedding", tested.provider)] * 2, f"ran {nodes}")
+    return f"two of ONNX Runtime's RotaryEmbedding on {tested.provider}"
 
 
-def check_eager(target: Target, types: tuple[str, str]) -> str:
+def check_eager(tested: TestedDevice, types: tuple[str, str]) -> str:
     """Every form has the bits of eager PyTorch on the same device."""
     elements = cases = 0
     forms = ("prompt", "scattered", "offset", "tables")
@@ -113,10 +113,10 @@ def check_eager(target: Target, types: tuple[str, str]) -> str:
         forms, (0, 1), (0, 20, 32), (False, True)
     ):
         inputs = make_inputs(
-            target, PARITY_SHAPE, types, form=form, rotary_dim=rotary_dim, scaled=scaled
+            tested, PARITY_SHAPE, types, form=form, rotary_dim=rotary_dim, scaled=scaled
         )
         attributes = {"interleaved": interleaved, "rotary_embedding_dim": rotary_dim}
-        got = Runner(build_model(inputs, **attributes), target)(inputs)
+        got = Runner(build_model(inputs, **attributes), tested)(inputs)
         different = count_different(got, rotate_eagerly(inputs, bool(interleaved)))
         what = f"{form}, {attributes}, scaled={scaled}"
         require(different == 0, f"{what}: {different} elements differ from eager")
@@ -125,22 +125,22 @@ def check_eager(target: Target, types: tuple[str, str]) -> str:
     return f"{cases} cases, {elements:,} elements, equal to the bit"
 
 
-def check_own_op(target: Target) -> str:
+def check_own_op(tested: TestedDevice) -> str:
     """ONNX Runtime's own op agrees within what FMA may change."""
-    inputs = make_inputs(target, PARITY_SHAPE)
-    ours = Runner(build_model(inputs), target)(inputs)
-    own = Runner(build_model(inputs, ours=False), target, library=False)(inputs)
+    inputs = make_inputs(tested, PARITY_SHAPE)
+    ours = Runner(build_model(inputs), tested)(inputs)
+    own = Runner(build_model(inputs, ours=False), tested, library=False)(inputs)
     ulp, limit = measure_ulp(own, ours), TOLERANCES["native"].max_ulp
     require(ulp <= limit, f"{ulp:.2f} ulp apart, at most {limit:g} expected")
     return f"at most {ulp:.2f} ulp apart (FMA; the limit is {limit:g})"
 
 
-def check_bad_ids(target: Target) -> str:
+def check_bad_ids(tested: TestedDevice) -> str:
     """A bad id is named in an error, from the CPU and from the device, and does no lasting harm."""
-    inputs = make_inputs(target, PARITY_SHAPE)
-    runner = Runner(build_model(inputs), target)
+    inputs = make_inputs(tested, PARITY_SHAPE)
+    runner = Runner(build_model(inputs), tested)
     rows = inputs["cos_cache"].shape[0]
-    for device, bad in itertools.product(("cpu", target.device), (-1, rows, 2**40)):
+    for device, bad in itertools.product(("cpu", tested.device), (-1, rows, 2**40)):
         ids = inputs["position_ids"].clone()
         ids[1, 5] = bad
         message = ""
@@ -150,20 +150,20 @@ def check_bad_ids(target: Target) -> str:
             message = str(error)
         wanted = spec.bad_id_message(bad, 1, 5, rows)
         require(wanted in message, f"id {bad}, on {device}: {message or 'no error'}")
-    on_device = {**inputs, "position_ids": inputs["position_ids"].to(target.device)}
+    on_device = {**inputs, "position_ids": inputs["position_ids"].to(tested.device)}
     for good in (inputs, on_device):
         different = count_different(runner(good), rotate_eagerly(inputs, False))
         require(different == 0, f"after an error {different} elements differ")
     return "the first bad id is named; later runs are right"
 
 
-def check_in_place(target: Target) -> str:
+def check_in_place(tested: TestedDevice) -> str:
     """Between other nodes, where ONNX Runtime may rotate in place; inputs stay as they were."""
     for rotary_dim in (0, 32):
-        inputs = make_inputs(target, PARITY_SHAPE, rotary_dim=rotary_dim)
+        inputs = make_inputs(tested, PARITY_SHAPE, rotary_dim=rotary_dim)
         before = {name: value.clone() for name, value in inputs.items()}
         model = build_model(inputs, negate=True, chain=3, rotary_embedding_dim=rotary_dim)
-        got = Runner(model, target)(inputs)
+        got = Runner(model, tested)(inputs)
         want = dict(inputs)
         for _ in range(3):
             want["X"], want["key"] = rotate_eagerly(want, False)
@@ -174,15 +174,15 @@ def check_in_place(target: Target) -> str:
     return "three in a row between two Neg, equal to the bit"
 
 
-def check_two_streams(target: Target) -> str:
+def check_two_streams(tested: TestedDevice) -> str:
     """Two sessions, each on a stream of its own, at the same time."""
 
     def work(seed: int) -> int:
-        stream = torch.cuda.Stream() if target.device == "cuda" else None
-        inputs = make_inputs(target, PARITY_SHAPE, seed=seed)
+        stream = torch.cuda.Stream() if tested.device == "cuda" else None
+        inputs = make_inputs(tested, PARITY_SHAPE, seed=seed)
         want = rotate_eagerly(inputs, False)
         number = stream.cuda_stream if stream is not None else None
-        runner = Runner(build_model(inputs), target, stream=number)
+        runner = Runner(build_model(inputs), tested, stream=number)
         return sum(count_different(runner(inputs), want) for _ in range(50))
 
     with ThreadPoolExecutor(2) as pool:
@@ -194,7 +194,7 @@ def check_two_streams(target: Target) -> str:
 # ---- the report
 
 
-def describe_machine(target: Target) -> dict[str, str]:
+def describe_machine(tested: TestedDevice) -> dict[str, str]:
     """Return what a reader of the report must know."""
     library = op_library.op_library_path()
     facts = {
@@ -204,9 +204,9 @@ def describe_machine(target: Target) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "provider": target.provider,
+        "provider": tested.provider,
     }
-    if target.device == "cuda":
+    if tested.device == "cuda":
         version = ctypes.c_int(0)
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
         major, minor = torch.cuda.get_device_capability()
@@ -215,18 +215,18 @@ def describe_machine(target: Target) -> dict[str, str]:
     return facts
 
 
-def list_checks(target: Target) -> dict[str, Callable[[], str]]:
+def list_checks(tested: TestedDevice) -> dict[str, Callable[[], str]]:
     """Name every check."""
     checks: dict[str, Callable[[], str]] = {
-        "node placement": lambda: check_placement(target),
-        "placement without opt-in": lambda: check_portable_placement(target),
+        "node placement": lambda: check_placement(tested),
+        "placement without opt-in": lambda: check_portable_placement(tested),
     }
     for types in spec.TYPE_PAIRS:
-        checks[f"eager PyTorch, {' and '.join(types)}"] = lambda t=types: check_eager(target, t)
-    checks["ONNX Runtime's own op"] = lambda: check_own_op(target)
-    checks["bad ids"] = lambda: check_bad_ids(target)
-    checks["in place"] = lambda: check_in_place(target)
-    checks["two streams"] = lambda: check_two_streams(target)
+        checks[f"eager PyTorch, {' and '.join(types)}"] = lambda t=types: check_eager(tested, t)
+    checks["ONNX Runtime's own op"] = lambda: check_own_op(tested)
+    checks["bad ids"] = lambda: check_bad_ids(tested)
+    checks["in place"] = lambda: check_in_place(tested)
+    checks["two streams"] = lambda: check_two_streams(tested)
     return checks
 
 
@@ -258,20 +258,20 @@ def main(arguments: list[str] | None = None) -> int:
     # For the tests of this tool: the same checks where there is no GPU, on small shapes.
     parser.add_argument("--provider", default=CUDA, choices=(CUDA, CPU), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    target = Target(options.provider)
-    if target.provider == CUDA and (problem := find_problem()):
+    tested = TestedDevice(options.provider)
+    if tested.provider == CUDA and (problem := find_problem()):
         print(f"gpu_check: no GPU to check: {problem}", file=sys.stderr)
         return NO_GPU
-    machine = describe_machine(target)
+    machine = describe_machine(tested)
     for name, fact in machine.items():
         print(f"{name:20} {fact}")
     print()
-    checks = [run_check(name, check) for name, check in list_checks(target).items()]
+    checks = [run_check(name, check) for name, check in list_checks(tested).items()]
     print(f"\n{'time per rotation of query and key':44} {'by':14} {'us':>10} {'GB/s':>8}")
     times = []
-    for name, shape in (TIMED_SHAPES if target.provider == CUDA else SMALL_SHAPES).items():
+    for name, shape in (TIMED_SHAPES if tested.provider == CUDA else SMALL_SHAPES).items():
         for dtype in ("float32", "float16"):
-            for row in measure(target, shape, dtype):
+            for row in measure(tested, shape, dtype):
                 times.append({"case": name, "shape": vars(shape), "dtype": dtype, **row})
                 speed = row["gigabytes_per_second"]
                 shown = f"{row['microseconds']:10.2f} {speed or float('nan'):8.1f}"

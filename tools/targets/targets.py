@@ -1,7 +1,7 @@
 """Where a bundle runs: collect what the tests of deploy's targets showed, for the pages.
 
 python tools/targets/targets.py            run those tests, then write tools/results/targets.json
-python tools/targets/targets.py --check    after a test run: is all that the page says still shown?
+python tools/targets/targets.py --check    after a test run: does it still show all of the page?
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _is_of(row: dict[str, Any], title: str) -> bool:
 
 
 def find_losses(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
-    """Return what the table says and the last run did not show."""
+    """Return what the table contains and the last run did not show."""
     shown = {_key(row): row for row in after}
     losses = []
     for row in before:

@@ -258,7 +258,7 @@ ROTARY_EXPORT_INLINE HalfBits<kLanes> Narrow(const Floats<kLanes>& value, Float1
   const I sign = (bits >> 16) & 0x8000;
   const I magnitude = bits & 0x7fffffff;
   const I rebiased = magnitude - ((127 - 15) << 23);
-  // From 65520 on, the carry of the rounding gives infinity, as it must.
+  // From 65520 on, the carry of the rounding makes infinity, as it must.
   const I normal = (rebiased + 0xfff + ((rebiased >> 13) & 1)) >> 13;
   // The last place of 0.5f is 2^-24, float16's smallest subnormal, so the addition rounds.
   const I subnormal = CastBits<I>(CastBits<F>(magnitude) + 0.5f) - 0x3f000000;

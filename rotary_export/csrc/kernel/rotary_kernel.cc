@@ -4,7 +4,7 @@
 // linker could keep the AVX-512 copy of a function and call it from the baseline.
 //
 // Exactness: each product is rounded, then their sum (-ffp-contract=off, which GCC honours for
-// vector types). In float32 this gives the bits of eager PyTorch's
+// vector types). In float32 this computes the bits of eager PyTorch's
 //   x * cos + rotate_half(x) * sin
 // and, with xPos,
 //   (x * cos) * scale + (rotate_half(x) * sin) * scale

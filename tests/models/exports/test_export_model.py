@@ -67,7 +67,7 @@ def test_nothing_of_this_machine_in_the_files(bundle):
         assert str(bundle.path).encode() not in data, file.name
 
 
-def test_manifest_says_what_was_found(bundle):
+def test_manifest_contains_what_was_found(bundle):
     manifest = read_manifest(bundle.path)
     (finding,) = manifest.config["rotary"]
     assert finding["function"].endswith("modeling_llama.apply_rotary_pos_emb")

@@ -97,7 +97,7 @@ def test_exports(folder, monkeypatch, source):
     assert read_manifest(folder / "out").graphs["model"].rotary_nodes == 1
 
 
-def test_config_says_that_weights_are_random(folder, monkeypatch):
+def test_config_reports_that_weights_are_random(folder, monkeypatch):
     result = run(folder, monkeypatch, "config.json", "--force", "--json", "--dtype", "float16")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -143,7 +143,7 @@ def test_dry_run_of_a_model_without_rotary_calls(folder, monkeypatch):
     assert (found["calls"], found["fused"], found["rotary"]) == (0, 0, [])
 
 
-def test_dry_run_says_why_a_call_is_not_replaced(folder, monkeypatch):
+def test_dry_run_reports_why_a_call_is_not_replaced(folder, monkeypatch):
     result = run_dry(folder, monkeypatch, "my_factories:masked")
     assert result.exit_code == 1
     assert "in no layout does the op equal it on random inputs" in result.stdout
