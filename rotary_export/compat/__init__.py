@@ -1,13 +1,14 @@
 """Every private name of torch, transformers and the servers that the package touches.
 
-quiet.py         loggers and warnings of torch and its exporters
-pytree.py        torch.utils._pytree: nested arguments as flat lists
-sizes.py         symbolic sizes of a traced program: its shape environment, guards and ranges
-inductor.py      AOTInductor: compile, package, load
-modules.py       the registries of torch.nn.Module
-transformers.py  model classes of a config, the kernel of experts
-mlserver.py      the HTTP application of an MLServer
-ray.py           settings of ray.init that are not public
+quiet.py              loggers and warnings of torch and its exporters
+onnx_translations.py  the registry of torch.onnx's translations
+pytree.py             torch.utils._pytree: nested arguments as flat lists
+sizes.py              symbolic sizes of a traced program: its shape environment, guards and ranges
+inductor.py           AOTInductor: compile, package, load
+modules.py            the registries of torch.nn.Module
+transformers.py       model classes of a config, the kernel of experts
+mlserver.py           the HTTP application of an MLServer
+ray.py                settings of ray.init that are not public
 
 tests/compat calls each function on a module of a few lines: when a new release moves a name, that
 test fails and names it.

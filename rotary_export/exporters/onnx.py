@@ -10,6 +10,7 @@ import onnxscript
 import torch
 from onnxscript import ir, optimizer
 
+from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.program import make_dynamic_shapes
@@ -66,7 +67,7 @@ def export_onnx(
         The signatures of its rotary nodes, one per function body.
     """
     register_schema()
-    with quiet_torch():
+    with quiet_torch(), reuse_translations():
         program: Any = torch.onnx.export(
             graph.module,
             example,

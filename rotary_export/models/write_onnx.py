@@ -12,6 +12,7 @@ import torch
 from onnxscript import ir, optimizer
 
 from rotary_export.bundle.manifest import GraphInfo
+from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.onnx import strip_metadata, translate_op
@@ -52,7 +53,7 @@ def write_onnx(
     register_schema()
     op = torch.ops.rotary_export.rotary_embedding.default
     try:
-        with quiet_torch():
+        with quiet_torch(), reuse_translations():
             exported: Any = torch.onnx.export(
                 program,
                 (),

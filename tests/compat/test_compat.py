@@ -11,6 +11,7 @@ from torch import nn
 
 from rotary_export.compat import inductor, modules, pytree, sizes
 from rotary_export.compat import transformers as transformers_names
+from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_loaders, quiet_torch
 
 
@@ -40,6 +41,23 @@ def test_loggers_that_are_silenced_are_those_of_torch():
         __import__(name)
         with quiet_torch(), quiet_loaders(), warnings.catch_warnings():
             assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
+
+
+def test_translations_are_read_once_and_custom_ones_stay_in_their_registry():
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read, add = ONNXRegistry.from_torchlib, torch.ops.aten.add.Tensor
+    with reuse_translations():
+        first = ONNXRegistry().from_torchlib(opset_version=20)
+        first.register_op(add, lambda x, y: x)
+        second = ONNXRegistry().from_torchlib(opset_version=20)
+        other = ONNXRegistry().from_torchlib(opset_version=18)
+    assert ONNXRegistry.from_torchlib == read
+    assert len(first.get_decomps(add)) == len(second.get_decomps(add)) + 1
+    assert second.get_decomps(add)[0] is first.get_decomps(add)[1]
+    assert (second.opset_version, other.opset_version) == (20, 18)
+    expected = ONNXRegistry.from_torchlib(opset_version=20)
+    assert second.functions.keys() == expected.functions.keys()
 
 
 def test_pytree_flattens_and_unflattens():

@@ -196,7 +196,8 @@ def test_with_nvcc_the_library_has_a_cuda_kernel():
 def test_without_nvcc_the_library_has_only_a_cpu_kernel(tmp_path):
     if shutil.which("cmake") is None:
         pytest.skip("needs cmake on the PATH (pip installs its own if there is none)")
-    configure = ["cmake", "-S", str(CSRC), "-B", str(tmp_path), "-DROTARY_EXPORT_CUDA=OFF"]
+    settings = ["-DROTARY_EXPORT_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Debug"]
+    configure = ["cmake", "-S", str(CSRC), "-B", str(tmp_path), *settings]
     for command in (configure, ["cmake", "--build", str(tmp_path), "--parallel", "2"]):
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,37 @@
+"""The registry of torch.onnx: which function translates an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_registries: dict[tuple[Any, ...], Any] = {}  # by the arguments they were made with
+
+
+@contextmanager
+def reuse_translations() -> Iterator[None]:
+    """Let torch.onnx read its own translations once per process, not once per export.
+
+    There are about 500. It inspects the source of each, which takes longer than the rest of a
+    small export. Every export still has a registry of its own, to which it adds its custom ones.
+    """
+    from torch.onnx._internal.exporter import _registration
+
+    registry_class: Any = _registration.ONNXRegistry
+    read, of_class = registry_class.from_torchlib, vars(registry_class)["from_torchlib"]
+
+    def copy(*arguments: Any, **keywords: Any) -> Any:
+        key = (*arguments, *sorted(keywords.items()))
+        if key not in _registries:
+            _registries[key] = read(*arguments, **keywords)
+        registry = registry_class()
+        vars(registry).update(vars(_registries[key]))
+        registry.functions = {k: list(found) for k, found in _registries[key].functions.items()}
+        return registry
+
+    registry_class.from_torchlib = staticmethod(copy)
+    try:
+        yield
+    finally:
+        registry_class.from_torchlib = of_class
