@@ -39,7 +39,8 @@ TYPES = {
 def test_both_sides_of_the_switch(tmp_path, case):
     family, changed = case
     model = make_model(family, **changed)
-    bundle = export_model(model, make_inputs(model), tmp_path / "bundle")
+    formats = ["onnx", "torchscript"]
+    bundle = export_model(model, make_inputs(model), tmp_path / "bundle", formats=formats)
     assert bundle.manifest.config["length_thresholds"] == [16]
     tried = bundle.report.shapes["model"]
     assert {"batch_size 2, seq_len 16", "batch_size 2, seq_len 17"} <= set(tried)
