@@ -8,14 +8,14 @@ from pathlib import Path
 
 import gpu_check
 import pytest
-from gpu_models import TestedDevice, build_model
+from gpu_models import CheckedDevice, build_model
 from helpers.cuda_emulator import CSRC, compile_emulator, get_emulator
 
 from rotary_export.op import library as op_library
 from rotary_export.op import spec
 from rotary_export.runtime.providers import CPU, CUDA, find_cuda_problem
 
-ON_CPU = TestedDevice(CPU)
+ON_CPU = CheckedDevice(CPU)
 CHECKS = gpu_check.list_checks(ON_CPU)
 
 

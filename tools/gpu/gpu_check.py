@@ -24,9 +24,9 @@ from typing import Any
 import onnxruntime
 import torch
 from gpu_models import (
+    CheckedDevice,
     Runner,
     Shape,
-    TestedDevice,
     build_model,
     make_inputs,
     read_placement,
@@ -81,31 +81,31 @@ def measure_ulp(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
 # ---- checks: each returns what it found, or raises
 
 
-def check_placement(tested: TestedDevice) -> str:
+def check_placement(checked: CheckedDevice) -> str:
     """Our node runs on the provider, and ids from the CPU bring no copy with them."""
-    inputs = make_inputs(tested, PARITY_SHAPE)
-    nodes = read_placement(build_model(inputs), tested, inputs, library=True)
-    require(nodes == [(spec.OP_TYPE, tested.provider)], f"ran {nodes}")
-    return f"one {spec.OP_TYPE} on {tested.provider}, no copy"
+    inputs = make_inputs(checked, PARITY_SHAPE)
+    nodes = read_placement(build_model(inputs), checked, inputs, library=True)
+    require(nodes == [(spec.OP_TYPE, checked.provider)], f"ran {nodes}")
+    return f"one {spec.OP_TYPE} on {checked.provider}, no copy"
 
 
-def check_portable_placement(tested: TestedDevice) -> str:
+def check_portable_placement(checked: CheckedDevice) -> str:
     """Without the opt-in a bundle's function body runs, all of it on the provider."""
-    session = rotary_export.load(BUNDLE, providers=[tested.provider])
+    session = rotary_export.load(BUNDLE, providers=[checked.provider])
     opted_in = session.kernel_path.startswith("fused")
-    require(opted_in == (tested.provider == CPU), f"load chose {session.kernel_path}")
+    require(opted_in == (checked.provider == CPU), f"load chose {session.kernel_path}")
     heads = [int(info.shape[1]) for info in session.graph.inputs[:2]]
     head_dim = int(session.graph.inputs[0].shape[3])
-    x, key = (torch.ones(2, n, 5, head_dim, device=tested.device) for n in heads)
-    ids = torch.arange(5, device=tested.device).repeat(2, 1)
+    x, key = (torch.ones(2, n, 5, head_dim, device=checked.device) for n in heads)
+    ids = torch.arange(5, device=checked.device).repeat(2, 1)
     inputs = {"query": x, "key": key, "position_ids": ids}
     file = str(BUNDLE / session.graph.files["onnx"])
-    nodes = read_placement(file, tested, inputs, library=False, like=("query", "key"))
-    require(nodes == [("RotaryEmbedding", tested.provider)] * 2, f"ran {nodes}")
-    return f"two of ONNX Runtime's RotaryEmbedding on {tested.provider}"
+    nodes = read_placement(file, checked, inputs, library=False, like=("query", "key"))
+    require(nodes == [("RotaryEmbedding", checked.provider)] * 2, f"ran {nodes}")
+    return f"two of ONNX Runtime's RotaryEmbedding on {checked.provider}"
 
 
-def check_eager(tested: TestedDevice, types: tuple[str, str]) -> str:
+def check_eager(checked: CheckedDevice, types: tuple[str, str]) -> str:
     """Every form has the bits of eager PyTorch on the same device."""
     elements = cases = 0
     forms = ("prompt", "scattered", "offset", "tables")
@@ -113,10 +113,10 @@ def check_eager(tested: TestedDevice, types: tuple[str, str]) -> str:
         forms, (0, 1), (0, 20, 32), (False, True)
     ):
         inputs = make_inputs(
-            tested, PARITY_SHAPE, types, form=form, rotary_dim=rotary_dim, scaled=scaled
+            checked, PARITY_SHAPE, types, form=form, rotary_dim=rotary_dim, scaled=scaled
         )
         attributes = {"interleaved": interleaved, "rotary_embedding_dim": rotary_dim}
-        got = Runner(build_model(inputs, **attributes), tested)(inputs)
+        got = Runner(build_model(inputs, **attributes), checked)(inputs)
         different = count_different(got, rotate_eagerly(inputs, bool(interleaved)))
         what = f"{form}, {attributes}, scaled={scaled}"
         require(different == 0, f"{what}: {different} elements differ from eager")
@@ -125,22 +125,22 @@ def check_eager(tested: TestedDevice, types: tuple[str, str]) -> str:
     return f"{cases} cases, {elements:,} elements, equal to the bit"
 
 
-def check_own_op(tested: TestedDevice) -> str:
+def check_own_op(checked: CheckedDevice) -> str:
     """ONNX Runtime's own op agrees within what FMA may change."""
-    inputs = make_inputs(tested, PARITY_SHAPE)
-    ours = Runner(build_model(inputs), tested)(inputs)
-    own = Runner(build_model(inputs, ours=False), tested, library=False)(inputs)
+    inputs = make_inputs(checked, PARITY_SHAPE)
+    ours = Runner(build_model(inputs), checked)(inputs)
+    own = Runner(build_model(inputs, ours=False), checked, library=False)(inputs)
     ulp, limit = measure_ulp(own, ours), TOLERANCES["native"].max_ulp
     require(ulp <= limit, f"{ulp:.2f} ulp apart, at most {limit:g} expected")
     return f"at most {ulp:.2f} ulp apart (FMA; the limit is {limit:g})"
 
 
-def check_bad_ids(tested: TestedDevice) -> str:
+def check_bad_ids(checked: CheckedDevice) -> str:
     """A bad id is named in an error, from the CPU and from the device, and does no lasting harm."""
-    inputs = make_inputs(tested, PARITY_SHAPE)
-    runner = Runner(build_model(inputs), tested)
+    inputs = make_inputs(checked, PARITY_SHAPE)
+    runner = Runner(build_model(inputs), checked)
     rows = inputs["cos_cache"].shape[0]
-    for device, bad in itertools.product(("cpu", tested.device), (-1, rows, 2**40)):
+    for device, bad in itertools.product(("cpu", checked.device), (-1, rows, 2**40)):
         ids = inputs["position_ids"].clone()
         ids[1, 5] = bad
         message = ""
@@ -150,20 +150,20 @@ def check_bad_ids(tested: TestedDevice) -> str:
             message = str(error)
         wanted = spec.bad_id_message(bad, 1, 5, rows)
         require(wanted in message, f"id {bad}, on {device}: {message or 'no error'}")
-    on_device = {**inputs, "position_ids": inputs["position_ids"].to(tested.device)}
+    on_device = {**inputs, "position_ids": inputs["position_ids"].to(checked.device)}
     for good in (inputs, on_device):
         different = count_different(runner(good), rotate_eagerly(inputs, False))
         require(different == 0, f"after an error {different} elements differ")
     return "the first bad id is named; later runs are right"
 
 
-def check_in_place(tested: TestedDevice) -> str:
+def check_in_place(checked: CheckedDevice) -> str:
     """Between other nodes, where ONNX Runtime may rotate in place; inputs stay as they were."""
     for rotary_dim in (0, 32):
-        inputs = make_inputs(tested, PARITY_SHAPE, rotary_dim=rotary_dim)
+        inputs = make_inputs(checked, PARITY_SHAPE, rotary_dim=rotary_dim)
         before = {name: value.clone() for name, value in inputs.items()}
         model = build_model(inputs, negate=True, chain=3, rotary_embedding_dim=rotary_dim)
-        got = Runner(model, tested)(inputs)
+        got = Runner(model, checked)(inputs)
         want = dict(inputs)
         for _ in range(3):
             want["X"], want["key"] = rotate_eagerly(want, False)
@@ -174,15 +174,15 @@ def check_in_place(tested: TestedDevice) -> str:
     return "three in a row between two Neg, equal to the bit"
 
 
-def check_two_streams(tested: TestedDevice) -> str:
+def check_two_streams(checked: CheckedDevice) -> str:
     """Two sessions, each on a stream of its own, at the same time."""
 
     def work(seed: int) -> int:
-        stream = torch.cuda.Stream() if tested.device == "cuda" else None
-        inputs = make_inputs(tested, PARITY_SHAPE, seed=seed)
+        stream = torch.cuda.Stream() if checked.device == "cuda" else None
+        inputs = make_inputs(checked, PARITY_SHAPE, seed=seed)
         want = rotate_eagerly(inputs, False)
         number = stream.cuda_stream if stream is not None else None
-        runner = Runner(build_model(inputs), tested, stream=number)
+        runner = Runner(build_model(inputs), checked, stream=number)
         return sum(count_different(runner(inputs), want) for _ in range(50))
 
     with ThreadPoolExecutor(2) as pool:
@@ -194,7 +194,7 @@ def check_two_streams(tested: TestedDevice) -> str:
 # ---- the report
 
 
-def describe_machine(tested: TestedDevice) -> dict[str, str]:
+def describe_machine(checked: CheckedDevice) -> dict[str, str]:
     """Return what a reader of the report must know."""
     library = op_library.op_library_path()
     facts = {
@@ -204,9 +204,9 @@ def describe_machine(tested: TestedDevice) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "provider": tested.provider,
+        "provider": checked.provider,
     }
-    if tested.device == "cuda":
+    if checked.device == "cuda":
         version = ctypes.c_int(0)
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
         major, minor = torch.cuda.get_device_capability()
@@ -215,18 +215,18 @@ def describe_machine(tested: TestedDevice) -> dict[str, str]:
     return facts
 
 
-def list_checks(tested: TestedDevice) -> dict[str, Callable[[], str]]:
+def list_checks(checked: CheckedDevice) -> dict[str, Callable[[], str]]:
     """Name every check."""
     checks: dict[str, Callable[[], str]] = {
-        "node placement": lambda: check_placement(tested),
-        "placement without opt-in": lambda: check_portable_placement(tested),
+        "node placement": lambda: check_placement(checked),
+        "placement without opt-in": lambda: check_portable_placement(checked),
     }
     for types in spec.TYPE_PAIRS:
-        checks[f"eager PyTorch, {' and '.join(types)}"] = lambda t=types: check_eager(tested, t)
-    checks["ONNX Runtime's own op"] = lambda: check_own_op(tested)
-    checks["bad ids"] = lambda: check_bad_ids(tested)
-    checks["in place"] = lambda: check_in_place(tested)
-    checks["two streams"] = lambda: check_two_streams(tested)
+        checks[f"eager PyTorch, {' and '.join(types)}"] = lambda t=types: check_eager(checked, t)
+    checks["ONNX Runtime's own op"] = lambda: check_own_op(checked)
+    checks["bad ids"] = lambda: check_bad_ids(checked)
+    checks["in place"] = lambda: check_in_place(checked)
+    checks["two streams"] = lambda: check_two_streams(checked)
     return checks
 
 
@@ -258,20 +258,20 @@ def main(arguments: list[str] | None = None) -> int:
     # For the tests of this tool: the same checks where there is no GPU, on small shapes.
     parser.add_argument("--provider", default=CUDA, choices=(CUDA, CPU), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    tested = TestedDevice(options.provider)
-    if tested.provider == CUDA and (problem := find_problem()):
+    checked = CheckedDevice(options.provider)
+    if checked.provider == CUDA and (problem := find_problem()):
         print(f"gpu_check: no GPU to check: {problem}", file=sys.stderr)
         return NO_GPU
-    machine = describe_machine(tested)
+    machine = describe_machine(checked)
     for name, fact in machine.items():
         print(f"{name:20} {fact}")
     print()
-    checks = [run_check(name, check) for name, check in list_checks(tested).items()]
+    checks = [run_check(name, check) for name, check in list_checks(checked).items()]
     print(f"\n{'time per rotation of query and key':44} {'by':14} {'us':>10} {'GB/s':>8}")
     times = []
-    for name, shape in (TIMED_SHAPES if tested.provider == CUDA else SMALL_SHAPES).items():
+    for name, shape in (TIMED_SHAPES if checked.provider == CUDA else SMALL_SHAPES).items():
         for dtype in ("float32", "float16"):
-            for row in measure(tested, shape, dtype):
+            for row in measure(checked, shape, dtype):
                 times.append({"case": name, "shape": vars(shape), "dtype": dtype, **row})
                 speed = row["gigabytes_per_second"]
                 shown = f"{row['microseconds']:10.2f} {speed or float('nan'):8.1f}"

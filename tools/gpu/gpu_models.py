@@ -31,7 +31,7 @@ OUTPUT_OF = {"X": "Y", "key": "key_out"}
 
 
 @dataclass(frozen=True)
-class TestedDevice:
+class CheckedDevice:
     """Where the checks run: CUDA, or the CPU to test the checks themselves."""
 
     provider: str
@@ -59,7 +59,7 @@ class Shape:
 
 
 def make_inputs(
-    tested: TestedDevice,
+    checked: CheckedDevice,
     shape: Shape,
     types: tuple[str, str] = ("float32", "float32"),
     *,
@@ -93,7 +93,7 @@ def make_inputs(
     }
     if scaled:
         inputs["scale_cache"] = draw(*table_dims).exp().to(table_type)
-    inputs = {name: value.to(tested.device) for name, value in inputs.items()}
+    inputs = {name: value.to(checked.device) for name, value in inputs.items()}
     starts = torch.randint(0, 7, (batch, 1), generator=generator)
     if form == "prompt":
         inputs["position_ids"] = starts + torch.arange(seq_len)
@@ -187,7 +187,7 @@ class Runner:
     def __init__(
         self,
         model: bytes | str,
-        tested: TestedDevice,
+        checked: CheckedDevice,
         *,
         library: bool = True,
         stream: int | None = None,
@@ -203,10 +203,10 @@ class Runner:
             options.enable_profiling = True
             options.profile_file_prefix = profile
         provider_options = {} if stream is None else {"user_compute_stream": str(stream)}
-        providers = [(tested.provider, provider_options)]
-        providers += [(CPU, {})] if tested.provider != CPU else []
+        providers = [(checked.provider, provider_options)]
+        providers += [(CPU, {})] if checked.provider != CPU else []
         self.session = ort.InferenceSession(model, options, providers=providers)
-        self.tested = tested
+        self.checked = checked
 
     def bind(self, inputs: Tensors, outputs: Tensors) -> Any:
         """Bind tensors where they are; they must outlive the binding."""
@@ -225,15 +225,15 @@ class Runner:
         names = zip([o.name for o in self.session.get_outputs()], like, strict=True)
         outputs = {name: torch.full_like(inputs[like], -77.0) for name, like in names}
         binding = self.bind(inputs, outputs)
-        self.tested.wait()
+        self.checked.wait()
         self.session.run_with_iobinding(binding)
-        self.tested.wait()
+        self.checked.wait()
         return list(outputs.values())
 
 
 def read_placement(
     model: bytes | str,
-    tested: TestedDevice,
+    checked: CheckedDevice,
     inputs: Tensors,
     *,
     library: bool,
@@ -242,7 +242,7 @@ def read_placement(
     """Return (operator, provider) of each node that ran, from ONNX Runtime's profile."""
     with tempfile.TemporaryDirectory() as folder:
         prefix = str(Path(folder) / "profile")
-        runner = Runner(model, tested, library=library, profile=prefix)
+        runner = Runner(model, checked, library=library, profile=prefix)
         runner(inputs, like)
         events = json.loads(Path(runner.session.end_profiling()).read_text())
     nodes = [event for event in events if event["name"].endswith("_kernel_time")]

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from gpu_models import Runner, Shape, TestedDevice, build_model, make_inputs
+from gpu_models import CheckedDevice, Runner, Shape, build_model, make_inputs
 
 TIMED_SHAPES = {
     "prompt": Shape(1, 32, 8, 2048, 128),
@@ -20,29 +20,29 @@ SMALL_SHAPES = {"small": Shape(1, 4, 2, 64, 32)}
 
 
 def time_alternately(
-    runs: dict[str, Callable[[], None]], tested: TestedDevice, repeats: int
+    runs: dict[str, Callable[[], None]], checked: CheckedDevice, repeats: int
 ) -> dict[str, float]:
     """Return the median seconds of each, taken in turns so that all meet the same weather."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 2):
         for name, run in runs.items():
-            tested.wait()
+            checked.wait()
             start = time.perf_counter()
             run()
-            tested.wait()
+            checked.wait()
             if repeat >= 2:  # The first two warm up.
                 seconds[name].append(time.perf_counter() - start)
     return {name: median(values) for name, values in seconds.items()}
 
 
-def measure(tested: TestedDevice, shape: Shape, dtype: str) -> list[dict[str, Any]]:
+def measure(checked: CheckedDevice, shape: Shape, dtype: str) -> list[dict[str, Any]]:
     """Time ours, ONNX Runtime's own op and a copy, per rotation of query and key.
 
     Each is timed in a chain and alone; their difference takes the session's own cost out.
     """
     steps = 64 if shape.seq_len == 1 else 8
-    inputs = make_inputs(tested, shape, (dtype, dtype))
-    own = {**inputs, "position_ids": inputs["position_ids"].to(tested.device)}
+    inputs = make_inputs(checked, shape, (dtype, dtype))
+    own = {**inputs, "position_ids": inputs["position_ids"].to(checked.device)}
     copies = {name: torch.empty_like(inputs[name]) for name in ("X", "key")}
 
     def copy(count: int) -> Callable[[], None]:
@@ -55,7 +55,7 @@ def measure(tested: TestedDevice, shape: Shape, dtype: str) -> list[dict[str, An
 
     def chain(count: int, ours: bool) -> Callable[[], None]:
         given = inputs if ours else own
-        runner = Runner(build_model(given, ours=ours, chain=count), tested, library=ours)
+        runner = Runner(build_model(given, ours=ours, chain=count), checked, library=ours)
         outputs = {"Y": torch.empty_like(given["X"]), "key_out": torch.empty_like(given["key"])}
         binding = runner.bind(given, outputs)
         held = (given, outputs)
@@ -64,7 +64,7 @@ def measure(tested: TestedDevice, shape: Shape, dtype: str) -> list[dict[str, An
     makers = {"ours": lambda n: chain(n, True), "ONNX Runtime": lambda n: chain(n, False)}
     makers["copy"] = copy
     runs = {(who, n): make(n) for who, make in makers.items() for n in (1, 1 + steps)}
-    seconds = time_alternately(runs, tested, repeats=9)
+    seconds = time_alternately(runs, checked, repeats=9)
     moved = 2 * sum(inputs[name].nbytes for name in copies)
     rows = []
     for who in makers:
