@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 from onnx import defs
 
 from rotary_export.op import spec
@@ -18,6 +20,8 @@ def register_schema() -> None:
     """Register the schema with `onnx.defs`, once per process."""
     if defs.has(spec.OP_TYPE, spec.DOMAIN):
         return
+    # It can't be imported when two domains have an op of one name, as ai.onnx and ours then do.
+    importlib.import_module("onnx.reference.op_run")
     parameter = defs.OpSchema.FormalParameter
     optional = defs.OpSchema.FormalParameterOption.Optional
     types = {"X": "T", "key": "T", "position_ids": "tensor(int64)", "Y": "T", "key_out": "T"}

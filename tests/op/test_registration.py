@@ -38,3 +38,14 @@ def test_importing_the_op_registers_it_in_torch_but_never_imports_torch(program,
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip() == printed
+
+
+def test_onnx_reference_can_be_imported_after_the_schema_is_registered():
+    program = (
+        "from rotary_export.op.onnx_schema import register_schema; register_schema(); "
+        "import onnx.reference; print(onnx.defs.has('RotaryEmbedding', 'rotary_export'))"
+    )
+    command = [sys.executable, "-P", "-c", program]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "True"
