@@ -41,10 +41,15 @@ def _read_result(name: str) -> Any:
 def write_tolerances() -> str:
     """One line per tolerance."""
     rows = (
-        (f"`{name}`", f"{t.max_ulp:g}" if t.max_ulp else "equal to the bit", t.reason)
+        (
+            f"`{name}`",
+            f"{t.max_ulp:g}" if t.max_ulp else "equal to the bit",
+            f"{t.noise_factor:g}" if t.noise_factor else "",
+            t.reason,
+        )
         for name, t in TOLERANCES.items()
     )
-    return format_table(("tolerance", "ulp", "reason"), rows)
+    return format_table(("tolerance", "ulp", "or times noise", "reason"), rows)
 
 
 def write_minimum_onnxruntime() -> str:

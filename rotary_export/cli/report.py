@@ -15,7 +15,7 @@ def print_report(terminal: Terminal, report: dict[str, Any]) -> None:
         report: As `Report.to_dict` returns it.
     """
     headers = (
-        "graph", "output", "runtime", "kernel", "max abs", "ulp", "allowed", "exact",
+        "graph", "output", "runtime", "kernel", "max abs", "ulp", "noise", "allowed", "exact",
         "ulp to float64", "ok",
     )  # fmt: skip
     rows = []
@@ -29,7 +29,8 @@ def print_report(terminal: Terminal, report: dict[str, Any]) -> None:
                 row["kernel_path"],
                 f"{float(eager['max_abs']):.3g}",
                 f"{float(eager['max_ulp']):.3g}",
-                f"{row['eager_allowed']:g}",
+                f"{row['noise']:.3g}" if row["case"] else "-",
+                f"{row['eager_allowed']:.4g}",
                 "exact" if eager["exact"] else "-",
                 "-" if row["oracle_allowed"] is None else f"{float(oracle['max_ulp']):.2f}",
                 "ok" if row["passed"] else "FAILED",

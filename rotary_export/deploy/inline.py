@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rotary_export.bundle.manifest import Manifest
+from rotary_export.bundle.manifest import Manifest, TensorInfo
 from rotary_export.deploy.example import make_example
 from rotary_export.errors import CheckFailedError, RotaryExportError, first_line
 from rotary_export.proof.sample_inputs import fit_shapes
@@ -185,7 +185,6 @@ def _compare(staging: Path, manifest: Manifest, graph: str, file: str) -> None:
     """
     from rotary_export.proof.comparison import compare
     from rotary_export.proof.oracle import compute_ulp
-    from rotary_export.proof.tolerances import TOLERANCES
 
     shapes = fit_shapes(manifest, graph, SHAPES)
     cases = [make_example(manifest, graph, *shape) for shape in shapes]
@@ -195,7 +194,7 @@ def _compare(staging: Path, manifest: Manifest, graph: str, file: str) -> None:
     for shape, ours, theirs in zip(shapes, got, expected, strict=True):
         for output in info.outputs:
             left, right = ours[output.name], theirs[output.name]
-            allowed = TOLERANCES[_choose_tolerance(manifest, graph, output.dtype)].max_ulp
+            allowed = _find_allowed(manifest, graph, output)
             is_float = "float" in output.dtype
             largest = np.abs(right.astype(np.float64)).max(initial=0)
             unit = compute_ulp(largest, output.dtype) if is_float else np.asarray(1.0)
@@ -208,12 +207,17 @@ def _compare(staging: Path, manifest: Manifest, graph: str, file: str) -> None:
                 )
 
 
-def _choose_tolerance(manifest: Manifest, graph: str, dtype: str) -> str:
-    half = dtype in ("float16", "bfloat16")
+def _find_allowed(manifest: Manifest, graph: str, output: TensorInfo) -> float:
+    """Return the largest error, in ulp: of a model, what its proof allowed."""
+    from rotary_export.proof.tolerances import TOLERANCES
+
     if graph == "model":
-        return "model-half" if half else "model"
+        rows = [row for row in manifest.parity["rows"] if row["output"] == output.name]
+        return max(float(row["eager_allowed"]) for row in rows)
+    half = output.dtype in ("float16", "bfloat16")
     xpos = manifest.config.get("embedding", {}).get("use_xpos", False)
-    return "native-half" if half else "native-xpos" if xpos else "native"
+    name = "native-half" if half else "native-xpos" if xpos else "native"
+    return TOLERANCES[name].max_ulp
 
 
 def _run(

@@ -14,5 +14,5 @@
 - `find/`: which functions apply a rotary embedding, what they compute, and their replacement.
 - `trace/`: `torch.export`, guards, size limits, patches while tracing, the snapshot.
 
-The proof is `proof/model.py`, with the inputs that `proof/model_cases.py` makes.
+The proof is `proof/models/compare.py`, with the inputs that `proof/models/cases.py` makes.
 """

@@ -26,10 +26,11 @@ from rotary_export.models.find.replacement import Replacement, find_replacement
 from rotary_export.models.trace.size_limits import SizeConstraints
 from rotary_export.models.trace.snapshot import Snapshot, take_snapshot
 from rotary_export.models.trace.trace_patches import patch_for_tracing
-from rotary_export.proof.model_cases import (
+from rotary_export.proof.models.cases import (
     TRACED,
     Case,
     InputValues,
+    Run,
     choose_values,
     make_case,
     make_cases,
@@ -72,8 +73,8 @@ class Analysis:
         past, seq = self.traced_sizes.get(PAST, 0), self.traced_sizes.get(SEQ, 1) + 1
         return {SEQ: longest - past, PAST: longest - seq, TOTAL: longest}
 
-    def make_cases(self, constraints: SizeConstraints) -> list[Case]:
-        """Make the cases that it is proven with, the example first."""
+    def make_cases(self, constraints: SizeConstraints, run: Run) -> list[Case]:
+        """Make the cases that it is proven with, the example first; `run` runs the model."""
         cases = make_cases(
             self.inputs,
             self.input_values,
@@ -82,6 +83,7 @@ class Analysis:
             self.max_positions,
             constraints.max_size,
             constraints.sizes_to_verify,
+            run,
         )
         return [self.example, *cases]
 

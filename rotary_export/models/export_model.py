@@ -32,8 +32,15 @@ from rotary_export.models.trace.snapshot import Snapshot, take_snapshot
 from rotary_export.models.write_graph import write_graph
 from rotary_export.models.write_onnx import MAX_INLINE_BYTES
 from rotary_export.package import __version__, find_versions
-from rotary_export.proof.model import GRAPH, Results, compare_model, run_eager, write_input_values
-from rotary_export.proof.model_cases import Case
+from rotary_export.proof.models.cases import Case
+from rotary_export.proof.models.compare import (
+    GRAPH,
+    Results,
+    compare_model,
+    run_eager,
+    write_input_values,
+)
+from rotary_export.proof.models.noise import Noise, measure_noise
 from rotary_export.proof.report import Report, check_report
 from rotary_export.runtime.compiled import COMPILED_FOR
 from rotary_export.types import Progress, ignore_progress, name_dtype
@@ -98,9 +105,9 @@ def export_model(
                 analysis, snapshot, staging, formats, opset, max_inline_bytes, progress
             )
 
-            def make_manifest() -> Manifest:
+            def make_manifest(noise: Sequence[Noise]) -> Manifest:
                 limited = replace(graph, max_size=dict(constraints.max_size))
-                config = _make_config(analysis, constraints)
+                config = _make_config(analysis, constraints, noise)
                 return _make_manifest(path.name, model, config, limited, opset, staging)
 
             manifest, report = _prove(
@@ -114,7 +121,7 @@ def _prove(
     constraints: SizeConstraints,
     snapshot: Snapshot,
     staging: Path,
-    make_manifest: Callable[[], Manifest],
+    make_manifest: Callable[[Sequence[Noise]], Manifest],
     progress: Progress,
 ) -> tuple[Manifest, Report]:
     """Compare the graph with the model; limit its sizes where it differs past a bound.
@@ -124,12 +131,14 @@ def _prove(
     """
     while True:
         progress("run the model itself")
-        cases = analysis.make_cases(constraints)
-        eager = _run_eager(analysis, cases, snapshot)
-        manifest = make_manifest()
+        cases, eager = _run_eager(analysis, constraints, snapshot)
+        progress("measure its rounding noise")
+        flat = analysis.flat
+        noise = measure_noise(flat.model, flat.run_named, cases, eager, snapshot.restore_state)
+        manifest = make_manifest(noise)
         try:
             report = compare_model(
-                staging, manifest, cases, eager, lambda step: progress(f"verify {step}")
+                staging, manifest, cases, eager, noise, lambda step: progress(f"verify {step}")
             )
             check_report(report)
         except CheckFailedError as error:
@@ -146,10 +155,20 @@ def _prove(
         return manifest, report
 
 
-def _run_eager(analysis: Analysis, cases: Sequence[Case], snapshot: Snapshot) -> Results:
+def _run_eager(
+    analysis: Analysis, constraints: SizeConstraints, snapshot: Snapshot
+) -> tuple[list[Case], Results]:
+    """Make the cases, and run the model itself on them; the op is compared with its functions."""
+
+    def run(tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        snapshot.restore_state()  # each run as if it were the first
+        with torch.no_grad():
+            return analysis.flat.run_named(tensors)
+
     try:
         with replace_calls(analysis.found, check=True):
-            return run_eager(analysis.flat.run_named, cases, snapshot.restore_state)
+            cases = analysis.make_cases(constraints, run)
+            return cases, run_eager(run, cases)
     except RotaryExportError:
         raise
     except (Exception, SystemExit) as error:  # whatever the model raises
@@ -157,9 +176,13 @@ def _run_eager(analysis: Analysis, cases: Sequence[Case], snapshot: Snapshot) ->
             f"the model fails at sizes other than its example's: {describe_error(error)}; "
             "choose the dynamic sizes with dynamic_shapes"
         ) from error
+    finally:
+        snapshot.restore_state()
 
 
-def _make_config(analysis: Analysis, constraints: SizeConstraints) -> dict[str, Any]:
+def _make_config(
+    analysis: Analysis, constraints: SizeConstraints, noise: Sequence[Noise]
+) -> dict[str, Any]:
     """Return what `verify` needs to make the cases again, and what was found."""
     return {
         "model": type(analysis.flat.model).__name__,
@@ -170,6 +193,7 @@ def _make_config(analysis: Analysis, constraints: SizeConstraints) -> dict[str, 
         "unverified": constraints.unverified,
         "mismatched": constraints.mismatched,
         "input_values": write_input_values(analysis.input_values),
+        "noise": list(noise),
         "rotary": [asdict(finding) for finding in analysis.found.findings],
     }
 

@@ -30,7 +30,7 @@ from rotary_export.models.trace.size_limits import SizeConstraints, find_size_co
 from rotary_export.models.trace.snapshot import Snapshot
 from rotary_export.models.trace.trace_patches import patch_for_tracing
 from rotary_export.models.write_onnx import write_onnx
-from rotary_export.proof.model import GRAPH
+from rotary_export.proof.models.compare import GRAPH
 from rotary_export.types import Progress, name_dtype
 
 

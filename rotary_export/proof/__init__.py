@@ -2,7 +2,7 @@
 
 - `verify.py`: `verify`.
 - `plain.py`, `plain_cases.py`: the proof of a plain bundle, and its inputs.
-- `model.py`, `model_cases.py`: the proof of a model's bundle, and its inputs.
+- `models/`: the proof of a model's bundle: its inputs, its noise, the comparison.
 - `oracle.py`, `scaled_oracle.py`: the formulas once more, in float64.
 - `comparison.py`: errors of arrays, in ulp.
 - `tolerances.py`: every limit, with its reason.

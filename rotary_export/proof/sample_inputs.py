@@ -10,8 +10,8 @@ import torch
 
 from rotary_export.bundle.dims import BATCH, SEQ
 from rotary_export.bundle.manifest import GraphInfo, Manifest, TensorInfo
-from rotary_export.proof.model import GRAPH, read_input_values
-from rotary_export.proof.model_cases import make_case
+from rotary_export.proof.models.cases import make_case
+from rotary_export.proof.models.compare import GRAPH, read_input_values
 from rotary_export.runtime.tensors import make_dtype
 from rotary_export.types import Array, Arrays
 

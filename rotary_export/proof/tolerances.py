@@ -12,10 +12,12 @@ class Tolerance:
     Attributes:
         max_ulp: Largest error allowed; 0 means equal to the bit.
         reason: Why it can't be smaller.
+        noise_factor: An error of as many times the noise is allowed too.
     """
 
     max_ulp: float
     reason: str
+    noise_factor: float = 0.0
 
 
 # Let u be half an ulp of the largest magnitude m in a head vector. The two products of an output
@@ -35,9 +37,11 @@ TOLERANCES = {
     "native-half": Tolerance(1, "a float32 result that differs by an ulp can round the other way"),
     "bf16-truncated": Tolerance(1, "OpenVINO turns some float32 results to bfloat16 towards zero"),
     # A whole model, in ulp of the largest magnitude of an output, against eager.
-    "model": Tolerance(256, "sums are taken in another order, and layers carry the differences on"),
+    "model": Tolerance(
+        16, "sums are taken in another order, and layers carry the differences on", 6
+    ),
     "model-half": Tolerance(
-        32, "eager rounds to the half type where the op and fused kernels compute in float32"
+        4, "eager rounds to the half type where the op and fused kernels compute in float32", 6
     ),
     # Against the oracle.
     "oracle-freqs": Tolerance(1.5, "position / interpolation_factor and the product are rounded"),

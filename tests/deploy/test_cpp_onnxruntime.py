@@ -16,6 +16,7 @@ from helpers.paths import KITS, ROOT
 from helpers.target_runs import (
     TargetRun,
     compare,
+    get_model_allowed,
     get_model_bundle,
     make_model_arrays,
     record,
@@ -164,7 +165,7 @@ def test_rotate_is_eager(name, path, kit, tmp_path):
 @pytest.mark.parametrize("path", ["fused", "portable"])
 def test_model_is_eager(path, kit, tmp_path):
     bundle = get_model_bundle().path
-    allowed = TOLERANCES["model"].max_ulp * EPSILON["float32"]
+    allowed = get_model_allowed()
     worst = 0.0
     shapes = [(1, 1), (3, 9)]
     for batch_size, seq_len in shapes:
@@ -196,7 +197,7 @@ def test_model_kit(kit, tmp_path):
     out = tmp_path / "out"
     done = call(kit, "run", folder / "example", out, graph=folder / "bundle" / "model.onnx")
     assert done.returncode == 0, done.stderr
-    allowed = TOLERANCES["model"].max_ulp * EPSILON["float32"]
+    allowed = get_model_allowed()
     compare(load(out), load(folder / "example" / "expected"), allowed)
 
 

@@ -17,6 +17,7 @@ from helpers.serving_runs import ask
 from helpers.target_runs import (
     TargetRun,
     compare,
+    get_model_allowed,
     get_model_bundle,
     make_model_arrays,
     record,
@@ -27,7 +28,6 @@ from helpers.triton_server import Server
 
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.deploy.deploy import deploy
-from rotary_export.proof.tolerances import TOLERANCES
 
 TARGET = "Triton, {} backend"
 PROTOCOLS = ("http", "http-binary", "grpc")
@@ -225,7 +225,7 @@ def test_static_shapes_and_a_scalar(serve, python, tmp_path):
 
 
 def test_model(serve, python, version, tmp_path):
-    allowed = TOLERANCES["model"].max_ulp * float(np.finfo(np.float32).eps)
+    allowed = get_model_allowed()
     requests = [make_model_arrays(*shape) for shape in SHAPES]
     worst, exact = 0.0, True
     with serve("model", "model") as server:

@@ -11,9 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from helpers.bundles import make_arrays, run_eager, to_numpy
-from helpers.target_runs import TargetRun, compare, make_model_arrays, record, run_model_eager
-
-from rotary_export.proof.tolerances import TOLERANCES
+from helpers.target_runs import (
+    TargetRun,
+    compare,
+    get_model_allowed,
+    make_model_arrays,
+    record,
+    run_model_eager,
+)
 
 VERSION = torch.__version__.partition("+")[0]
 MODEL_SHAPES = ((1, 1), (3, 17), (2, 40))  # batch_size, seq_len; none was traced
@@ -73,7 +78,7 @@ class CppKit:
         folders = [write_folder(folder / str(i), case) for i, case in enumerate(cases)]
         done = run_kit(program, kit, f"model{self.suffix}", *folders)
         assert done.returncode == 0, done.stderr
-        allowed = TOLERANCES["model"].max_ulp * np.finfo(np.float32).eps
+        allowed = get_model_allowed()
         results = []
         for each, case in zip(folders, cases, strict=True):
             want = run_model_eager(case)

@@ -93,6 +93,12 @@ def get_model_bundle() -> rotary_export.Bundle:
     return rotary_export.export_model(model, make_inputs(model), make_folder() / "llama")
 
 
+def get_model_allowed() -> float:
+    """Return the largest error that its proof allows, relative to the largest logit."""
+    ulp = max(row.eager_allowed for row in get_model_bundle().report.rows)
+    return ulp * float(np.finfo(np.float32).eps)
+
+
 def make_model_arrays(batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
     """Make inputs of the model, with positions that no row shares with another.
 

@@ -103,7 +103,7 @@ def test_every_tolerance_is_used_and_has_a_reason(tmp_path):
     assert used | of_models | of_targets == set(TOLERANCES)
     for name, tolerance in TOLERANCES.items():
         assert tolerance.reason
-        assert tolerance.max_ulp <= (256 if name in of_models else 10)
+        assert tolerance.max_ulp <= (16 if name in of_models else 10)
 
 
 # ---- a wrong bundle

@@ -23,11 +23,16 @@ from helpers.serving_runs import (
     run_load,
     run_serve,
 )
-from helpers.target_runs import compare, get_model_bundle, make_model_arrays, run_model_eager
+from helpers.target_runs import (
+    compare,
+    get_model_allowed,
+    get_model_bundle,
+    make_model_arrays,
+    run_model_eager,
+)
 
 from rotary_export import load
 from rotary_export.deploy.deploy import deploy
-from rotary_export.proof.tolerances import TOLERANCES
 from rotary_export.serving.ports import find_ports
 
 # As FP32 on the wire. Eager rounds three times where the kernel rounds once.
@@ -69,7 +74,7 @@ def test_rotate(name, python, tmp_path):
 
 
 def test_model(python, tmp_path):
-    allowed = TOLERANCES["model"].max_ulp * float(np.finfo(np.float32).eps)
+    allowed = get_model_allowed()
     requests = [make_model_arrays(*shape) for shape in SHAPES]
     wants = [run_model_eager(request) for request in requests]
     with Server(python, tmp_path, get_model_bundle().path) as server:

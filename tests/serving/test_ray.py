@@ -16,10 +16,15 @@ from helpers.bundles import get_bundle, make_arrays
 from helpers.http_calls import make_binary_body, make_body, send
 from helpers.processes import find_alive, find_family, wait_for
 from helpers.serving_runs import RAY, SHAPES, Server, ask, compare_replies, compute_eager, run_load
-from helpers.target_runs import compare, get_model_bundle, make_model_arrays, run_model_eager
+from helpers.target_runs import (
+    compare,
+    get_model_allowed,
+    get_model_bundle,
+    make_model_arrays,
+    run_model_eager,
+)
 
 from rotary_export import load
-from rotary_export.proof.tolerances import TOLERANCES
 
 REPLICA = "ray::ServeReplica"
 LENGTH = "Inference-Header-Content-Length"
@@ -182,7 +187,7 @@ def test_killed_it_leaves_nothing_and_restarted_it_serves_a_model(server, python
     wait_for(lambda: not find_alive(family))
     assert not server.is_ready()
 
-    allowed = TOLERANCES["model"].max_ulp * float(np.finfo(np.float32).eps)
+    allowed = get_model_allowed()
     requests = [make_model_arrays(*shape) for shape in SHAPES]
     wants = [run_model_eager(request) for request in requests]
     arguments = ("--engine", "ray", "--replicas", 2, "--max-batch-delay-ms", 1500)

@@ -12,12 +12,17 @@ from click.testing import CliRunner
 from helpers.bundles import get_bundle, make_arrays, make_folder, run_eager, to_numpy
 from helpers.scaled_bundles import make_inputs as make_scaled_inputs
 from helpers.scaled_bundles import make_rope as make_scaled_rope
-from helpers.target_runs import compare, get_model_bundle, make_model_arrays, run_model_eager
+from helpers.target_runs import (
+    compare,
+    get_model_allowed,
+    get_model_bundle,
+    make_model_arrays,
+    run_model_eager,
+)
 
 import rotary_export
 from rotary_export import RotaryExportError
 from rotary_export.cli.main import cli
-from rotary_export.proof.tolerances import TOLERANCES
 from rotary_export.serving.batcher import Batcher
 from rotary_export.serving.core import ServedModel
 from rotary_export.serving.ports import find_ports
@@ -113,7 +118,7 @@ def test_a_whole_model():
     requests.append(requests[0] | {"input_ids": requests[0]["input_ids"] + 90})
     *results, bad = served.run_many(requests)
     assert str(bad) == "input_ids must be >= 0 and <= max_input_ids = 95, got 96"
-    allowed = TOLERANCES["model"].max_ulp * np.finfo(np.float32).eps
+    allowed = get_model_allowed()
     for inputs, outputs in zip(requests, results, strict=False):
         compare(outputs, run_model_eager(inputs), allowed)
 

@@ -5,9 +5,10 @@ One session is open at a time, so that there are two copies of the weights at mo
 
 from __future__ import annotations
 
+import functools
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ import torch
 from rotary_export.bundle.dims import SEQ
 from rotary_export.bundle.manifest import GraphInfo, Manifest
 from rotary_export.errors import CheckFailedError, RotaryExportError, first_line
-from rotary_export.proof.comparison import Error, compare, to_comparable
-from rotary_export.proof.model_cases import (
+from rotary_export.proof.comparison import compare, to_comparable
+from rotary_export.proof.models.cases import (
     LONGEST_CASE,
     Case,
     InputValues,
+    Run,
     list_unverified,
     make_cases,
 )
+from rotary_export.proof.models.noise import Noise
 from rotary_export.proof.oracle import compute_ulp
 from rotary_export.proof.report import Report, Row
 from rotary_export.proof.stored import check_rotary_nodes
@@ -32,11 +35,16 @@ from rotary_export.runtime.ways import REFERENCE, Way, list_ways
 from rotary_export.types import Array, Progress, ignore_progress
 
 GRAPH = "model"
+_MOST_NOISE = 0.05  # of the largest magnitude: past that, a case can't tell an error from rounding
 Results = list[dict[str, Array]]  # per case, by output
 
 
-def read_cases(manifest: Manifest) -> list[Case]:
+def read_cases(manifest: Manifest, run: Run) -> list[Case]:
     """Make the cases that a manifest describes.
+
+    Args:
+        manifest: Of a model's bundle.
+        run: Runs its graph, which fills its cache.
 
     Raises:
         RotaryExportError: Its config is not that of a model.
@@ -51,15 +59,50 @@ def read_cases(manifest: Manifest) -> list[Case]:
             config["max_positions"],
             manifest.graphs[GRAPH].max_size,
             config.get("sizes_to_verify", []),
+            run,
         )
     except (LookupError, TypeError) as error:
         raise RotaryExportError(f"the manifest's config is damaged: {error!r}") from None
 
 
+def make_runner(path: Path, manifest: Manifest) -> Run:
+    """Return what runs a bundle's first format that exists; it is opened by the first run."""
+    info = manifest.graphs[GRAPH]
+
+    @functools.cache
+    def open_session() -> Any:
+        return next(list_ways(info, manifest.compiled_for, {})).open(path, manifest, GRAPH)
+
+    def run(tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        feeds = {i.name: tensor for i, tensor in zip(info.inputs, tensors, strict=True)}
+        return {name: torch.as_tensor(value) for name, value in open_session()(**feeds).items()}
+
+    return run
+
+
+def read_noise(manifest: Manifest, count: int) -> list[Noise]:
+    """Return the noise of the cases of `read_cases`, as the export measured it.
+
+    Raises:
+        RotaryExportError: The manifest lacks it.
+    """
+    try:
+        rows = [{str(k): float(v) for k, v in row.items()} for row in manifest.config["noise"]]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RotaryExportError(f"the manifest's config is damaged: {error!r}") from None
+    if len(rows) != count + 1:  # the first is the example's, which the manifest does not contain
+        raise RotaryExportError(
+            f"the manifest's config is damaged: noise of {len(rows)} cases, not of {count + 1}"
+        )
+    return rows[1:]
+
+
 def read_input_values(manifest: Manifest) -> dict[str, InputValues]:
     """Return where the values of each input come from, as the manifest of a model has it."""
     return {
-        row["input"]: InputValues(row["role"], tuple(row["limits"]), row["value"])
+        row["input"]: InputValues(
+            row["role"], tuple(row["limits"]), row["value"], tuple(row["spread"])
+        )
         for row in manifest.config["input_values"]
     }
 
@@ -74,6 +117,7 @@ def compare_model(
     manifest: Manifest,
     cases: Sequence[Case],
     eager: Results | None,
+    noise: Sequence[Noise],
     progress: Progress = ignore_progress,
 ) -> Report:
     """Run a model's bundle in every way and compare.
@@ -83,6 +127,7 @@ def compare_model(
         manifest: Its manifest.
         cases: What to run it on.
         eager: What the model itself returns; None: compare with the bundle's first format.
+        noise: By how much rounding moves the model's outputs, by case.
         progress: Called with what is being run.
 
     Raises:
@@ -110,7 +155,8 @@ def compare_model(
         gc.collect()  # a session is gone before the next one, cycles of torch.export included
         if eager is None:
             eager = results
-        report.rows += compare_results(info, way.name, kernel_path, cases, results, eager)
+        report.unverified |= _list_ill_conditioned(info, cases, eager, noise)
+        report.rows += compare_results(info, way.name, kernel_path, cases, results, eager, noise)
     return report
 
 
@@ -155,42 +201,60 @@ def compare_results(
     cases: Sequence[Case],
     got: Results,
     want: Results,
+    noise: Sequence[Noise],
 ) -> list[Row]:
-    """Compare results, in ulp of the largest magnitude of each output; padding is left out."""
+    """Compare results, in ulp of the largest magnitude of each output; padding is left out.
+
+    A row contains the case whose error is the largest share of what its noise allows.
+    """
     rows = []
     for output in info.outputs:
+        name = output.name
         half = output.dtype in ("float16", "bfloat16")
-        row = Row(GRAPH, output.name, runtime, kernel_path, "model-half" if half else "model", None)
-        for case, ours, theirs in zip(cases, got, want, strict=True):
-            error = _compare(ours[output.name], theirs[output.name], output.dtype, case)
-            row.eager = row.eager.merge(error)
-        rows.append(row)
+        worst = Row(GRAPH, name, runtime, kernel_path, "model-half" if half else "model", None)
+        for case, ours, theirs, noises in zip(cases, got, want, noise, strict=True):
+            left, right = case.select(ours[name]), case.select(theirs[name])
+            largest = _find_largest(right)
+            moved = noises.get(name, 0.0)
+            if moved > _MOST_NOISE * largest:
+                continue
+            dtype = output.dtype if np.issubdtype(right.dtype, np.floating) else "float64"
+            unit = compute_ulp(np.asarray(largest), dtype)  # integers are equal or not
+            error = compare(left, right, unit)
+            row = replace(worst, eager=error, noise=moved / float(unit), case=case.name)
+            if not worst.case or row.eager_share >= worst.eager_share:
+                worst = row
+        if not worst.case:
+            raise CheckFailedError(
+                f"{GRAPH}.{name} can't be compared: rounding alone moves it by more than "
+                f"{_MOST_NOISE:.0%} of its largest magnitude in every case"
+            )
+        rows.append(worst)
     return rows
 
 
-def _compare(got: Array, want: Array, dtype: str, case: Case) -> Error:
-    if case.keep is not None and got.shape == want.shape:
-        keep = case.keep.numpy()
-        if want.shape[:2] == keep.shape:
-            got, want = got[keep], want[keep]
-    if not np.issubdtype(want.dtype, np.floating):
-        dtype = "float64"  # integers are equal or not
-    wide = want.astype(np.float64)
+def _find_largest(value: Array) -> float:
+    """Return the largest finite magnitude; of none, 1."""
+    wide = value.astype(np.float64)
     finite = wide[np.isfinite(wide)]
-    largest = np.abs(finite).max() if finite.size else np.ones(())
-    return compare(got, want, compute_ulp(np.asarray(largest, np.float64), dtype))
+    return float(np.abs(finite).max()) if finite.size else 1.0
 
 
-def run_eager(
-    run: Callable[[Sequence[torch.Tensor]], dict[str, torch.Tensor]],
-    cases: Sequence[Case],
-    reset: Callable[[], None],
-) -> Results:
-    """Run the model itself on every case, each time as if it were the first."""
-    results = []
-    for case in cases:
-        reset()
-        with torch.no_grad():
-            results.append({n: to_comparable(v).copy() for n, v in run(case.tensors).items()})
-    reset()
-    return results
+def _list_ill_conditioned(
+    info: GraphInfo, cases: Sequence[Case], want: Results, noise: Sequence[Noise]
+) -> dict[str, str]:
+    """List the outputs of the cases in which rounding hides an error, and by how much."""
+    found = {}
+    for output in info.outputs:
+        for case, theirs, noises in zip(cases, want, noise, strict=True):
+            moved = noises.get(output.name, 0.0)
+            largest = _find_largest(case.select(theirs[output.name]))
+            if moved > _MOST_NOISE * largest:
+                why = f"rounding alone moves it by {moved:.2g} of {largest:.2g}, its largest value"
+                found[f"{output.name} at {case.name}"] = why
+    return found
+
+
+def run_eager(run: Run, cases: Sequence[Case]) -> Results:
+    """Run the model itself on every case."""
+    return [{n: to_comparable(v).copy() for n, v in run(case.tensors).items()} for case in cases]

@@ -1,0 +1,150 @@
+"""How much rounding alone moves a model's outputs: what its proof judges errors by.
+
+Two correct programs of one model round differently: they sum in another order, fuse products, or
+keep a wider type between two operations. Trained weights amplify that by orders of magnitude more
+than random ones, so no fixed limit fits both. Here the model itself is the measure. It runs again,
+and the output t of each of its modules becomes t (1 + r u), where u is the spacing of the type's
+numbers at 1 and r is uniform in [-1/2, 1/2]: every module rounds once more, in a random direction.
+The largest change of an output in a few such runs is its noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rotary_export.compat import pytree
+from rotary_export.compat.dispatch import DispatchMode
+from rotary_export.proof.comparison import to_comparable
+from rotary_export.proof.models.cases import Case, Run
+from rotary_export.types import Array
+
+RUNS = 3
+_LARGEST = float(np.finfo(np.float64).max)  # JSON has no infinity
+Noise = dict[str, float]  # by output, the largest absolute change
+
+
+def measure_noise(
+    model: nn.Module,
+    run: Run,
+    cases: Sequence[Case],
+    eager: Sequence[Mapping[str, Array]],
+    reset: Callable[[], None],
+    runs: int = RUNS,
+) -> list[Noise]:
+    """Measure by how much rounding moves each floating-point output of a model.
+
+    Args:
+        model: Perturbed for a while, then as before.
+        run: Runs it on its tensors, in order.
+        cases: What to run it on.
+        eager: What it returns for each case.
+        reset: Makes the model forget earlier runs.
+        runs: How many perturbations of each case.
+
+    Returns:
+        For each case, by output, the largest absolute change of an element that is not padding.
+    """
+
+    def run_fresh(case: Case) -> dict[str, Array]:
+        reset()
+        with torch.no_grad():
+            return {name: to_comparable(value) for name, value in run(case.tensors).items()}
+
+    with _record_types(model) as types:
+        run_fresh(cases[0])
+    generator = torch.Generator().manual_seed(0)
+    noise: list[Noise] = []
+    for case, want in zip(cases, eager, strict=True):
+        names = [name for name, value in want.items() if np.issubdtype(value.dtype, np.floating)]
+        changes = dict.fromkeys(names, 0.0)
+        for _ in range(runs):
+            with _perturb(model, types.spacings, generator):
+                got = run_fresh(case)
+            for name in names:
+                if got[name].shape != want[name].shape:  # it depends on values
+                    continue
+                change = case.select(np.abs(np.float64(got[name]) - want[name]))
+                changes[name] = max(changes[name], float(np.nanmax(change, initial=0.0)))
+        noise.append({name: min(change, _LARGEST) for name, change in changes.items()})
+    reset()
+    return noise
+
+
+@contextmanager
+def _perturb(
+    model: nn.Module, spacings: Mapping[nn.Module, float], generator: torch.Generator
+) -> Iterator[None]:
+    """Round the output of every module once more, while the context lasts."""
+
+    def move(leaf: Any, spacing: float) -> Any:
+        if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+            return leaf
+        spacing = max(spacing, torch.finfo(leaf.dtype).eps)  # of a module that has not run yet
+        wide = torch.float64 if leaf.dtype == torch.float64 else torch.float32
+        change = torch.rand(leaf.shape, generator=generator, dtype=wide).sub_(0.5).mul_(spacing)
+        return leaf.to(wide).add(change.mul_(leaf)).to(leaf.dtype)
+
+    def hook(module: nn.Module, _: Any, output: Any) -> Any:
+        return pytree.map_leaves(lambda leaf: move(leaf, spacings.get(module, 0.0)), output)
+
+    handles = [module.register_forward_hook(hook) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Types(DispatchMode):
+    """Keeps by module the spacing at 1 of the narrowest type that its operators compute in."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.running: list[nn.Module] = []
+        self.spacings: dict[nn.Module, float] = {}
+
+    def note(self, module: nn.Module, value: Any) -> None:
+        for leaf in pytree.list_leaves(value):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                spacing = torch.finfo(leaf.dtype).eps
+                self.spacings[module] = max(self.spacings.get(module, 0.0), spacing)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        moves = function in _MOVES or function.is_view
+        if self.running and not moves and any(isinstance(a, Tensor) for a in args):
+            self.note(self.running[-1], output)
+        return output
+
+
+_MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)  # they compute nothing
+
+
+@contextmanager
+def _record_types(model: nn.Module) -> Iterator[_Types]:
+    """Record the narrowest type that each module computes in or returns."""
+    types = _Types()
+
+    def enter(module: nn.Module, _: Any) -> None:
+        types.running.append(module)
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        types.running.pop()
+        types.note(module, output)
+
+    handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
+    handles += [module.register_forward_hook(leave) for module in model.modules()]
+    try:
+        with types:
+            yield types
+    finally:
+        for handle in handles:
+            handle.remove()
