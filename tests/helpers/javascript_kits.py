@@ -29,7 +29,10 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def find_allowed(tolerance: str, dtype: str) -> float:
-    """Return a tolerance relative to the largest magnitude of an output; a model's is its proof's."""
+    """Return a tolerance, relative to the largest magnitude of an output.
+
+    For a model it is what its proof allows.
+    """
     ulp = TOLERANCES[tolerance].max_ulp
     if tolerance == "model":
         rows = get_model_bundle().report.rows
