@@ -11,6 +11,7 @@ from torch import nn
 
 from rotary_export.compat import inductor, modules, pytree, sizes
 from rotary_export.compat import transformers as transformers_names
+from rotary_export.compat.dispatch import DispatchMode
 from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_loaders, quiet_torch
 
@@ -58,6 +59,22 @@ def test_translations_are_read_once_and_custom_ones_stay_in_their_registry():
     assert (second.opset_version, other.opset_version) == (20, 18)
     expected = ONNXRegistry.from_torchlib(opset_version=20)
     assert second.functions.keys() == expected.functions.keys()
+
+
+def test_a_dispatch_mode_sees_every_operator():
+    seen = []
+
+    class Mode(DispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append((function, function.is_view))
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        torch.ones(2).unsqueeze(0).add(1)
+    assert seen[1:] == [
+        (torch.ops.aten.unsqueeze.default, True),
+        (torch.ops.aten.add.Tensor, False),
+    ]
 
 
 def test_pytree_flattens_and_unflattens():

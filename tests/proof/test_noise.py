@@ -11,7 +11,7 @@ from torch import nn
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
 from rotary_export.errors import CheckFailedError
 from rotary_export.proof.comparison import to_comparable
-from rotary_export.proof.models.cases import Case, InputValues, make_case
+from rotary_export.proof.models.cases import Case, InputValues, choose_values, make_case
 from rotary_export.proof.models.compare import compare_results
 from rotary_export.proof.models.noise import measure_noise
 
@@ -145,6 +145,15 @@ def test_values_have_the_spread_of_the_example():
     keys = case.tensors[1].numpy()
     assert abs(keys.mean() - 3.0) < 0.1
     assert 0.05 < np.std(keys) < 0.2
+
+
+def test_the_infinity_of_a_mask_is_no_spread():
+    mask = torch.zeros(1, 1, 4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), -3.4e38)
+    assert choose_values("bias", mask, None).spread == (0.0, 1.0)
+
+
+def test_infinities_have_no_noise():
+    assert measure(Scale(), torch.tensor([1.5, float("inf")])) < 1e-6
 
 
 # ---- errors are judged by it

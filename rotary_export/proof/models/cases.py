@@ -18,6 +18,7 @@ from rotary_export.types import Array
 
 # Two of a size would hide that one was taken for the other; 0 and 1 are constants to torch.export.
 TRACED = {BATCH: 2, SEQ: 7, PAST: 5}
+_MASKED = 1e4
 LONGEST_CASE = 1024  # longer ones take too long to be run
 Run = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]  # by output
 
@@ -84,9 +85,12 @@ def choose_values(name: str, value: Tensor, limits: tuple[int, int] | None) -> I
 
 
 def _measure_spread(value: Tensor) -> tuple[float, float]:
-    """Return the mean and the standard deviation of an example; of a constant one, 0 and 1."""
+    """Return the mean and the standard deviation of an example; of a constant one, 0 and 1.
+
+    Numbers as large as those by which a mask stands for infinity are left out.
+    """
     finite = value.detach().double()
-    finite = finite[finite.isfinite()]
+    finite = finite[finite.abs() < _MASKED]
     if finite.numel() < 2 or not finite.std():
         return 0.0, 1.0
     return float(finite.mean()), float(finite.std())

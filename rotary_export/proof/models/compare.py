@@ -71,7 +71,13 @@ def make_runner(path: Path, manifest: Manifest) -> Run:
 
     @functools.cache
     def open_session() -> Any:
-        return next(list_ways(info, manifest.compiled_for, {})).open(path, manifest, GRAPH)
+        failure = RotaryExportError("no runtime that is installed can run the bundle")
+        for way in list_ways(info, manifest.compiled_for, {}):
+            try:
+                return way.open(path, manifest, GRAPH)
+            except RotaryExportError as error:  # as ONNX Runtime's CPU for bfloat16
+                failure = error
+        raise failure
 
     def run(tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         feeds = {i.name: tensor for i, tensor in zip(info.inputs, tensors, strict=True)}
