@@ -204,6 +204,19 @@ def find_main_graph(bundle_dir: Path, manifest: Manifest) -> str:
     )
 
 
+def check_passed(path: Path, manifest: Manifest) -> None:
+    """Refuse a bundle that was kept although its proof failed.
+
+    Raises:
+        CheckFailedError: It is one; the message contains why it failed.
+    """
+    if manifest.parity.get("passed") is False:
+        raise CheckFailedError(
+            f"{path} failed its proof: {manifest.parity.get('error', 'see its manifest')}; "
+            "load(..., allow_failed=True) opens it nevertheless"
+        )
+
+
 def check_files(bundle_dir: Path, manifest: Manifest, names: list[str] | None = None) -> None:
     """Compare files with the hashes in the manifest.
 

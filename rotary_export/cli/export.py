@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ import rotary_export
 from rotary_export.cli.options import bundle_options
 from rotary_export.cli.report import print_report
 from rotary_export.cli.terminal import Terminal
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import CheckFailedError, RotaryExportError
 
 if TYPE_CHECKING:
     import torch
@@ -107,8 +108,30 @@ def _make_rope(options: dict[str, Any]) -> Any:
 @click.argument("source")
 @bundle_options(dtype=None, requires_out=False)
 @click.option("--dry-run", is_flag=True, help="List the rotary calls; export nothing.")
+@click.option(
+    "--float32-tables",
+    is_flag=True,
+    help="Compute angles and tables in float32 where the model computes them in a half type.",
+)
+@click.option("--quick", is_flag=True, help="Prove less: no far positions, no long sequences.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the proof's inputs."
+)
+@click.option("--case", help="Compare this one case of the proof; write nothing.")
+@click.option(
+    "--keep-failed",
+    type=click.Path(path_type=Path),
+    help="Folder to write the bundle to if its proof fails.",
+)
 def export_model(
-    source: str, out: Path | None, dtype: str | None, dry_run: bool, as_json: bool, **options: Any
+    source: str,
+    out: Path | None,
+    dtype: str | None,
+    dry_run: bool,
+    case: str | None,
+    keep_failed: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Export a whole model, its rotary embeddings fused, and prove it equal to eager PyTorch.
 
@@ -116,24 +139,35 @@ def export_model(
     example inputs (its code is run); the folder of a Hugging Face model (safetensors only, no code
     of its own); or a config.json (random weights, for trying).
 
-    With --dry-run, the exit code is 0 if at least one rotary call would be fused, else 1.
+    With --dry-run, the exit code is 0 if at least one rotary call would be fused, else 1. With
+    --case, it is 0 if that case is within its tolerances, else 1.
     """
-    if out is None and not dry_run:
-        raise click.UsageError("Missing option '--out', or '--dry-run'.")
+    if out is None and not dry_run and case is None:
+        raise click.UsageError("Missing option '--out', '--dry-run' or '--case'.")
     terminal = Terminal(as_json)
-    if out is None or dry_run:
+    if dry_run:
         _list_rotary_calls(terminal, source, dtype)
+        return
+    if out is None or case is not None:
+        _prove_case(terminal, source, dtype, case or "", options)
         return
     with terminal.progress() as progress:
         loaded, torch_dtype = _load_model(source, dtype, progress)
-        bundle = rotary_export.export_model(
-            loaded.model,
-            loaded.example_inputs,
-            out,
-            dtype=torch_dtype,
-            progress=progress,
-            **options,
-        )
+        from rotary_export.models.prove import RejectedError
+
+        try:
+            bundle = rotary_export.export_model(
+                loaded.model,
+                loaded.example_inputs,
+                out,
+                dtype=torch_dtype,
+                keep_failed=keep_failed,
+                progress=progress,
+                **options,
+            )
+        except RejectedError as error:
+            again = f"; to repeat it: {_write_command(error.case)}" if error.case else ""
+            raise CheckFailedError(f"{error}{again}") from error
     rotary = bundle.manifest.config["rotary"]
     _print_findings(terminal, loaded.note, rotary)
     print_report(terminal, bundle.report.to_dict())
@@ -146,6 +180,43 @@ def export_model(
             "parity": bundle.report.to_dict(),
         }
     )
+
+
+def _write_command(case: str) -> str:
+    """Return the command that repeats one case of this export, and writes nothing."""
+    context = click.get_current_context()
+    words = ["rotary-export", "export-model", context.params["source"]]
+    left_out = ("source", "out", "force", "keep_failed", "case", "seed", "as_json")
+    for parameter in context.command.params:
+        name, value = parameter.name or "", context.params.get(parameter.name or "")
+        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if not given or name in left_out:
+            continue
+        for each in value if isinstance(value, tuple) else (value,):
+            words += [parameter.opts[0]] if each is True else [parameter.opts[0], str(each)]
+    words += ["--case", case, "--seed", str(context.params["seed"])]
+    return shlex.join(words)
+
+
+def _prove_case(
+    terminal: Terminal, source: str, dtype: str | None, case: str, options: dict[str, Any]
+) -> None:
+    """Print the proof of one case; exit with 1 if it fails."""
+    options = {name: value for name, value in options.items() if name != "force"}
+    with terminal.progress() as progress:
+        loaded, torch_dtype = _load_model(source, dtype, progress)
+        from rotary_export.models.export_model import prove_case
+
+        report = prove_case(
+            loaded.model,
+            loaded.example_inputs,
+            case,
+            dtype=torch_dtype,
+            progress=progress,
+            **options,
+        )
+    print_report(terminal, report.to_dict())
+    terminal.finish(report.to_dict())
 
 
 def _print_findings(terminal: Terminal, note: str, rotary: Sequence[dict[str, Any]]) -> None:

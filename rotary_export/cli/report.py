@@ -43,6 +43,8 @@ def print_report(terminal: Terminal, report: dict[str, Any]) -> None:
         terminal.line(f"not run: {runtime}: {why}")
     for what, why in report["unverified"].items():
         terminal.line(f"not tried: {what}: {why}")
+    for note in report["notes"]:
+        terminal.line(f"note: {note}")
     failed = sum(not row["passed"] for row in report["rows"])
     has_oracle = any(row["oracle_allowed"] is not None for row in report["rows"])
     oracle = " and the oracle" if has_oracle else ""

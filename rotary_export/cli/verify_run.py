@@ -17,13 +17,45 @@ from rotary_export.measure.timing import SECONDS
 
 @click.command()
 @bundle_argument
+@click.option(
+    "--model",
+    "source",
+    metavar="SOURCE",
+    help="Compare a model's bundle with its model, as export-model names it.",
+)
+@click.option("--case", help="With --model: compare this one case.")
+@click.option("--seed", type=click.IntRange(0), help="With --model: draw other inputs.")
 @json_option
-def verify(bundle: Path, as_json: bool) -> None:
-    """Compare every graph of BUNDLE, in every runtime, with eager PyTorch and a float64 oracle."""
+def verify(
+    bundle: Path, source: str | None, case: str | None, seed: int | None, as_json: bool
+) -> None:
+    """Compare every graph of BUNDLE, in every runtime, with eager PyTorch and a float64 oracle.
+
+    The formats of a model's bundle are compared with each other, or with --model with the model.
+    """
+    for name, value in (("--case", case), ("--seed", seed)):
+        if value is not None and source is None:
+            raise click.UsageError(f"{name} needs --model.")
     terminal = Terminal(as_json)
     with terminal.progress() as progress:
         progress("import torch")
-        report = rotary_export.verify(bundle, progress)
+        import torch  # noqa: F401
+
+        if source is None:
+            report = rotary_export.verify(bundle, progress)
+        else:
+            from rotary_export.models.source import load_source
+
+            progress(f"load {source}")
+            loaded = load_source(source)
+            report = rotary_export.verify_model(
+                bundle,
+                loaded.model,
+                loaded.example_inputs,
+                case=case,
+                seed=seed,
+                progress=progress,
+            )
     print_report(terminal, report.to_dict())
     terminal.finish(report.to_dict())
     if not report.passed:

@@ -11,7 +11,13 @@ import numpy as np
 
 from rotary_export.bundle.atomic import write_folder
 from rotary_export.bundle.manifest import FILE_NAME as MANIFEST
-from rotary_export.bundle.manifest import Manifest, check_files, find_main_graph, read_manifest
+from rotary_export.bundle.manifest import (
+    Manifest,
+    check_files,
+    check_passed,
+    find_main_graph,
+    read_manifest,
+)
 from rotary_export.deploy.example import SHAPE, make_example
 from rotary_export.deploy.targets import TARGETS
 from rotary_export.errors import RotaryExportError
@@ -61,6 +67,7 @@ def deploy(
     source, path = Path(bundle), Path(out).absolute()
     progress("check the bundle")
     manifest = read_manifest(source)
+    check_passed(source, manifest)
     check_files(source, manifest)
     graph = find_main_graph(source, manifest)
     known = TARGETS[target]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from rotary_export.models.arguments import (
     find_extra_arguments,
     read_arguments,
 )
-from rotary_export.models.configs import find_length_thresholds, find_max_positions
+from rotary_export.models.configs import find_last_position, find_length_thresholds
 from rotary_export.models.convert import convert_model
 from rotary_export.models.dim_names import name_dims, read_sizes
 from rotary_export.models.error_text import describe_error
@@ -26,15 +27,9 @@ from rotary_export.models.find.replacement import Replacement, find_replacement
 from rotary_export.models.trace.size_limits import SizeConstraints
 from rotary_export.models.trace.snapshot import Snapshot, take_snapshot
 from rotary_export.models.trace.trace_patches import patch_for_tracing
-from rotary_export.proof.models.cases import (
-    TRACED,
-    Case,
-    InputValues,
-    Run,
-    choose_values,
-    make_case,
-    make_cases,
-)
+from rotary_export.proof.models.cases import EXAMPLE, Case, CaseSpec, make_case
+from rotary_export.proof.models.input_values import InputValues, choose_values
+from rotary_export.proof.models.plan import TRACED, Plan
 from rotary_export.types import Progress, name_dtype
 
 
@@ -51,7 +46,7 @@ class Analysis:
         traced: The inputs that it is traced with.
         found: What will be replaced.
         length_thresholds: Lengths at which its angles change.
-        max_positions: How many positions it accepts; None: any number.
+        last: How many positions its config names; None: it names none.
     """
 
     flat: FlatModel
@@ -62,7 +57,12 @@ class Analysis:
     traced: Case
     found: Replacement
     length_thresholds: list[int]
-    max_positions: int | None
+    last: int | None
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many positions the model accepts; None: any number, or it is not known."""
+        return None if self.length_thresholds else self.last
 
     @property
     def max_run_size(self) -> dict[str, int]:
@@ -73,19 +73,19 @@ class Analysis:
         past, seq = self.traced_sizes.get(PAST, 0), self.traced_sizes.get(SEQ, 1) + 1
         return {SEQ: longest - past, PAST: longest - seq, TOTAL: longest}
 
-    def make_cases(self, constraints: SizeConstraints, run: Run) -> list[Case]:
-        """Make the cases that it is proven with, the example first; `run` runs the model."""
-        cases = make_cases(
-            self.inputs,
-            self.input_values,
-            self.traced_sizes,
-            self.length_thresholds,
-            self.max_positions,
-            constraints.max_size,
-            constraints.sizes_to_verify,
-            run,
+    def plan(self, constraints: SizeConstraints, seed: int = 0, quick: bool = False) -> Plan:
+        """Return what the cases of its proof depend on."""
+        return Plan(
+            sources=self.input_values,
+            traced=self.traced_sizes,
+            thresholds=self.length_thresholds,
+            longest=self.max_positions,
+            last=self.last,
+            max_size=constraints.max_size,
+            sizes_to_verify=constraints.sizes_to_verify,
+            seed=seed,
+            quick=quick,
         )
-        return [self.example, *cases]
 
 
 def analyze_model(
@@ -94,6 +94,7 @@ def analyze_model(
     dynamic_shapes: str | Mapping[str, Any] | None,
     snapshot: Snapshot,
     report_progress: Progress,
+    float32_tables: bool = False,
 ) -> Analysis:
     """Read the inputs, run the model, and find what will be replaced.
 
@@ -103,9 +104,11 @@ def analyze_model(
         dynamic_shapes: As `export_model`.
         snapshot: Of the model, restored after each run.
         report_progress: Called with the current step.
+        float32_tables: As `export_model`.
 
     Raises:
-        RotaryExportError: An argument is wrong, or the model fails on its example inputs.
+        RotaryExportError: An argument is wrong, or the model fails on its example inputs, or at
+            any other size.
     """
     arguments, tensors = read_arguments(example_inputs)
     named = name_dims(tensors, dynamic_shapes)
@@ -113,45 +116,84 @@ def analyze_model(
         TensorInfo(name, name_dtype(v.dtype), named[name], _find_id_limits(model, name))
         for name, v in tensors.items()
     )
-    input_values = {i.name: choose_values(i.name, tensors[i.name], i.limits) for i in inputs}
-    length_thresholds = find_length_thresholds(model)
-    flat = FlatModel(model, arguments, find_extra_arguments(model, example_inputs))
-    sizes = _choose_traced_sizes(read_sizes(tensors, named), inputs, input_values)
-    example = Case("the example", tuple(tensors.values()))
-    traced = make_case(inputs, input_values, sizes, stagger=True)
+    input_values = {
+        i.name: choose_values(i.name, tensors[i.name], i.shape, i.limits) for i in inputs
+    }
+    extra = find_extra_arguments(model, example_inputs)
+    flat = FlatModel(model, arguments, extra, float32_tables)
+    own_sizes = read_sizes(tensors, named)
+    sizes = _choose_traced_sizes(own_sizes, inputs, input_values)
+    example = Case(EXAMPLE, tuple(tensors.values()))
     report_progress("find rotary embeddings")
-    found = _find_rotary(flat, example.tensors, traced.tensors, snapshot)
+    _run_example(flat, example.tensors, snapshot)
+    spec = CaseSpec(sizes, stagger=True)
+    candidates = [(make_case(inputs, input_values, spec), input_values)]
+    if any(source.role == "position_ids" for source in input_values.values()):
+        counted = {
+            name: replace(source, role="counted") if source.role == "position_ids" else source
+            for name, source in input_values.items()
+        }
+        candidates.append((make_case(inputs, counted, spec), counted))
+    if min(own_sizes.values(), default=2) > 1:  # a size of 1 would be a constant
+        candidates.append((replace(example, spec=CaseSpec(own_sizes)), candidates[-1][1]))
+    traced, sources, found = _find_rotary(flat, candidates, snapshot)
     return Analysis(
         flat=flat,
         inputs=inputs,
-        input_values=input_values,
-        traced_sizes=sizes,
+        input_values=dict(sources),
+        traced_sizes=dict(traced.spec.sizes) if traced.spec else {},
         example=example,
         traced=traced,
         found=found,
-        length_thresholds=length_thresholds,
-        max_positions=find_max_positions(model, length_thresholds),
+        length_thresholds=find_length_thresholds(model),
+        last=find_last_position(model),
     )
 
 
-def _find_rotary(
-    flat: FlatModel, example: Sequence[Tensor], traced: Sequence[Tensor], snapshot: Snapshot
-) -> Replacement:
-    """Run the model on its example, then record its rotary calls at the sizes of the trace."""
+def _run_example(flat: FlatModel, example: Sequence[Tensor], snapshot: Snapshot) -> None:
+    """Run the model on its example, as it is."""
     try:
         with torch.no_grad():
             flat(*example)
-        snapshot.restore_state()
-        with patch_for_tracing(flat.model):
-            return find_replacement(flat.model, lambda: flat(*traced))
-    except RotaryExportError:
-        raise
     except (Exception, SystemExit) as error:  # whatever the model raises
         raise RotaryExportError(
             f"{type(flat.model).__name__} fails on its example inputs: {describe_error(error)}"
         ) from error
     finally:
         snapshot.restore_state()
+
+
+def _find_rotary(
+    flat: FlatModel,
+    candidates: Sequence[tuple[Case, Mapping[str, InputValues]]],
+    snapshot: Snapshot,
+) -> tuple[Case, Mapping[str, InputValues], Replacement]:
+    """Record the model's rotary calls on the first inputs that it accepts.
+
+    Args:
+        flat: The model.
+        candidates: Inputs to trace with, and where more of their values come from: with positions
+            that differ by row, with counted ones, the example's own.
+        snapshot: Restored after each run.
+    """
+    failure: BaseException | None = None
+    for case, sources in candidates:
+        try:
+            with patch_for_tracing(flat.model):
+                found = find_replacement(flat.model, functools.partial(flat, *case.tensors))
+            return case, sources, found
+        except RotaryExportError:
+            raise
+        except (Exception, SystemExit) as error:  # whatever the model raises
+            failure = failure or error
+        finally:
+            snapshot.restore_state()
+    assert failure is not None
+    raise RotaryExportError(
+        f"{type(flat.model).__name__} runs on its example inputs, but fails at "
+        f"{candidates[0][0].name}: {describe_error(failure)}; choose the dynamic sizes with "
+        "dynamic_shapes"
+    ) from failure
 
 
 def find_rotary_calls(
@@ -218,7 +260,7 @@ def _choose_traced_sizes(
     sizes: dict[str, int] = {}
     for name, size in example.items():
         held = [i for i in inputs if any(name in str(d).split(" + ") for d in i.shape)]
-        free = all(input_values[i.name].role != "values" for i in held)
+        free = all(input_values[i.name].role not in ("values", "rows") for i in held)
         chosen = TRACED.get(name, max(size, 2)) if free or size < 2 else size
         while chosen in sizes.values():
             chosen += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from rotary_export.bundle.dims import is_past
 from rotary_export.compat import pytree
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.cache import is_cache, name_present, read_cache, rebuild_cache
+from rotary_export.models.trace.float32_tables import Float32Tables
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,22 @@ class FlatModel(nn.Module):
         model: The model; it is called with keyword arguments.
         arguments: How they are made from tensors.
         extra: Keyword arguments that are not tensors.
+        float32_tables: Compute in float32 what is computed from positions.
     """
 
     def __init__(
-        self, model: nn.Module, arguments: Sequence[Argument], extra: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        arguments: Sequence[Argument],
+        extra: Mapping[str, Any],
+        float32_tables: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.training = model.training
         self.arguments = tuple(arguments)
         self.extra = dict(extra)
+        self.float32_tables = float32_tables
         self.input_names = {name for argument in arguments for name in argument.names}
         self.has_past = any(is_past(name) for name in self.input_names)
 
@@ -57,7 +65,9 @@ class FlatModel(nn.Module):
         for argument in self.arguments:
             kwargs[argument.name] = argument.rebuild(given[: len(argument.names)])
             del given[: len(argument.names)]
-        results = _name_results(self.model(**kwargs), "", self.has_past)
+        with Float32Tables(tensors) if self.float32_tables else nullcontext():
+            value = self.model(**kwargs)
+        results = _name_results(value, "", self.has_past)
         return {f"output.{n}" if n in self.input_names else n: value for n, value in results}
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -22,15 +22,15 @@ def find_length_thresholds(model: nn.Module) -> list[int]:
     return sorted({size for size in found if type(size) is int})
 
 
-def find_max_positions(model: nn.Module, length_thresholds: list[int]) -> int | None:
-    """Return how many positions a model accepts; None: any number, or it is not known."""
+def find_last_position(model: nn.Module) -> int | None:
+    """Return how many positions a model's configs name; None: they name none."""
     sizes = [
         get_field(config, name)
         for config in list_configs(model)
         for name in ("max_position_embeddings", "n_positions")
     ]
     known = [size for size in sizes if type(size) is int and size > 0]
-    return None if length_thresholds or not known else min(known)
+    return min(known, default=None)
 
 
 def list_configs(model: nn.Module) -> list[Any]:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from rotary_export.bundle.manifest import DEFAULT_FORMATS, GraphInfo, Manifest, hash_file
-from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.bundle.manifest import (
+    DEFAULT_FORMATS,
+    FILE_NAME,
+    GraphInfo,
+    Manifest,
+    hash_file,
+)
+from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.export import (
     Bundle,
     check_formats,
@@ -25,23 +33,16 @@ from rotary_export.graphs.config import DTYPES
 from rotary_export.models.analyze import Analysis, analyze_model, check_found
 from rotary_export.models.arguments import check_arguments
 from rotary_export.models.convert import convert_model
-from rotary_export.models.error_text import describe_error
-from rotary_export.models.find.replace import replace_calls
+from rotary_export.models.prove import ProofOptions, RejectedError, prove
 from rotary_export.models.trace.size_limits import SizeConstraints
-from rotary_export.models.trace.snapshot import Snapshot, take_snapshot
+from rotary_export.models.trace.snapshot import take_snapshot
 from rotary_export.models.write_graph import write_graph
 from rotary_export.models.write_onnx import MAX_INLINE_BYTES
 from rotary_export.package import __version__, find_versions
-from rotary_export.proof.models.cases import Case
-from rotary_export.proof.models.compare import (
-    GRAPH,
-    Results,
-    compare_model,
-    run_eager,
-    write_input_values,
-)
-from rotary_export.proof.models.noise import Noise, measure_noise
-from rotary_export.proof.report import Report, check_report
+from rotary_export.proof.models.compare import GRAPH
+from rotary_export.proof.models.input_values import write_input_values
+from rotary_export.proof.models.reference import Measured
+from rotary_export.proof.report import Report
 from rotary_export.runtime.compiled import COMPILED_FOR
 from rotary_export.types import Progress, ignore_progress, name_dtype
 
@@ -57,6 +58,10 @@ def export_model(
     formats: Sequence[str] = DEFAULT_FORMATS,
     force: bool = False,
     max_inline_bytes: int = MAX_INLINE_BYTES,
+    float32_tables: bool = False,
+    quick: bool = False,
+    seed: int = 0,
+    keep_failed: str | os.PathLike[str] | None = None,
     progress: Progress = ignore_progress,
 ) -> Bundle:
     """Export a model as a bundle of one graph, `model`, with its rotary embeddings fused.
@@ -77,6 +82,12 @@ def export_model(
         force: Replace an existing bundle.
         max_inline_bytes: Weights of more bytes than that are written to a file of their own,
             beside the ONNX file.
+        float32_tables: Compute positions, angles and tables in float32 where the model computes
+            them in a half type. The proof compares with the model changed in the same way.
+        quick: Prove less: no far positions, no long sequences, noise measured once.
+        seed: Of the values of the proof's inputs.
+        keep_failed: A folder to write the bundle to if its proof fails; `load` refuses it, unless
+            it is called with `allow_failed=True`.
         progress: Called with the current step.
 
     Returns:
@@ -89,99 +100,150 @@ def export_model(
         CheckFailedError: The model applies no rotary embedding that the op computes, or the proof
             failed.
     """
+    path = find_out(out)
+    kept = None if keep_failed is None else find_out(keep_failed)
+    with write_bundle(path, force) as staging:
+        try:
+            manifest, report = _build(
+                model,
+                example_inputs,
+                staging,
+                path.name,
+                dynamic_shapes=dynamic_shapes,
+                opset=opset,
+                dtype=dtype,
+                formats=formats,
+                max_inline_bytes=max_inline_bytes,
+                float32_tables=float32_tables,
+                options=ProofOptions(quick, seed),
+                progress=progress,
+            )
+        except RejectedError as error:
+            if kept is not None:
+                _keep(staging, kept, error.manifest, force)
+            raise
+        return finish_bundle(staging, path, manifest, report)
+
+
+def prove_case(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any],
+    case: str,
+    *,
+    dynamic_shapes: str | Mapping[str, Any] | None = "auto",
+    opset: int = 23,
+    dtype: torch.dtype | None = None,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    max_inline_bytes: int = MAX_INLINE_BYTES,
+    float32_tables: bool = False,
+    quick: bool = False,
+    seed: int = 0,
+    progress: Progress = ignore_progress,
+) -> Report:
+    """Export a model, and compare it for one case of its proof; nothing is kept.
+
+    Args:
+        model: As `export_model`, like the arguments that are not named here.
+        example_inputs: As `export_model`.
+        case: Its name, as the message of a failed export contains it.
+        dynamic_shapes: As `export_model`.
+        opset: As `export_model`.
+        dtype: As `export_model`.
+        formats: As `export_model`.
+        max_inline_bytes: As `export_model`.
+        float32_tables: As `export_model`.
+        quick: As `export_model`.
+        seed: As `export_model`.
+        progress: As `export_model`.
+
+    Returns:
+        The report of that case.
+
+    Raises:
+        RotaryExportError: As `export_model`, or there is no such case.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _, report = _build(
+            model,
+            example_inputs,
+            Path(folder),
+            "case",
+            dynamic_shapes=dynamic_shapes,
+            opset=opset,
+            dtype=dtype,
+            formats=formats,
+            max_inline_bytes=max_inline_bytes,
+            float32_tables=float32_tables,
+            options=ProofOptions(quick, seed, case),
+            progress=progress,
+        )
+        return report
+
+
+def _build(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any],
+    folder: Path,
+    name: str,
+    *,
+    dynamic_shapes: str | Mapping[str, Any] | None,
+    opset: int,
+    dtype: torch.dtype | None,
+    formats: Sequence[str],
+    max_inline_bytes: int,
+    float32_tables: bool,
+    options: ProofOptions,
+    progress: Progress,
+) -> tuple[Manifest, Report]:
+    """Write a model's graph in every format into a folder, and prove it."""
     check_opset(opset)
     check_formats(formats)
     check_arguments(model, example_inputs)
     if dtype is not None and dtype not in DTYPES.values():
         raise RotaryExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-    path = find_out(out)
-    with write_bundle(path, force) as staging:
-        if dtype is not None:
-            model, example_inputs = convert_model(model, example_inputs, dtype)
-        with take_snapshot(model) as snapshot:
-            analysis = analyze_model(model, example_inputs, dynamic_shapes, snapshot, progress)
-            check_found(model, analysis.found)
-            graph, constraints = write_graph(
-                analysis, snapshot, staging, formats, opset, max_inline_bytes, progress
-            )
+    if dtype is not None:
+        model, example_inputs = convert_model(model, example_inputs, dtype)
+    with take_snapshot(model) as snapshot:
+        analysis = analyze_model(
+            model, example_inputs, dynamic_shapes, snapshot, progress, float32_tables
+        )
+        check_found(model, analysis.found)
+        graph, constraints, traced = write_graph(
+            analysis, snapshot, folder, formats, opset, max_inline_bytes, progress
+        )
 
-            def make_manifest(noise: Sequence[Noise]) -> Manifest:
-                limited = replace(graph, max_size=dict(constraints.max_size))
-                config = _make_config(analysis, constraints, noise)
-                return _make_manifest(path.name, model, config, limited, opset, staging)
+        def make_manifest(
+            limited: GraphInfo, measured: Sequence[Measured], left_out: dict[str, str]
+        ) -> Manifest:
+            config = _make_config(analysis, constraints, measured, left_out, options)
+            return _make_manifest(name, model, config, limited, opset, folder)
 
-            manifest, report = _prove(
-                analysis, constraints, snapshot, staging, make_manifest, progress
-            )
-        return finish_bundle(staging, path, manifest, report)
-
-
-def _prove(
-    analysis: Analysis,
-    constraints: SizeConstraints,
-    snapshot: Snapshot,
-    staging: Path,
-    make_manifest: Callable[[Sequence[Noise]], Manifest],
-    progress: Progress,
-) -> tuple[Manifest, Report]:
-    """Compare the graph with the model; limit its sizes where it differs past a bound.
-
-    Raises:
-        CheckFailedError: It differs from the model, and no limit is left to set.
-    """
-    while True:
-        progress("run the model itself")
-        cases, eager = _run_eager(analysis, constraints, snapshot)
-        progress("measure its rounding noise")
-        flat = analysis.flat
-        noise = measure_noise(flat.model, flat.run_named, cases, eager, snapshot.restore_state)
-        manifest = make_manifest(noise)
-        try:
-            report = compare_model(
-                staging, manifest, cases, eager, noise, lambda step: progress(f"verify {step}")
-            )
-            check_report(report)
-        except CheckFailedError as error:
-            if constraints.tighten():  # as when the largest few of many are taken, with ties
-                progress("limit the sizes: past them the graph differs from the model")
-                continue
-            if not constraints.conditions:
-                raise
-            raise CheckFailedError(
-                f"{error}; the model takes another branch where not "
-                f"{'; '.join(constraints.conditions)}: give that size a fixed one with "
-                "dynamic_shapes, or change the model there"
-            ) from error
-        return manifest, report
+        return prove(
+            analysis,
+            graph,
+            constraints,
+            traced,
+            snapshot,
+            folder,
+            make_manifest,
+            options,
+            progress,
+        )
 
 
-def _run_eager(
-    analysis: Analysis, constraints: SizeConstraints, snapshot: Snapshot
-) -> tuple[list[Case], Results]:
-    """Make the cases, and run the model itself on them; the op is compared with its functions."""
-
-    def run(tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        snapshot.restore_state()  # each run as if it were the first
-        with torch.no_grad():
-            return analysis.flat.run_named(tensors)
-
-    try:
-        with replace_calls(analysis.found, check=True):
-            cases = analysis.make_cases(constraints, run)
-            return cases, run_eager(run, cases)
-    except RotaryExportError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever the model raises
-        raise RotaryExportError(
-            f"the model fails at sizes other than its example's: {describe_error(error)}; "
-            "choose the dynamic sizes with dynamic_shapes"
-        ) from error
-    finally:
-        snapshot.restore_state()
+def _keep(staging: Path, path: Path, manifest: Manifest, force: bool) -> None:
+    """Write a rejected bundle to a folder of its own."""
+    with write_bundle(path, force) as folder:
+        shutil.copytree(staging, folder, dirs_exist_ok=True)
+        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
 
 def _make_config(
-    analysis: Analysis, constraints: SizeConstraints, noise: Sequence[Noise]
+    analysis: Analysis,
+    constraints: SizeConstraints,
+    measured: Sequence[Measured],
+    left_out: Mapping[str, str],
+    options: ProofOptions,
 ) -> dict[str, Any]:
     """Return what `verify` needs to make the cases again, and what was found."""
     return {
@@ -189,11 +251,16 @@ def _make_config(
         "traced_sizes": analysis.traced_sizes,
         "length_thresholds": analysis.length_thresholds,
         "max_positions": analysis.max_positions,
+        "last_position": analysis.last,
         "sizes_to_verify": constraints.sizes_to_verify,
         "unverified": constraints.unverified,
         "mismatched": constraints.mismatched,
+        "left_out": dict(left_out),
+        "float32_tables": analysis.flat.float32_tables,
+        "quick": options.quick,
+        "seed": options.seed,
         "input_values": write_input_values(analysis.input_values),
-        "noise": list(noise),
+        "cases": [each.to_dict() for each in measured],
         "rotary": [asdict(finding) for finding in analysis.found.findings],
     }
 

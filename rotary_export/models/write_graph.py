@@ -11,7 +11,7 @@ import torch
 
 from rotary_export.bundle.manifest import SUFFIXES, GraphInfo, TensorInfo
 from rotary_export.compat.quiet import quiet_torch
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.exporters.aoti import compile_program
 from rotary_export.exporters.program import save_program
 from rotary_export.exporters.torchscript import save_traced
@@ -29,6 +29,7 @@ from rotary_export.models.trace.program import (
 from rotary_export.models.trace.size_limits import SizeConstraints, find_size_constraints
 from rotary_export.models.trace.snapshot import Snapshot
 from rotary_export.models.trace.trace_patches import patch_for_tracing
+from rotary_export.models.trace.traced_rotary import TracedRotary
 from rotary_export.models.write_onnx import write_onnx
 from rotary_export.proof.models.compare import GRAPH
 from rotary_export.types import Progress, name_dtype
@@ -42,7 +43,7 @@ def write_graph(
     opset: int,
     max_inline_bytes: int,
     report_progress: Progress,
-) -> tuple[GraphInfo, SizeConstraints]:
+) -> tuple[GraphInfo, SizeConstraints, TracedRotary]:
     """Trace a model and write it in every format.
 
     Args:
@@ -55,14 +56,23 @@ def write_graph(
         report_progress: Called with the current step.
 
     Returns:
-        The graph, and the sizes at which it equals the model.
+        The graph, the sizes at which it equals the model, and what computes its rotary nodes.
 
     Raises:
-        RotaryExportError: The model can't be traced, or a format can't be written.
+        RotaryExportError: The model can't be traced, a format can't be written, or angles are
+            computed in a half type, which ONNX Runtime does not reproduce.
     """
     files = {kind: f"{GRAPH}{SUFFIXES[kind]}" for kind in formats}
     report_progress("trace")
     graph, constraints, program, symbols = _trace(analysis, snapshot, files)
+    traced = TracedRotary(program, [info.name for info in analysis.inputs])
+    if "onnx" in files and (half := traced.find_half_angles()):
+        raise CheckFailedError(
+            f"the model computes the angles of its rotary embedding in {half}: that is wrong from "
+            "a few hundred positions on, and ONNX Runtime does not reproduce it; pass "
+            "float32_tables=True (--float32-tables) to compute them in float32, or leave 'onnx' "
+            "out of formats"
+        )
     # torch.onnx last: a program can't be written any more where sizes depend on values.
     for kind, file in sorted(files.items(), key=lambda item: item[0] == "onnx"):
         if kind == "aoti":
@@ -82,7 +92,7 @@ def write_graph(
         compile_program(
             folder / files["program"], tuple(analysis.traced.tensors), folder / files["aoti"]
         )
-    return graph, constraints
+    return graph, constraints, traced
 
 
 def _trace(

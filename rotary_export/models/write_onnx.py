@@ -16,6 +16,7 @@ from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.onnx import strip_metadata, translate_op
+from rotary_export.exporters.onnx_file import take_weights, write_model
 from rotary_export.models.error_text import describe_error
 from rotary_export.op.onnx_function import add_functions
 from rotary_export.op.onnx_schema import register_schema
@@ -79,10 +80,11 @@ def write_onnx(
         ir.external_data.unload_from_model(
             model, path.parent, f"{path.name}.data", size_threshold_bytes=1024
         )
+    weights = [] if is_external else take_weights(model)
     proto = ir.serde.serialize_model(model)
     signatures = add_functions(proto)
-    onnx.save(proto, path)
-    try:
+    write_model(proto, weights, path)
+    try:  # without the weights, of which the checker would make more copies
         onnx.checker.check_model(str(path) if is_external else proto, full_check=not is_external)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise RotaryExportError(

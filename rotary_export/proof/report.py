@@ -25,6 +25,7 @@ class Row:
         oracle: Error against the float64 oracle (float64 outputs: long double).
         noise: By how much rounding alone moves eager, in the unit of `eager`; of a whole model.
         case: The inputs for which the error is the largest of what is allowed; of a whole model.
+        place: Batch row and position of the largest error; of a whole model.
     """
 
     graph: str
@@ -37,6 +38,7 @@ class Row:
     oracle: Error = field(default_factory=Error)
     noise: float = 0.0
     case: str = ""
+    place: str = ""
 
     @property
     def eager_allowed(self) -> float:
@@ -86,12 +88,14 @@ class Report:
         shapes: What was tried, by graph.
         skipped: Runtimes that are not here, and why.
         unverified: Sizes and values of a model that were not compared, and why.
+        notes: What else a reader must know, such as that the proof was a quick one.
     """
 
     rows: list[Row] = field(default_factory=list)
     shapes: dict[str, list[str]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     unverified: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -106,26 +110,36 @@ class Report:
             "shapes": self.shapes,
             "skipped": self.skipped,
             "unverified": self.unverified,
+            "notes": self.notes,
         }
+
+    def find_failure(self) -> Row | None:
+        """Return the row that is the most out of its tolerances; None: all are within."""
+        failed = [row for row in self.rows if not row.passed]
+        return max(failed, key=lambda row: row.eager_share, default=None)
 
 
 def check_report(report: Report) -> None:
     """Refuse a bundle that is not what eager computes.
 
     Raises:
-        CheckFailedError: A row is out of its tolerances; the message names the first one.
+        CheckFailedError: A row is out of its tolerances; the message names the worst one.
     """
-    row = next((row for row in report.rows if not row.passed), None)
-    if row is None:
-        return
+    row = report.find_failure()
+    if row is not None:
+        raise CheckFailedError(describe_failure(row))
+
+
+def describe_failure(row: Row) -> str:
+    """Return in one sentence what differs, where, by how much, and what is allowed."""
     if row.oracle_tolerance is None:
         details = (
             f" ({row.eager_allowed:.3g} are allowed, the model's own rounding noise is "
-            f"{row.noise:.3g}; {row.case})"
+            f"{row.noise:.3g}; {', '.join(filter(None, (row.case, row.place)))})"
         )
     else:
         details = f" and from the oracle by {row.oracle.max_ulp:.3g} ulp at {row.oracle.worst}"
-    raise CheckFailedError(
+    return (
         f"the export is not equal to eager, nothing was written: {row.graph}.{row.output} by "
         f"{row.runtime} differs from eager by {row.eager.max_ulp:.3g} ulp at {row.eager.worst}"
         f"{details}"

@@ -10,8 +10,8 @@ import torch
 
 from rotary_export.bundle.dims import BATCH, SEQ
 from rotary_export.bundle.manifest import GraphInfo, Manifest, TensorInfo
-from rotary_export.proof.models.cases import make_case
-from rotary_export.proof.models.compare import GRAPH, read_input_values
+from rotary_export.proof.models.cases import CaseSpec, make_case
+from rotary_export.proof.models.compare import GRAPH, read_sources
 from rotary_export.runtime.tensors import make_dtype
 from rotary_export.types import Array, Arrays
 
@@ -69,5 +69,5 @@ def _make_model_inputs(
     """Make inputs of one size, by name; the other sizes are those that were traced."""
     infos = manifest.graphs[GRAPH].inputs
     sizes = manifest.config["traced_sizes"] | {BATCH: batch_size, SEQ: seq_len}
-    case = make_case(infos, read_input_values(manifest), sizes)
+    case = make_case(infos, read_sources(manifest), CaseSpec(sizes))
     return {info.name: value for info, value in zip(infos, case.tensors, strict=True)}

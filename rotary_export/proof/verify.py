@@ -6,13 +6,7 @@ import os
 from pathlib import Path
 
 from rotary_export.bundle.manifest import check_files, read_manifest
-from rotary_export.proof.models.compare import (
-    GRAPH,
-    compare_model,
-    make_runner,
-    read_cases,
-    read_noise,
-)
+from rotary_export.proof.models.compare import GRAPH, compare_model, remake_cases
 from rotary_export.proof.plain import compare_plain
 from rotary_export.proof.report import Report
 from rotary_export.types import Progress, ignore_progress
@@ -38,8 +32,5 @@ def verify(bundle_dir: str | os.PathLike[str], progress: Progress = ignore_progr
     manifest = read_manifest(path)
     check_files(path, manifest)
     if GRAPH in manifest.graphs:
-        cases = read_cases(manifest, make_runner(path, manifest))
-        return compare_model(
-            path, manifest, cases, None, read_noise(manifest, len(cases)), progress
-        )
+        return compare_model(path, manifest, remake_cases(path, manifest), progress)
     return compare_plain(path, manifest, progress)

@@ -11,6 +11,7 @@ from rotary_export.bundle.manifest import (
     SUFFIXES,
     Manifest,
     check_files,
+    check_passed,
     read_manifest,
 )
 from rotary_export.errors import RotaryExportError
@@ -31,6 +32,7 @@ def load(
     providers: str | Sequence[str] = "auto",
     use_op_library: bool | str = "auto",
     require_fused: bool = False,
+    allow_failed: bool = False,
 ) -> Session:
     """Load one graph of a bundle; its files are checked against their hashes first.
 
@@ -46,6 +48,7 @@ def load(
             the CUDA kernel is opt-in until it has been run on a GPU; True: or an error, CUDA
             included; False: never.
         require_fused: Raise where our kernel would not run.
+        allow_failed: Open a bundle that was kept although its proof failed.
 
     Returns:
         The session; `session.providers` and `session.kernel_path` name what runs.
@@ -56,6 +59,8 @@ def load(
     """
     path = Path(bundle_dir)
     manifest = read_manifest(path)
+    if not allow_failed:
+        check_passed(path, manifest)
     if runtime not in [*RUNTIMES]:  # a list has no hash
         raise RotaryExportError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
     if graph not in [*manifest.graphs]:

@@ -11,6 +11,7 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.models.analyze import analyze_model, find_rotary_calls
 from rotary_export.models.trace.size_limits import SizeConstraints
 from rotary_export.models.trace.snapshot import take_snapshot
+from rotary_export.proof.models.plan import plan_cases
 
 
 class Model(nn.Module):
@@ -30,10 +31,6 @@ class Model(nn.Module):
 def analyze(model, dynamic_shapes="auto", **inputs):
     with take_snapshot(model) as snapshot:
         return analyze_model(model, inputs, dynamic_shapes, snapshot, lambda step: None)
-
-
-def never_run(tensors):
-    raise AssertionError("only a cache is filled by a run")
 
 
 def test_sizes_of_a_trace_are_different():
@@ -59,17 +56,15 @@ def test_no_case_is_longer_than_the_model_accepts():
     analysis = analyze(Model(max_position_embeddings=12), x=torch.randn(2, 6, 16))
     assert analysis.max_positions == 12
     assert analysis.max_run_size["seq_len"] == 12
-    cases = analysis.make_cases(SizeConstraints(), never_run)
-    assert cases[0] is analysis.example
-    lengths = {case.tensors[0].shape[1] for case in cases[1:]}
-    assert max(lengths) == 12
+    specs = plan_cases(analysis.plan(SizeConstraints()))
+    assert max(spec.length for spec in specs) == 12
 
 
 def test_sizes_to_verify_become_cases():
     analysis = analyze(Model(), x=torch.randn(2, 6, 16))
     constraints = SizeConstraints(max_size={"batch_size": 9}, sizes_to_verify=[{"seq_len": 37}])
-    cases = analysis.make_cases(constraints, never_run)
-    assert cases[-1].tensors[0].shape == (3, 37, 16)
+    specs = plan_cases(analysis.plan(constraints))
+    assert specs[-1].sizes == {"batch_size": 3, "seq_len": 37}
 
 
 def test_the_example_runs_unchanged():

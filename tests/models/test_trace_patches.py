@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rotary_export.models.configs import find_length_thresholds, find_max_positions
+from rotary_export.models.configs import find_last_position, find_length_thresholds
 from rotary_export.models.trace.trace_patches import patch_for_tracing
 
 
@@ -72,17 +72,17 @@ LENGTHS = {
         [],
         64,
     ),
-    "longrope": ({"max_position_embeddings": 64, "rope_parameters": LONGROPE}, [16], None),
-    "dynamic": ({"max_position_embeddings": 64, "rope_scaling": DYNAMIC}, [64], None),
+    "longrope": ({"max_position_embeddings": 64, "rope_parameters": LONGROPE}, [16], 64),
+    "dynamic": ({"max_position_embeddings": 64, "rope_scaling": DYNAMIC}, [64], 64),
     "old key": (
         {"max_position_embeddings": 64, "rope_scaling": {"type": "dynamic"}},
         [64],
-        None,
+        64,
     ),
     "by layer type": (
         {"max_position_embeddings": 64, "rope_parameters": {"full": LONGROPE, "local": DYNAMIC}},
         [16, 64],
-        None,
+        64,
     ),
     "not a number": ({"max_position_embeddings": "many"}, [], None),
 }
@@ -90,10 +90,10 @@ LENGTHS = {
 
 @pytest.mark.parametrize("case", LENGTHS.values(), ids=LENGTHS)
 def test_lengths_of_a_config(case):
-    fields, thresholds, positions = case
+    fields, thresholds, last = case
     model = make_model(**fields)
     assert find_length_thresholds(model) == thresholds
-    assert find_max_positions(model, thresholds) == positions
+    assert find_last_position(model) == last
 
 
 def test_a_config_inside_another_counts():
@@ -102,4 +102,4 @@ def test_a_config_inside_another_counts():
 
 
 def test_a_config_of_a_submodule_counts():
-    assert find_max_positions(nn.Sequential(make_model(n_positions=9)), []) == 9
+    assert find_last_position(nn.Sequential(make_model(n_positions=9))) == 9

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import make_model
 from torch import nn
 
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
 from rotary_export.errors import CheckFailedError
 from rotary_export.proof.comparison import to_comparable
-from rotary_export.proof.models.cases import Case, InputValues, choose_values, make_case
+from rotary_export.proof.models.cases import Case
 from rotary_export.proof.models.compare import compare_results
-from rotary_export.proof.models.noise import measure_noise
+from rotary_export.proof.models.noise import NoiseMeter
+from rotary_export.proof.models.reference import Measured
 
 EPSILON = {
     torch.float64: 2.0**-52,
@@ -39,9 +39,8 @@ def measure(model, x, keep=None):
         return {"y": model(*tensors)}
 
     case = Case("case", (x,), keep)
-    eager = [{name: to_comparable(value) for name, value in run(case.tensors).items()}]
-    (noise,) = measure_noise(model, run, [case], eager, lambda: None)
-    return noise["y"]
+    eager = {name: to_comparable(value) for name, value in run(case.tensors).items()}
+    return NoiseMeter(model, run).measure(case, eager)["y"]
 
 
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)
@@ -88,8 +87,8 @@ def test_integers_have_none_and_a_nan_is_no_noise():
     def run(tensors):
         return dict(zip(("ids", "y"), model(*tensors), strict=True))
 
-    eager = [{name: value.numpy() for name, value in run([x]).items()}]
-    (noise,) = measure_noise(model, run, [Case("case", (x,))], eager, lambda: None)
+    eager = {name: value.numpy() for name, value in run([x]).items()}
+    noise = NoiseMeter(model, run).measure(Case("case", (x,)), eager)
     assert noise.keys() == {"y"}
     assert 0 < noise["y"] < 1e-6
 
@@ -105,53 +104,6 @@ def test_the_model_is_as_before():
         assert not module._forward_pre_hooks
 
 
-INFOS = [
-    TensorInfo("input_ids", "int64", ("batch_size", "seq_len")),
-    TensorInfo("past_key_values.0.key", "float32", ("batch_size", 2, "past_seq_len", 16)),
-    TensorInfo("past_key_values.0.value", "float32", ("batch_size", 2, "past_seq_len", 16)),
-]
-SOURCES = {
-    "input_ids": InputValues("ids", (0, 95)),
-    "past_key_values.0.key": InputValues("past", spread=(3.0, 0.1)),
-    "past_key_values.0.value": InputValues("past"),
-}
-SIZES = {"batch_size": 2, "seq_len": 3, "past_seq_len": 5}
-
-
-def test_a_past_is_what_the_model_keeps():
-    from transformers import DynamicCache
-
-    model = make_model("llama", num_hidden_layers=1)
-    prompts = []
-
-    def run(tensors):
-        ids, *past = tensors
-        assert [tensor.shape for tensor in past] == [(2, 2, 0, 16)] * 2
-        prompts.append(ids)
-        with torch.no_grad():
-            (layer,) = model(ids, past_key_values=DynamicCache()).past_key_values.layers
-        return {"present.0.key": layer.keys, "present.0.value": layer.values}
-
-    case = make_case(INFOS, SOURCES, SIZES, run=run)
-    (prompt,) = prompts
-    assert prompt.shape == (2, 5)
-    assert not torch.equal(prompt[:, :3], case.tensors[0])
-    kept = run([prompt, *torch.zeros(2, 2, 2, 0, 16)]).values()
-    assert all(torch.equal(*pair) for pair in zip(case.tensors[1:], kept, strict=True))
-
-
-def test_values_have_the_spread_of_the_example():
-    case = make_case(INFOS, SOURCES, SIZES)
-    keys = case.tensors[1].numpy()
-    assert abs(keys.mean() - 3.0) < 0.1
-    assert 0.05 < np.std(keys) < 0.2
-
-
-def test_the_infinity_of_a_mask_is_no_spread():
-    mask = torch.zeros(1, 1, 4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), -3.4e38)
-    assert choose_values("bias", mask, None).spread == (0.0, 1.0)
-
-
 def test_infinities_have_no_noise():
     assert measure(Scale(), torch.tensor([1.5, float("inf")])) < 1e-6
 
@@ -162,11 +114,12 @@ def test_infinities_have_no_noise():
 def compare_two(errors, noises):
     """Compare cases whose output is 1, and whose error and noise are given in ulp of 1."""
     graph = GraphInfo((), (TensorInfo("y", "float32", (3,)),), {}, 1)
-    cases = [Case(str(index), ()) for index in range(len(errors))]
-    want = [{"y": np.ones(3, np.float32)} for _ in errors]
+    measured = [
+        Measured(Case(str(index), ()), {"y": np.ones(3, np.float32)}, {"y": moved * 2.0**-23})
+        for index, moved in enumerate(noises)
+    ]
     got = [{"y": np.float32([1, 1 + error * 2.0**-23, 1])} for error in errors]
-    noise = [{"y": moved * 2.0**-23} for moved in noises]
-    (row,) = compare_results(graph, "r", "k", cases, got, want, noise)
+    (row,) = compare_results(graph, "r", "k", measured, got)
     return row
 
 

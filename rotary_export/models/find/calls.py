@@ -44,7 +44,8 @@ def make_signature(leaves: Sequence[Any]) -> tuple[Any, ...]:
 
     def describe(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            width = leaf.shape[-1] if leaf.dim() else 0
+            ids = not (leaf.is_floating_point() or leaf.is_complex())  # their last size may vary
+            width = leaf.shape[-1] if leaf.dim() and not ids else 0
             if isinstance(width, torch.Tensor):  # as sizes are while torch.jit traces
                 width = int(width)
             return "tensor", leaf.dim(), width if type(width) is int else None

@@ -162,7 +162,7 @@ def _rotate(
 ) -> tuple[Tensor, Tensor]:
     """Rotate one tensor, or query and key."""
     inputs = [x] if key is None else [x, key]
-    parts = [_to_op(value, lowering) for value in inputs]
+    parts = [to_op(value, lowering) for value in inputs]
     heads = [_count_heads(value, lowering) for value in inputs] + [0]
     rotated = rotary_embedding(
         parts[0],
@@ -192,7 +192,7 @@ def _is_sliced(x: Tensor, lowering: Lowering) -> bool:
     return lowering.start > 0 or (partial and lowering.layout == "deinterleaved")
 
 
-def _to_op(x: Tensor, lowering: Lowering) -> Tensor:
+def to_op(x: Tensor, lowering: Lowering) -> Tensor:
     """Bring x into a shape of the op: (B, N, S, H) or (B, S, N*H)."""
     if _is_sliced(x, lowering):
         x = x[..., lowering.start : lowering.start + lowering.rotary_dim]
@@ -204,7 +204,7 @@ def _to_op(x: Tensor, lowering: Lowering) -> Tensor:
 
 
 def _from_op(y: Tensor, x: Tensor, lowering: Lowering) -> Tensor:
-    """Undo `_to_op`, except for the order of the channels of a pair."""
+    """Undo `to_op`, except for the order of the channels of a pair."""
     if lowering.axes in ("BSNH", "SNH"):
         y = y.unflatten(2, (_count_heads(x, lowering), -1))
     if lowering.axes in ("SNH", "NSH"):

@@ -18,14 +18,19 @@ from rotary_export.models.find.lowering import Lowering, Tables, compute_tables,
 from rotary_export.models.find.probe import is_close
 from rotary_export.models.find.replacement import Replacement
 
+Record = Callable[[Candidate, Lowering, list[Tensor], list[Tensor]], None]
+
 
 @contextmanager
-def replace_calls(found: Replacement, *, check: bool = False) -> Iterator[Counter[str]]:
+def replace_calls(
+    found: Replacement, *, check: bool = False, record: Record | None = None
+) -> Iterator[Counter[str]]:
     """Replace what was found by the op; the model's own functions come back at the end.
 
     Args:
         found: As `find_replacement` found it.
         check: Compare the op with the functions, and return what the functions return.
+        record: With `check`: called for each call with what it rotates, and what it returns.
 
     Yields:
         Counts replaced calls by function.
@@ -66,7 +71,11 @@ def replace_calls(found: Replacement, *, check: bool = False) -> Iterator[Counte
             counts[candidate.name] += 1
             if check:
                 output = run_original(lambda: candidate.function(*args, **kwargs))
-                _check_rotated(candidate, lowering, pytree.list_leaves(output), rotated)
+                results = pytree.list_leaves(output)
+                _check_rotated(candidate, lowering, results, rotated)
+                if record is not None:
+                    xs = [leaves[source] for source in sources]
+                    record(candidate, lowering, xs, [results[s.result] for s in lowering.slots])
                 return output
             return _rebuild(found.recorded_calls[key], leaves, lowering, rotated)
 

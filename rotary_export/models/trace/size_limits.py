@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from rotary_export.bundle.dims import PAST, SEQ, TOTAL
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.trace.guards import Condition
-from rotary_export.proof.models.cases import LONGEST_CASE
+from rotary_export.proof.models.plan import LONGEST_CASE
 
 _DENSE = 1 << 14  # every size up to that is looked at
 _SIZES: tuple[int, ...] = (

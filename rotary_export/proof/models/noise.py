@@ -10,7 +10,7 @@ The largest change of an output in a few such runs is its noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from rotary_export.compat import pytree
 from rotary_export.compat.dispatch import DispatchMode
-from rotary_export.proof.comparison import to_comparable
 from rotary_export.proof.models.cases import Case, Run
 from rotary_export.types import Array
 
@@ -29,50 +28,44 @@ _LARGEST = float(np.finfo(np.float64).max)  # JSON has no infinity
 Noise = dict[str, float]  # by output, the largest absolute change
 
 
-def measure_noise(
-    model: nn.Module,
-    run: Run,
-    cases: Sequence[Case],
-    eager: Sequence[Mapping[str, Array]],
-    reset: Callable[[], None],
-) -> list[Noise]:
-    """Measure by how much rounding moves each floating-point output of a model.
+class NoiseMeter:
+    """Measures by how much rounding moves the outputs of one model.
 
     Args:
         model: Perturbed for a while, then as before.
-        run: Runs it on its tensors, in order.
-        cases: What to run it on.
-        eager: What it returns for each case.
-        reset: Makes the model forget earlier runs.
-
-    Returns:
-        For each case, by output, the largest absolute change of an element that is not padding.
+        run: Runs it on its tensors, in order, as if it were the first run.
     """
 
-    def run_fresh(case: Case) -> dict[str, Array]:
-        reset()
-        with torch.no_grad():
-            return {name: to_comparable(value) for name, value in run(case.tensors).items()}
+    def __init__(self, model: nn.Module, run: Run) -> None:
+        self._model = model
+        self._run = run
+        self._spacings: Mapping[nn.Module, float] | None = None
 
-    with _record_types(model) as types:
-        run_fresh(cases[0])
-    generator = torch.Generator().manual_seed(0)
-    noise: list[Noise] = []
-    for case, want in zip(cases, eager, strict=True):
-        names = [name for name, value in want.items() if np.issubdtype(value.dtype, np.floating)]
-        changes = dict.fromkeys(names, 0.0)
-        for _ in range(RUNS):
-            with _perturb(model, types.spacings, generator):
-                got = run_fresh(case)
-            for name in names:
-                if got[name].shape != want[name].shape:  # it depends on values
+    def measure(self, case: Case, eager: Mapping[str, Array], runs: int = RUNS) -> Noise:
+        """Return, by floating-point output, the largest absolute change that is not padding.
+
+        Args:
+            case: What to run the model on.
+            eager: What it returns for that.
+            runs: How often it is perturbed.
+        """
+        if self._spacings is None:
+            with _record_types(self._model) as types:
+                self._run(case.tensors)
+            self._spacings = types.spacings
+        generator = torch.Generator().manual_seed(case.spec.seed if case.spec else 0)
+        floating = {n: v for n, v in eager.items() if np.issubdtype(v.dtype, np.floating)}
+        noise = dict.fromkeys(floating, 0.0)
+        for _ in range(runs):
+            with _perturb(self._model, self._spacings, generator):
+                outputs = case.read_outputs(self._run(case.tensors))
+            for name, want in floating.items():
+                if outputs[name].shape != want.shape:  # it depends on values
                     continue
                 with np.errstate(invalid="ignore"):  # infinity less infinity
-                    change = case.select(np.abs(np.float64(got[name]) - want[name]))
-                changes[name] = max(changes[name], float(np.nanmax(change, initial=0.0)))
-        noise.append({name: min(change, _LARGEST) for name, change in changes.items()})
-    reset()
-    return noise
+                    change = case.select(np.abs(np.float64(outputs[name]) - want))
+                noise[name] = max(noise[name], float(np.nanmax(change, initial=0.0)))
+        return {name: min(change, _LARGEST) for name, change in noise.items()}
 
 
 @contextmanager
@@ -87,7 +80,7 @@ def _perturb(
         spacing = max(spacing, torch.finfo(leaf.dtype).eps)  # of a module that has not run yet
         wide = torch.float64 if leaf.dtype == torch.float64 else torch.float32
         change = torch.rand(leaf.shape, generator=generator, dtype=wide).sub_(0.5).mul_(spacing)
-        return leaf.to(wide).add(change.mul_(leaf)).to(leaf.dtype)
+        return change.mul_(leaf).add_(leaf).to(leaf.dtype)
 
     def hook(module: nn.Module, _: Any, output: Any) -> Any:
         return pytree.map_leaves(lambda leaf: move(leaf, spacings.get(module, 0.0)), output)

@@ -1,0 +1,208 @@
+"""The proof of an export: the graph against the model itself, until it holds or can't."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rotary_export.bundle.manifest import GraphInfo, Manifest
+from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.models.analyze import Analysis
+from rotary_export.models.arguments import FlatModel
+from rotary_export.models.error_text import describe_error
+from rotary_export.models.find.replace import replace_calls
+from rotary_export.models.find_difference import find_difference
+from rotary_export.models.trace.size_limits import SizeConstraints
+from rotary_export.models.trace.snapshot import Snapshot
+from rotary_export.models.trace.traced_rotary import TracedRotary
+from rotary_export.proof.models.cases import Case, CaseSpec, Run
+from rotary_export.proof.models.compare import GRAPH, compare_model
+from rotary_export.proof.models.far_tables import compare_far_tables
+from rotary_export.proof.models.noise import RUNS
+from rotary_export.proof.models.plan import plan_cases
+from rotary_export.proof.models.reference import Measured, Reference
+from rotary_export.proof.report import Report, describe_failure
+from rotary_export.types import Progress
+
+QUICK = (
+    "a quick proof: no far positions, no long sequences, and the noise was measured once; "
+    "verify BUNDLE --model SOURCE proves more"
+)
+FLOAT32_TABLES = (
+    "compared with the model whose positions, angles and tables are computed in float32 "
+    "(float32_tables), not as its own type has them"
+)
+FAR_TABLES = "tables at far positions were compared by the export alone"
+
+
+@dataclass(frozen=True)
+class ProofOptions:
+    """How much is proven.
+
+    Attributes:
+        quick: Fewer cases, none of them far or long, noise measured once.
+        seed: Of the values of the cases.
+        case: Name of the one case to run; None: all.
+    """
+
+    quick: bool = False
+    seed: int = 0
+    case: str | None = None
+
+
+class RejectedError(CheckFailedError):
+    """An export that is not equal to its model.
+
+    Attributes:
+        manifest: Of the rejected bundle, its report included.
+        case: Name of the case that differs; "": the failure is not of one case.
+        seed: Of its values.
+    """
+
+    def __init__(self, message: str, manifest: Manifest, case: str, seed: int) -> None:
+        super().__init__(message)
+        self.manifest = manifest
+        self.case = case
+        self.seed = seed
+
+
+def make_run(flat: FlatModel, snapshot: Snapshot) -> Run:
+    """Return what runs a model, each time as if it were the first."""
+
+    def run(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        snapshot.restore_state()
+        with torch.no_grad():
+            return flat.run_named(tensors)
+
+    return run
+
+
+def prove(
+    analysis: Analysis,
+    graph: GraphInfo,
+    constraints: SizeConstraints,
+    traced: TracedRotary,
+    snapshot: Snapshot,
+    folder: Path,
+    make_manifest: Callable[[GraphInfo, Sequence[Measured], dict[str, str]], Manifest],
+    options: ProofOptions,
+    progress: Progress,
+) -> tuple[Manifest, Report]:
+    """Compare a graph with its model; limit its sizes where it differs past a bound.
+
+    Args:
+        analysis: The model.
+        graph: As it was traced.
+        constraints: The sizes at which it may equal the model; tightened where it does not.
+        traced: Computes its rotary nodes and their tables.
+        snapshot: Of the model.
+        folder: Contains the graph's files.
+        make_manifest: Makes the manifest from the graph, the cases and what was left out.
+        options: How much is proven.
+        progress: Called with the current step.
+
+    Raises:
+        RejectedError: It differs from the model, and no limit is left to set.
+    """
+    while True:
+        reference = Reference(
+            analysis.flat.model,
+            make_run(analysis.flat, snapshot),
+            analysis.inputs,
+            analysis.input_values,
+            check=functools.partial(replace_calls, analysis.found, check=True),
+            describe=describe_error,
+        )
+        specs = plan_cases(analysis.plan(constraints, options.seed, options.quick))
+        cases = choose_cases([analysis.example, *specs], options.case)
+        try:
+            measured = reference.measure(cases, progress, runs=1 if options.quick else RUNS)
+        finally:
+            snapshot.restore_state()
+        limited = replace(graph, max_size=dict(constraints.max_size))
+        manifest = make_manifest(limited, measured, reference.left_out)
+        report, failure, case = Report(), "", ""
+        try:
+            report = compare_model(folder, manifest, measured, progress)
+            if not options.quick and options.case is None:
+                _add_far_tables(analysis, constraints, traced, folder, manifest, report, progress)
+        except CheckFailedError as error:
+            failure = str(error)
+        else:
+            _add_notes(analysis, options, report)
+            row = report.find_failure()
+            if row is None:
+                return manifest, report
+            failure, case = describe_failure(row), row.case
+            if (found := _find_measured(measured, case)) is not None:
+                names = [info.name for info in analysis.inputs]
+                where = find_difference(
+                    analysis.flat.model, reference.run, analysis.found, traced, names, found.case
+                )
+                failure = f"{failure}; {where}"
+        if constraints.tighten():  # as when the largest few of many are taken, with ties
+            progress("limit the sizes: past them the graph differs from the model")
+            continue
+        if constraints.conditions:
+            failure += (
+                "; the model takes another branch where not "
+                f"{'; '.join(constraints.conditions)}: give that size a fixed one with "
+                "dynamic_shapes, or change the model there"
+            )
+        manifest = replace(manifest, parity=report.to_dict() | {"passed": False, "error": failure})
+        raise RejectedError(failure, manifest, case, options.seed)
+
+
+def _find_measured(measured: Sequence[Measured], name: str) -> Measured | None:
+    return next((each for each in measured if each.case.name == name), None)
+
+
+def choose_cases(cases: Sequence[Case | CaseSpec], name: str | None) -> Sequence[Case | CaseSpec]:
+    """Return all cases, or those of one name.
+
+    Raises:
+        RotaryExportError: There is none of that name.
+    """
+    chosen = [case for case in cases if name in (None, case.name)]
+    if not chosen:
+        names = "; ".join(case.name for case in cases)
+        raise RotaryExportError(f"case must be one of: {names}; got {name!r}")
+    return chosen
+
+
+def _add_far_tables(
+    analysis: Analysis,
+    constraints: SizeConstraints,
+    traced: TracedRotary,
+    folder: Path,
+    manifest: Manifest,
+    report: Report,
+    progress: Progress,
+) -> None:
+    """Add the rows of the tables that the ONNX file computes, where there is one."""
+    info = manifest.graphs[GRAPH]
+    if "onnx" not in info.files or not info.rotary_nodes:
+        return
+    progress("verify tables at far positions")
+    rows, left_out = compare_far_tables(
+        folder / info.files["onnx"],
+        info,
+        manifest.minimum_onnxruntime,
+        traced.inputs,
+        traced.compute_tables,
+        analysis.plan(constraints),
+    )
+    report.rows += rows
+    report.unverified |= left_out
+
+
+def _add_notes(analysis: Analysis, options: ProofOptions, report: Report) -> None:
+    if analysis.flat.float32_tables:
+        report.notes.append(FLOAT32_TABLES)
+    if options.quick:
+        report.notes.append(QUICK)

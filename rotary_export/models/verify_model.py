@@ -1,0 +1,121 @@
+"""`verify_model`: compare a bundle with its model again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotary_export.bundle.manifest import Manifest, check_files, read_manifest
+from rotary_export.errors import RotaryExportError
+from rotary_export.models.arguments import (
+    FlatModel,
+    check_arguments,
+    find_extra_arguments,
+    read_arguments,
+)
+from rotary_export.models.convert import convert_model
+from rotary_export.models.error_text import describe_error
+from rotary_export.models.prove import FAR_TABLES, FLOAT32_TABLES, choose_cases, make_run
+from rotary_export.models.trace.snapshot import take_snapshot
+from rotary_export.proof.models.cases import EXAMPLE, Case
+from rotary_export.proof.models.compare import GRAPH, compare_model, read_sources
+from rotary_export.proof.models.plan import Plan, plan_cases
+from rotary_export.proof.models.reference import Reference
+from rotary_export.proof.report import Report
+from rotary_export.types import Progress, ignore_progress, name_dtype
+
+
+def verify_model(
+    bundle_dir: str | os.PathLike[str],
+    model: nn.Module,
+    example_inputs: Mapping[str, Any],
+    *,
+    case: str | None = None,
+    seed: int | None = None,
+    progress: Progress = ignore_progress,
+) -> Report:
+    """Compare every format of a model's bundle with the model, as its export did.
+
+    Args:
+        bundle_dir: The bundle's folder; a rejected one is accepted.
+        model: What it was exported from.
+        example_inputs: As `export_model`, of the same arguments.
+        case: Name of the one case to run; None: all that a full proof has.
+        seed: Of the values of the inputs; None: that of the export.
+        progress: Called with what is being run.
+
+    Returns:
+        The report; `report.passed` is whether it is within the tolerances.
+
+    Raises:
+        RotaryExportError: The bundle is damaged or is not of such a model, or there is no such
+            case.
+    """
+    path = Path(bundle_dir)
+    manifest = read_manifest(path)
+    check_files(path, manifest)
+    if GRAPH not in manifest.graphs:
+        raise RotaryExportError(f"{path} is not the bundle of a model: verify needs no model")
+    plan = _read_plan(manifest, seed)
+    check_arguments(model, example_inputs)
+    model, example_inputs = _convert(manifest, model, example_inputs)
+    arguments, tensors = read_arguments(example_inputs)
+    _check_inputs(manifest, tensors)
+    extra = find_extra_arguments(model, example_inputs)
+    flat = FlatModel(model, arguments, extra, bool(manifest.config.get("float32_tables")))
+    example = Case(EXAMPLE, tuple(tensors.values()))
+    with take_snapshot(model) as snapshot:
+        reference = Reference(
+            model,
+            make_run(flat, snapshot),
+            manifest.graphs[GRAPH].inputs,
+            plan.sources,
+            describe=describe_error,
+        )
+        measured = reference.measure(choose_cases([example, *plan_cases(plan)], case), progress)
+    report = compare_model(path, manifest, measured, progress)
+    report.unverified |= reference.left_out
+    report.notes += [FLOAT32_TABLES] if flat.float32_tables else []
+    report.notes += [FAR_TABLES] if case is None else []
+    return report
+
+
+def _read_plan(manifest: Manifest, seed: int | None) -> Plan:
+    config = manifest.config
+    try:
+        return Plan(
+            sources=read_sources(manifest),
+            traced=config["traced_sizes"],
+            thresholds=config["length_thresholds"],
+            longest=config["max_positions"],
+            last=config["last_position"],
+            max_size=manifest.graphs[GRAPH].max_size,
+            sizes_to_verify=config["sizes_to_verify"],
+            seed=config["seed"] if seed is None else seed,
+        )
+    except LookupError as error:
+        raise RotaryExportError(f"the manifest's config is damaged: {error!r}") from None
+
+
+def _convert(
+    manifest: Manifest, model: nn.Module, example_inputs: Mapping[str, Any]
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """Convert a model to the type that it was exported in."""
+    floating = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if floating is None or name_dtype(floating.dtype) == manifest.dtype:
+        return model, example_inputs
+    return convert_model(model, example_inputs, getattr(torch, manifest.dtype))
+
+
+def _check_inputs(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    wanted = [info.name for info in manifest.graphs[GRAPH].inputs]
+    if [*tensors] != wanted:
+        raise RotaryExportError(
+            f"the bundle has the inputs {', '.join(wanted)}; the model's example has "
+            f"{', '.join(tensors)}"
+        )

@@ -1,0 +1,104 @@
+"""Where the values of a model's inputs come from, at sizes other than the example's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotary_export.bundle.dims import is_past
+
+_MASKED = 1e4  # numbers as large as that stand for infinity in a mask
+_MOST_ROWS = 16  # of an example, along each dimension that may vary
+_TABLES = re.compile(r"cos|sin(?!g)|freq|rotary|rope|angle", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class InputValues:
+    """Where the values of an input come from.
+
+    Attributes:
+        role: "ids" (any in `limits`), "position_ids" (moved at will), "counted" (positions from 0
+            on), "mask" (1: a real position), "past" (what the model returns for earlier tokens),
+            "values" (normal, as `spread`), "rows" (the example's own, repeated or cut).
+        limits: Smallest and largest id.
+        value: Of "rows": the example's values, nested lists.
+        spread: Mean and standard deviation of the example.
+    """
+
+    role: str
+    limits: tuple[int, int] = (0, 0)
+    value: Any = None
+    spread: tuple[float, float] = (0.0, 1.0)
+
+    def repeat_rows(self, shape: Sequence[int]) -> Tensor:
+        """Return the example's values in another shape: rows are repeated or cut."""
+        made = torch.tensor(self.value)
+        for axis, size in enumerate(shape):
+            if made.shape[axis] != size:
+                made = made.index_select(axis, torch.arange(size) % made.shape[axis])
+        return made
+
+
+def choose_values(
+    name: str, value: Tensor, dims: Sequence[int | str], limits: tuple[int, int] | None
+) -> InputValues:
+    """Choose how to make more of an example input.
+
+    Args:
+        name: Of the input.
+        value: The example.
+        dims: Of the input; a name is a size that may vary.
+        limits: Of its ids, if they are known.
+    """
+    if is_past(name):
+        return InputValues("past", spread=_measure_spread(value))
+    if name == "position_ids" and value.dim() > 1:
+        return InputValues("position_ids")
+    if "mask" in name and value.dim() == 2 and set(value.unique().tolist()) <= {0, 1}:
+        return InputValues("mask")
+    if value.is_floating_point() and not _holds_tables(name, value):
+        return InputValues("values", spread=_measure_spread(value))
+    if not value.is_floating_point() and value.dim() == 2 and value.numel() and "grid" not in name:
+        return InputValues("ids", limits or (int(value.min()), int(value.max())))
+    for axis, dim in enumerate(dims):
+        if isinstance(dim, str):
+            value = value.narrow(axis, 0, min(value.shape[axis], _MOST_ROWS))
+    return InputValues("rows", value=value.tolist())
+
+
+def _holds_tables(name: str, value: Tensor) -> bool:
+    """Return whether an input contains cosines, sines or angles: random numbers are none."""
+    return value.dim() > 1 and value.numel() > 0 and bool(_TABLES.search(name))
+
+
+def _measure_spread(value: Tensor) -> tuple[float, float]:
+    """Return the mean and the standard deviation of an example; of a constant one, 0 and 1."""
+    finite = value.detach().double()
+    finite = finite[finite.abs() < _MASKED]
+    if finite.numel() < 2 or not finite.std():
+        return 0.0, 1.0
+    return float(finite.mean()), float(finite.std())
+
+
+def write_input_values(sources: Mapping[str, InputValues]) -> list[dict[str, Any]]:
+    """Return sources as a manifest contains them."""
+    return [{"input": name, **asdict(source)} for name, source in sources.items()]
+
+
+def read_input_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, InputValues]:
+    """Read what `write_input_values` wrote.
+
+    Raises:
+        LookupError, TypeError: Something is missing or of another kind.
+    """
+    return {
+        row["input"]: InputValues(
+            row["role"], tuple(row["limits"]), row["value"], tuple(row["spread"])
+        )
+        for row in rows
+    }

@@ -1,0 +1,146 @@
+"""The model itself in eager PyTorch: what it returns for each case, and its rounding noise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from rotary_export.bundle.dims import BATCH, PAST
+from rotary_export.bundle.manifest import TensorInfo
+from rotary_export.errors import RotaryExportError, first_line
+from rotary_export.proof.models.cases import Case, CaseSpec, Run, make_case
+from rotary_export.proof.models.input_values import InputValues
+from rotary_export.proof.models.noise import RUNS, Noise, NoiseMeter
+from rotary_export.types import Array, Progress
+
+MOST_NOISE = 0.05  # of the largest magnitude: past that, a case can't tell an error from rounding
+_DRAWS = 3  # of the values of a case that can't
+_LONGEST_RUN = 30.0  # seconds
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A case, what the model returns for it, and its noise.
+
+    Attributes:
+        case: The inputs.
+        eager: By output; None: the model is not available.
+        noise: By floating-point output, its largest absolute change.
+    """
+
+    case: Case
+    eager: Mapping[str, Array] | None
+    noise: Noise
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a manifest contains of it; inputs are made again from the spec."""
+        spec = self.case.spec
+        made = {} if spec is None else {"spec": spec.to_dict()}
+        return {"name": self.case.name, "noise": self.noise, **made}
+
+
+@dataclass
+class Reference:
+    """The model that a bundle is compared with.
+
+    Attributes:
+        model: Its modules are perturbed to measure its noise.
+        run: Runs it on its tensors, in order, as if it were the first run.
+        infos: Its inputs.
+        sources: Where their values come from.
+        check: A context for runs that are not perturbed.
+        describe: Describes what the model raises, in one line.
+        left_out: Cases that were not run, and why.
+    """
+
+    model: nn.Module
+    run: Run
+    infos: Sequence[TensorInfo]
+    sources: Mapping[str, InputValues]
+    check: Callable[[], AbstractContextManager[Any]] = nullcontext
+    describe: Callable[[BaseException], str] = first_line
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def measure(
+        self, cases: Iterable[Case | CaseSpec], progress: Progress, runs: int = RUNS
+    ) -> list[Measured]:
+        """Run the model on cases, and measure its noise for each.
+
+        Args:
+            cases: Ready ones, and how to make others. Where rounding hides any error, the values
+                are drawn again.
+            progress: Called with the current step.
+            runs: How often each is perturbed; a long one once.
+
+        Raises:
+            RotaryExportError: The model fails for a case that is not optional.
+        """
+        self._meter = NoiseMeter(self.model, self.run)
+        self._largest = 0, 0.0  # tokens and seconds of the run with the most tokens
+        measured = []
+        for case in cases:
+            progress(f"run the model itself: {case.name}")
+            try:
+                found = self._measure_case(case, runs)
+            except RotaryExportError:
+                raise
+            except (Exception, SystemExit) as error:  # whatever the model raises
+                if isinstance(case, CaseSpec) and case.optional:
+                    self.left_out[case.name] = f"the model fails: {self.describe(error)}"
+                    continue
+                raise RotaryExportError(
+                    f"the model fails at {case.name}: {self.describe(error)}; choose the dynamic "
+                    "sizes with dynamic_shapes"
+                ) from error
+            measured += [found] if found else []
+        return measured
+
+    def _measure_case(self, case: Case | CaseSpec, runs: int) -> Measured | None:
+        """Run the model on one case, drawn again if it tells nothing; None if it takes too long."""
+        if isinstance(case, Case):
+            return self._run_case(case, runs)
+        if case.is_long:
+            runs = 1
+            tokens, seconds = self._largest
+            seconds *= (case.length + case.sizes.get(PAST, 0)) / max(tokens, 1)
+            if seconds > _LONGEST_RUN:
+                self.left_out[case.name] = f"each of its runs would take about {seconds:.0f} s"
+                return None
+        for draw in range(_DRAWS):
+            spec = replace(case, seed=case.seed + 100 * draw)
+            measured = self._run_case(make_case(self.infos, self.sources, spec, self.run), runs)
+            if not find_ill_conditioned(measured):
+                break
+        return measured
+
+    def _run_case(self, case: Case, runs: int) -> Measured:
+        start = time.perf_counter()
+        with self.check():
+            eager = case.read_outputs(self.run(case.tensors))
+        if case.spec is not None:
+            tokens = case.spec.length * case.spec.sizes.get(BATCH, 1)
+            self._largest = max(self._largest, (tokens, time.perf_counter() - start))
+        return Measured(case, eager, self._meter.measure(case, eager, runs))
+
+
+def find_ill_conditioned(measured: Measured) -> dict[str, str]:
+    """Return the outputs of a case in which rounding hides an error, and by how much it does."""
+    found = {}
+    for name, moved in measured.noise.items():
+        largest = find_largest(measured.case.select((measured.eager or {})[name]))
+        if moved > MOST_NOISE * largest:
+            found[name] = f"rounding alone moves it by {moved:.2g} of {largest:.2g}, its largest"
+    return found
+
+
+def find_largest(value: Array) -> float:
+    """Return the largest finite magnitude; of none, 1."""
+    wide = value.astype(np.float64)
+    finite = wide[np.isfinite(wide)]
+    return float(np.abs(finite).max()) if finite.size else 1.0

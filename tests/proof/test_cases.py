@@ -1,0 +1,154 @@
+"""The inputs that a model is proven with."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny_models import make_model
+
+from rotary_export.bundle.manifest import TensorInfo
+from rotary_export.proof.models.cases import Case, CaseSpec, make_case
+from rotary_export.proof.models.input_values import (
+    InputValues,
+    choose_values,
+    read_input_values,
+    write_input_values,
+)
+
+INFOS = [
+    TensorInfo("input_ids", "int64", ("batch_size", "seq_len")),
+    TensorInfo("past_key_values.0.key", "float32", ("batch_size", 2, "past_seq_len", 16)),
+    TensorInfo("past_key_values.0.value", "float32", ("batch_size", 2, "past_seq_len", 16)),
+]
+SOURCES = {
+    "input_ids": InputValues("ids", (0, 95)),
+    "past_key_values.0.key": InputValues("past", spread=(3.0, 0.1)),
+    "past_key_values.0.value": InputValues("past"),
+}
+SIZES = {"batch_size": 2, "seq_len": 3, "past_seq_len": 5}
+
+
+def test_a_past_is_what_the_model_keeps():
+    from transformers import DynamicCache
+
+    model = make_model("llama", num_hidden_layers=1)
+    prompts = []
+
+    def run(tensors):
+        ids, *past = tensors
+        assert [tensor.shape for tensor in past] == [(2, 2, 0, 16)] * 2
+        prompts.append(ids)
+        with torch.no_grad():
+            (layer,) = model(ids, past_key_values=DynamicCache()).past_key_values.layers
+        return {"present.0.key": layer.keys, "present.0.value": layer.values}
+
+    case = make_case(INFOS, SOURCES, CaseSpec(SIZES), run)
+    (prompt,) = prompts
+    assert prompt.shape == (2, 5)
+    assert not torch.equal(prompt[:, :3], case.tensors[0])
+    kept = run([prompt, *torch.zeros(2, 2, 2, 0, 16)]).values()
+    assert all(torch.equal(*pair) for pair in zip(case.tensors[1:], kept, strict=True))
+
+
+def test_values_have_the_spread_of_the_example():
+    case = make_case(INFOS, SOURCES, CaseSpec(SIZES))
+    keys = case.tensors[1].numpy()
+    assert abs(keys.mean() - 3.0) < 0.1
+    assert 0.05 < np.std(keys) < 0.2
+
+
+def test_another_seed_is_another_draw():
+    first, second = (make_case(INFOS, SOURCES, CaseSpec(SIZES, seed=s)).tensors for s in (1, 2))
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(first[0], make_case(INFOS, SOURCES, CaseSpec(SIZES, seed=1)).tensors[0])
+
+
+def choose(name, value, dims=()):
+    return choose_values(name, torch.as_tensor(value), dims, None)
+
+
+def test_the_infinity_of_a_mask_is_no_spread():
+    mask = torch.zeros(1, 1, 4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), -3.4e38)
+    assert choose("bias", mask).spread == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["cos", "sin", "freqs", "image_rotary_emb.0", "rope_tables"])
+def test_tables_are_the_rows_of_the_example(name):
+    tables = torch.randn(5, 4)
+    source = choose(name, tables, ("seq_len", 4))
+    assert source.role == "rows"
+    assert torch.equal(source.repeat_rows((3, 4)), tables[:3])
+    assert torch.equal(source.repeat_rows((12, 4))[5:10], tables)
+
+
+@pytest.mark.parametrize("name", ["hidden_states", "using", "single"])
+def test_other_floats_are_random(name):
+    assert choose(name, torch.randn(5, 4), ("seq_len", 4)).role == "values"
+
+
+def test_integers_that_are_no_ids_are_repeated():
+    source = choose("lengths", [8, 7, 5], ("batch_size",))
+    assert source.repeat_rows((5,)).tolist() == [8, 7, 5, 8, 7]
+    assert choose("position_ids", [0, 1, 2, 0], ("total",)).role == "rows"
+    assert choose("position_ids", [[0, 1, 2, 0]], (1, "seq_len")).role == "position_ids"
+
+
+def test_a_manifest_contains_few_rows():
+    source = choose("cos", torch.randn(100, 3), ("seq_len", 3))
+    assert len(source.value) == 16
+    rows = write_input_values({"cos": source, "ids": InputValues("ids", (2, 9))})
+    assert read_input_values(rows) == {"cos": source, "ids": InputValues("ids", (2, 9))}
+
+
+MASKED = [
+    TensorInfo("mask", "int64", ("batch_size", "past_seq_len + seq_len")),
+    TensorInfo("position_ids", "int64", ("batch_size", "seq_len")),
+]
+
+
+def make_masked(role="position_ids", **spec):
+    sources = {"mask": InputValues("mask"), "position_ids": InputValues(role)}
+    return make_case(MASKED, sources, CaseSpec({"batch_size": 2, "seq_len": 4} | SHORT, **spec))
+
+
+SHORT = {"past_seq_len": 0}
+
+
+def test_padding_at_either_side():
+    left, right = (make_masked(padding=side) for side in ("left", "right"))
+    assert left.tensors[0].tolist() == [[0, 1, 1, 1], [0, 0, 1, 1]]
+    assert right.tensors[0].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
+    assert left.tensors[1].tolist() == [[0, 0, 1, 2], [0, 0, 0, 1]]
+    assert torch.equal(left.keep, left.tensors[0].bool())
+    assert torch.equal(right.keep, right.tensors[0].bool())
+
+
+def test_counted_positions_are_never_moved():
+    assert make_masked(offset=9, stagger=True).tensors[1][1].tolist() == [10, 11, 12, 13]
+    counted = make_masked("counted", offset=9, stagger=True)
+    assert counted.tensors[1].tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_padded_rows_are_not_compared_and_places_are_real():
+    case = make_masked(padding="left")
+    outputs = np.ones((2, 4, 3), np.float32)
+    assert case.select(outputs)[..., 0].tolist() == [[0, 1, 1, 1], [0, 0, 1, 1]]
+    assert case.locate((1, 2, 0), ("batch_size", "seq_len", 3)) == "batch row 1, position 2"
+
+
+def test_a_sample_of_a_long_output_is_compared():
+    spec = CaseSpec({"batch_size": 1, "seq_len": 1000, "past_seq_len": 5})
+    case = Case(spec.name, (), None, spec)
+    values = torch.arange(1000.0)[None, :, None].expand(1, 1000, 2)
+    total = torch.arange(1005.0)[None, None, :, None]
+    read = case.read_outputs({"y": values, "present": total, "other": torch.ones(3)})
+    assert {name: value.shape for name, value in read.items()} == {
+        "y": (1, 64, 2),
+        "present": (1, 1, 64, 1),
+        "other": (3,),
+    }
+    assert read["y"][0, [0, -1], 0].tolist() == [0, 999]
+    dims = ("batch_size", 2, "past_seq_len + seq_len", 1)
+    place = case.locate((0, 0, 40, 0), dims)
+    assert place == f"batch row 0, position {int(read['present'][0, 0, 40, 0])}"
