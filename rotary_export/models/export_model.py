@@ -40,6 +40,7 @@ from rotary_export.proof.models.compare import (
     run_eager,
     write_input_values,
 )
+from rotary_export.proof.models.frequencies import compare_frequencies
 from rotary_export.proof.models.noise import Noise, measure_noise
 from rotary_export.proof.report import Report, check_report
 from rotary_export.runtime.compiled import COMPILED_FOR
@@ -113,6 +114,7 @@ def export_model(
             manifest, report = _prove(
                 analysis, constraints, snapshot, staging, make_manifest, progress
             )
+            report.add(*compare_frequencies(model))
         return finish_bundle(staging, path, manifest, report)
 
 
