@@ -77,7 +77,8 @@ def export(
     `static`: query, key, seq_len.
 
     Args:
-        module: The embedding, with the buffers that it has now.
+        module: The embedding, with the buffers that it has now. They must be what the formula of
+            its arguments, or of its rope type, gives.
         out: The folder to write; it must not exist, or be a bundle and `force` be given.
         num_heads: Heads of query; None: a dynamic axis.
         num_kv_heads: Heads of key; default: as num_heads.

@@ -102,6 +102,8 @@ def _rename(model: ir.Model, graph: Graph) -> None:
             model.graph.append(one)
         elif name == "scale":  # a buffer and an output of that name would collide
             value.name = ZETA
+        elif name == "select":  # a rope type's only frequencies, inv_freq[0], were folded
+            value.name = "inv_freq"
     for value, info in zip(model.graph.outputs, graph.outputs, strict=True):
         value.name = info.name
 

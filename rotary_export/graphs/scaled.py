@@ -99,8 +99,18 @@ class ScaledRope:
             )
 
     def collect_buffers(self, module: ScaledRotaryEmbedding, max_seq_len: int) -> dict[str, Tensor]:
-        """Return the frequencies of every length up to max_seq_len, which the module may lack."""
-        return self.make_buffers(max_seq_len)
+        """Return the module's own frequencies, then those of lengths for which it stores none.
+
+        Raises:
+            RotaryExportError: It has other columns than its rope type.
+        """
+        (fresh,) = self.make_buffers(max_seq_len).values()
+        own = module.inv_freq.detach().cpu()
+        if own.shape[1:] != fresh.shape[1:]:
+            raise RotaryExportError(
+                f"inv_freq must have shape (n, {fresh.shape[1]}), got {tuple(own.shape)}"
+            )
+        return {"inv_freq": torch.cat((own, fresh[len(own) :]))[: len(fresh)]}
 
     def make_buffers(self, max_seq_len: int) -> dict[str, Tensor]:
         """Return those of a fresh module."""

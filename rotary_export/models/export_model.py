@@ -40,9 +40,10 @@ from rotary_export.models.write_graph import write_graph
 from rotary_export.models.write_onnx import MAX_INLINE_BYTES
 from rotary_export.package import __version__, find_versions
 from rotary_export.proof.models.compare import GRAPH
+from rotary_export.proof.models.frequencies import compare_frequencies
 from rotary_export.proof.models.input_values import write_input_values
 from rotary_export.proof.models.reference import Measured
-from rotary_export.proof.report import Report
+from rotary_export.proof.report import Report, check_report
 from rotary_export.runtime.compiled import COMPILED_FOR
 from rotary_export.types import Progress, ignore_progress, name_dtype
 
@@ -204,6 +205,9 @@ def _build(
     if dtype is not None:
         model, example_inputs = convert_model(model, example_inputs, dtype)
     with take_snapshot(model) as snapshot:
+        formula = Report()
+        formula.add(*compare_frequencies(model))
+        check_report(formula)
         analysis = analyze_model(
             model, example_inputs, dynamic_shapes, snapshot, progress, float32_tables
         )
@@ -218,7 +222,7 @@ def _build(
             config = _make_config(analysis, constraints, measured, left_out, options)
             return _make_manifest(name, model, config, limited, opset, folder)
 
-        return prove(
+        manifest, report = prove(
             analysis,
             graph,
             constraints,
@@ -229,6 +233,8 @@ def _build(
             options,
             progress,
         )
+        report.add(formula.rows, formula.unverified)
+        return manifest, report
 
 
 def _keep(staging: Path, path: Path, manifest: Manifest, force: bool) -> None:

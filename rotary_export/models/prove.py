@@ -197,8 +197,7 @@ def _add_far_tables(
         traced.compute_tables,
         analysis.plan(constraints),
     )
-    report.rows += rows
-    report.unverified |= left_out
+    report.add(rows, left_out)
 
 
 def _add_notes(analysis: Analysis, options: ProofOptions, report: Report) -> None:

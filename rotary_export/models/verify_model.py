@@ -24,6 +24,7 @@ from rotary_export.models.prove import FAR_TABLES, FLOAT32_TABLES, choose_cases,
 from rotary_export.models.trace.snapshot import take_snapshot
 from rotary_export.proof.models.cases import EXAMPLE, Case
 from rotary_export.proof.models.compare import GRAPH, compare_model, read_sources
+from rotary_export.proof.models.frequencies import compare_frequencies
 from rotary_export.proof.models.plan import Plan, plan_cases
 from rotary_export.proof.models.reference import Reference
 from rotary_export.proof.report import Report
@@ -80,6 +81,7 @@ def verify_model(
         measured = reference.measure(choose_cases([example, *plan_cases(plan)], case), progress)
     report = compare_model(path, manifest, measured, progress)
     report.unverified |= reference.left_out
+    report.add(*compare_frequencies(model))
     report.notes += [FLOAT32_TABLES] if flat.float32_tables else []
     report.notes += [FAR_TABLES] if case is None else []
     return report

@@ -2,8 +2,10 @@
 
 - `verify.py`: `verify`.
 - `plain.py`, `plain_cases.py`: the proof of a plain bundle, and its inputs.
-- `models/`: the proof of a model's bundle: its inputs, its noise, the comparison.
+- `models/`: the proof of a model's bundle: its inputs, its noise, the comparison, its
+  frequencies.
 - `oracle.py`, `scaled_oracle.py`: the formulas once more, in float64.
+- `formulas.py`: the closed form of the frequencies of every rope type.
 - `comparison.py`: errors of arrays, in ulp.
 - `tolerances.py`: every limit, with its reason.
 - `report.py`: the result.

@@ -1,8 +1,9 @@
 """Prove a plain bundle: every graph, every way to run it, against eager PyTorch and the oracle.
 
 Eager here computes from the tables that the bundle stores, so that the comparison is of the same
-operations on the same numbers on every machine; the stored tables themselves are held against the
-oracle. Errors are counted in ulp of the output's dtype (`oracle.Expected` defines them).
+operations on the same numbers on every machine. The stored tables themselves are held against the
+oracle; inv_freq, from which both start, against its closed form (`formulas.py`). Errors are counted
+in ulp of the output's dtype (`oracle.Expected` defines them).
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.graphs.config import ExportConfig, read_config
 from rotary_export.graphs.graph import Graph, make_graphs
 from rotary_export.proof.comparison import compare, to_comparable
+from rotary_export.proof.formulas import (
+    compare_formula,
+    compute_inv_freq,
+    compute_plain_inv_freq,
+    compute_zeta,
+    list_lengths,
+)
 from rotary_export.proof.oracle import Expected, Oracle
 from rotary_export.proof.plain_cases import describe_case, make_cases
 from rotary_export.proof.report import Report, Row
@@ -56,14 +64,18 @@ def compare_plain(
     for info in manifest.graphs.values():
         check_rotary_nodes(path, info)
     stored = {name: read_constants(path, info) for name, info in manifest.graphs.items()}
+    fresh = config.rope.make_buffers(config.max_seq_len)
+    for tables in stored["tables"].values():
+        for name in tables.keys() & fresh.keys():
+            tables[name] = _restore_shape(tables[name], fresh[name])
     if state is not None:
         _check_state(stored["tables"], state)
     constants = {name: _pick_constants(by_format) for name, by_format in stored.items()}
-    buffers = config.rope.make_buffers(config.max_seq_len)  # a one-row graph stores none
+    buffers = fresh  # a graph of position 0 alone stores none
     buffers |= {name: torch.from_numpy(value) for name, value in constants["tables"].items()}
     constants["tables"] = {name: to_comparable(value) for name, value in buffers.items()}
     oracle = ORACLES[config.rope.kind](config, constants["tables"], constants["rotate"])
-    report = Report()
+    report = Report(rows=_compare_formulas(config, constants["tables"]))
     for graph in make_graphs(config, buffers):
         for name, value in constants[graph.name].items():
             setattr(graph.module, name, torch.from_numpy(value))
@@ -73,6 +85,11 @@ def compare_plain(
     return report
 
 
+def _restore_shape(stored: Array, buffer: Tensor) -> Array:
+    """Return a stored table in its buffer's shape; ONNX stores an only row without its axis."""
+    return stored.reshape(buffer.shape) if buffer.shape == (1, *stored.shape) else stored
+
+
 def _check_state(stored: Mapping[str, Arrays], state: Mapping[str, Tensor]) -> None:
     for file_format, tables in stored.items():
         for name, value in tables.items():
@@ -80,6 +97,20 @@ def _check_state(stored: Mapping[str, Arrays], state: Mapping[str, Tensor]) -> N
                 raise CheckFailedError(
                     f"tables ({file_format}) does not contain the module's {name}"
                 )
+
+
+def _compare_formulas(config: ExportConfig, tables: Arrays) -> list[Row]:
+    """Compare inv_freq, and xPos's zeta, with their closed forms."""
+    values = config.rope.to_dict()
+    if config.rope.kind == "plain":
+        source, expected = "its arguments", {"inv_freq": compute_plain_inv_freq(values)}
+        if config.rope.uses_xpos:
+            expected["scale"] = compute_zeta(values)
+    else:
+        source = f"rope type {values['rope_type']!r}"
+        lengths = list_lengths(values, len(tables["inv_freq"]))
+        expected = {"inv_freq": compute_inv_freq(values, lengths)}
+    return [compare_formula(name, tables[name], want, source) for name, want in expected.items()]
 
 
 def _compare_graph(

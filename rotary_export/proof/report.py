@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rotary_export.errors import CheckFailedError
 from rotary_export.proof.comparison import Error
 from rotary_export.proof.tolerances import TOLERANCES
+
+FORMULA = "formula"  # what a row of a closed form has instead of a runtime
 
 
 @dataclass
@@ -24,7 +27,8 @@ class Row:
         oracle_tolerance: Key of TOLERANCES; None: a whole model has no oracle.
         oracle: Error against the float64 oracle (float64 outputs: long double).
         noise: By how much rounding alone moves eager, in the unit of `eager`; of a whole model.
-        case: The inputs for which the error is the largest of what is allowed; of a whole model.
+        case: The inputs for which the error is the largest of what is allowed, of a whole model; of
+            a closed form, the element for which it is.
         place: Batch row and position of the largest error; of a whole model.
     """
 
@@ -97,6 +101,11 @@ class Report:
     unverified: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def add(self, rows: Sequence[Row], unverified: Mapping[str, str]) -> None:
+        """Add what a part of the proof found."""
+        self.rows += rows
+        self.unverified |= unverified
+
     @property
     def passed(self) -> bool:
         """Whether every row is within its tolerances."""
@@ -132,6 +141,8 @@ def check_report(report: Report) -> None:
 
 def describe_failure(row: Row) -> str:
     """Return in one sentence what differs, where, by how much, and what is allowed."""
+    if row.runtime == FORMULA:
+        return f"nothing was written: {row.case}"
     if row.oracle_tolerance is None:
         details = (
             f" ({row.eager_allowed:.3g} are allowed, the model's own rounding noise is "

@@ -1,7 +1,7 @@
 """The float64 oracle of Hugging Face's rope types.
 
-From the rope type it reads data alone: the length boundary, the attention factor, the layout of the
-axes. What is computed from these shares no code with the package.
+From the rope type it reads data alone: the length boundary and the layout of the axes. What is
+computed from these shares no code with the package.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from rotary_export.graphs.config import ExportConfig
+from rotary_export.proof.formulas import compute_attention_factor
 from rotary_export.proof.oracle import Expected, Oracle, TableTolerances, compute_ulp
 from rotary_export.rope.rope_types import from_dict
 from rotary_export.types import Array, Arrays
@@ -102,7 +103,7 @@ class ScaledOracle(Oracle):
         past = 0 if self.length_boundary is None else max(0, length - self.length_boundary)
         if not self._rope.varies_past_boundary:
             past = min(past, 1)
-        return self._inv_freq[past], float(self._rope.compute_attention_factor(length))
+        return self._inv_freq[past], compute_attention_factor(self._arguments, length)
 
     def _compute_cos_sin(self, positions: Array, length: int) -> tuple[Expected, Expected]:
         """Compute cos and sin of positions (S,), (B, S) or (A, B, S)."""

@@ -53,4 +53,8 @@ TOLERANCES = {
     "oracle-rotate": Tolerance(2, "k = 1: (2.83 + 1) u"),
     "oracle-xpos": Tolerance(5, "k = 3, with the scale and, for the key, its reciprocal"),
     "oracle-half": Tolerance(0.51, "computed in float32 and rounded once to nearest"),
+    # A buffer against its closed form.
+    "formula": Tolerance(
+        8, "eight roundings (base, Pow, 1 / x, factors), and the exponent's times ln(base)"
+    ),
 }

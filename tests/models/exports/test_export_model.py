@@ -144,7 +144,8 @@ def test_half_models_have_float32_tables(tmp_path, dtype):
     types = {v.name: v.type.tensor_type.elem_type for v in proto.graph.value_info}
     nodes = [n for n in proto.graph.node if n.op_type == "RotaryEmbedding"]
     assert {types[name] for node in nodes for name in node.input[1:3]} == {onnx.TensorProto.FLOAT}
-    assert {row.eager_tolerance for row in bundle.report.rows} == {"model-half", "far-tables"}
+    of_model = [row for row in bundle.report.rows if row.graph == "model"]
+    assert {row.eager_tolerance for row in of_model} == {"model-half"}
     assert {"TorchScript", "torch.export"} < {row.runtime for row in bundle.report.rows}
     assert bundle.report.passed
 
