@@ -25,15 +25,21 @@ from rotary_export.measure.timing import SECONDS
 )
 @click.option("--case", help="With --model: compare this one case.")
 @click.option("--seed", type=click.IntRange(0), help="With --model: draw other inputs.")
+@click.option("--quick", is_flag=True, help="With --model: no far positions, no long sequences.")
 @json_option
 def verify(
-    bundle: Path, source: str | None, case: str | None, seed: int | None, as_json: bool
+    bundle: Path,
+    source: str | None,
+    case: str | None,
+    seed: int | None,
+    quick: bool,
+    as_json: bool,
 ) -> None:
     """Compare every graph of BUNDLE, in every runtime, with eager PyTorch and a float64 oracle.
 
     The formats of a model's bundle are compared with each other, or with --model with the model.
     """
-    for name, value in (("--case", case), ("--seed", seed)):
+    for name, value in (("--case", case), ("--seed", seed), ("--quick", quick or None)):
         if value is not None and source is None:
             raise click.UsageError(f"{name} needs --model.")
     terminal = Terminal(as_json)
@@ -54,6 +60,7 @@ def verify(
                 loaded.example_inputs,
                 case=case,
                 seed=seed,
+                quick=quick,
                 progress=progress,
             )
     print_report(terminal, report.to_dict())

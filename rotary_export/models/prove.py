@@ -29,10 +29,7 @@ from rotary_export.proof.models.reference import Measured, Reference
 from rotary_export.proof.report import Report, describe_failure
 from rotary_export.types import Progress
 
-QUICK = (
-    "a quick proof: no far positions, no long sequences, and the noise was measured once; "
-    "verify BUNDLE --model SOURCE proves more"
-)
+QUICK = "a quick proof: no far positions, no long sequences, and the noise was measured once"
 FLOAT32_TABLES = (
     "compared with the model whose positions, angles and tables are computed in float32 "
     "(float32_tables), not as its own type has them"

@@ -20,11 +20,12 @@ from rotary_export.models.arguments import (
 )
 from rotary_export.models.convert import convert_model
 from rotary_export.models.error_text import describe_error
-from rotary_export.models.prove import FAR_TABLES, FLOAT32_TABLES, choose_cases, make_run
+from rotary_export.models.prove import FAR_TABLES, FLOAT32_TABLES, QUICK, choose_cases, make_run
 from rotary_export.models.trace.snapshot import take_snapshot
 from rotary_export.proof.models.cases import EXAMPLE, Case
 from rotary_export.proof.models.compare import GRAPH, compare_model, read_sources
 from rotary_export.proof.models.frequencies import compare_frequencies
+from rotary_export.proof.models.noise import RUNS
 from rotary_export.proof.models.plan import Plan, plan_cases
 from rotary_export.proof.models.reference import Reference
 from rotary_export.proof.report import Report
@@ -38,6 +39,7 @@ def verify_model(
     *,
     case: str | None = None,
     seed: int | None = None,
+    quick: bool = False,
     progress: Progress = ignore_progress,
 ) -> Report:
     """Compare every format of a model's bundle with the model, as its export did.
@@ -48,6 +50,7 @@ def verify_model(
         example_inputs: As `export_model`, of the same arguments.
         case: Name of the one case to run; None: all that a full proof has.
         seed: Of the values of the inputs; None: that of the export.
+        quick: As `export_model`.
         progress: Called with what is being run.
 
     Returns:
@@ -62,7 +65,7 @@ def verify_model(
     check_files(path, manifest)
     if GRAPH not in manifest.graphs:
         raise RotaryExportError(f"{path} is not the bundle of a model: verify needs no model")
-    plan = _read_plan(manifest, seed)
+    plan = _read_plan(manifest, seed, quick)
     check_arguments(model, example_inputs)
     model, example_inputs = _convert(manifest, model, example_inputs)
     arguments, tensors = read_arguments(example_inputs)
@@ -78,16 +81,17 @@ def verify_model(
             plan.sources,
             describe=describe_error,
         )
-        measured = reference.measure(choose_cases([example, *plan_cases(plan)], case), progress)
+        cases = choose_cases([example, *plan_cases(plan)], case)
+        measured = reference.measure(cases, progress, runs=1 if quick else RUNS)
     report = compare_model(path, manifest, measured, progress)
     report.unverified |= reference.left_out
     report.add(*compare_frequencies(model))
     report.notes += [FLOAT32_TABLES] if flat.float32_tables else []
-    report.notes += [FAR_TABLES] if case is None else []
+    report.notes += [QUICK if quick else FAR_TABLES]
     return report
 
 
-def _read_plan(manifest: Manifest, seed: int | None) -> Plan:
+def _read_plan(manifest: Manifest, seed: int | None, quick: bool) -> Plan:
     config = manifest.config
     try:
         return Plan(
@@ -99,6 +103,7 @@ def _read_plan(manifest: Manifest, seed: int | None) -> Plan:
             max_size=manifest.graphs[GRAPH].max_size,
             sizes_to_verify=config["sizes_to_verify"],
             seed=config["seed"] if seed is None else seed,
+            quick=quick,
         )
     except LookupError as error:
         raise RotaryExportError(f"the manifest's config is damaged: {error!r}") from None

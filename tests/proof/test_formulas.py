@@ -282,7 +282,7 @@ MODELS = {"llama": {}, "gemma3_text": TWO_LAYERS, "phi": {}, "esm": {}}
 
 
 @pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_every_buffer_of_a_model_is_compared(family, dtype):
     rows, unverified = compare_frequencies(make_model(family, **MODELS[family]).to(dtype))
     assert unverified == {}

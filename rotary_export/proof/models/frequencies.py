@@ -104,7 +104,10 @@ def _compare(buffer: _Buffer) -> Row | str:
         return f"its rope can't be read: {first_line(error)}"
     got = to_comparable(buffer.value.detach().cpu())
     lengths = np.asarray(_list_lengths(buffer, rope))
-    expected = compute_inv_freq(rope.to_dict(), lengths, name_dtype(buffer.value.dtype))
+    dtype = name_dtype(buffer.value.dtype)
+    if dtype == "float64":  # of a converted model: they were computed in float32
+        dtype = "float32"
+    expected = compute_inv_freq(rope.to_dict(), lengths, dtype)
     if rope.axis_layout:  # a model may order the columns by their axes, or store one for all axes
         got, expected = -np.sort(-got), _sort_columns(expected)
         times = expected.value.shape[1] // len(got)

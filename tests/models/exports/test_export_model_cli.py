@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 from click.testing import CliRunner
+from helpers.planted import plant_fault
 from helpers.tiny_models import make_config, make_model
 
 from rotary_export.bundle.manifest import read_manifest
@@ -17,6 +19,10 @@ from helpers.tiny_models import make_inputs, make_model
 
 def llama():
     model = make_model("llama", num_hidden_layers=1)
+    return model, make_inputs(model)
+
+def deep():
+    model = make_model("llama", num_hidden_layers=2)
     return model, make_inputs(model)
 
 def alone():
@@ -92,7 +98,7 @@ def test_exports(folder, monkeypatch, source):
     assert result.exit_code == 0, result.output
     assert "modeling_llama.apply_rotary_pos_emb" in result.stdout
     assert "half, channels 0 to 16, BNSH" in result.stdout
-    assert "proven: 2 comparisons with eager PyTorch, all within tolerance" in result.stdout
+    assert "comparisons with eager PyTorch, all within tolerance" in result.stdout
     assert "random" not in result.stdout
     assert read_manifest(folder / "out").graphs["model"].rotary_nodes == 1
 
@@ -105,6 +111,53 @@ def test_config_reports_that_weights_are_random(folder, monkeypatch):
     assert found["rotary"][0]["fused"] == 1
     assert found["parity"]["passed"]
     assert read_manifest(folder / "out").dtype == "float16"
+
+
+def call(folder, monkeypatch, *arguments):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    return CliRunner().invoke(cli, arguments)
+
+
+def test_a_failure_prints_the_command_that_repeats_it(folder, monkeypatch):
+    kept = folder / "kept"
+    with plant_fault():
+        result = run(
+            folder, monkeypatch, "my_factories:deep", "--force", "--quick", "--seed", "2",
+            "--keep-failed", str(kept),
+        )  # fmt: skip
+        assert result.exit_code == 1
+        command = shlex.split(result.stderr.rpartition("to repeat it: ")[2].strip())
+        assert command[:3] == ["rotary-export", "export-model", "my_factories:deep"]
+        assert command[3:6] == ["--format", "onnx", "--quick"]
+        assert command[-2:] == ["--seed", "2"]
+        before = sorted(folder.iterdir())
+        again = call(folder, monkeypatch, *command[1:])
+        assert again.exit_code == 1
+        assert "rotary call 3 of 4" in again.stderr
+        assert sorted(folder.iterdir()) == before
+    right = call(folder, monkeypatch, *command[1:])
+    assert right.exit_code == 0, right.output
+    assert f"model was compared at {command[-3]}\n" in right.stdout
+    wrong = call(folder, monkeypatch, "verify", str(kept), "--model", "my_factories:deep")
+    assert wrong.exit_code == 1
+    assert "FAILED" in wrong.stdout
+    refused = call(
+        folder, monkeypatch, "run", str(kept), "--input", "input_ids=1", "--out", "o.npz"
+    )
+    assert refused.exit_code == 1
+    assert "failed its proof" in refused.stderr
+
+
+def test_verify_with_the_model(folder, monkeypatch):
+    assert run(folder, monkeypatch, "my_factories:deep", "--force", "--quick").exit_code == 0
+    options = ["--model", "my_factories:deep", "--seed", "1", "--case", "the example", "--json"]
+    result = call(folder, monkeypatch, "verify", str(folder / "out"), *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["shapes"] == {"model": ["the example"]}
+    alone = call(folder, monkeypatch, "verify", str(folder / "out"), "--case", "the example")
+    assert alone.exit_code == 2
+    assert "--case needs --model." in alone.stderr
 
 
 def run_dry(folder, monkeypatch, source, *options):

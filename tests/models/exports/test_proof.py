@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
+from helpers.planted import plant_fault
 from helpers.tiny_models import make_inputs, make_model
 from torch import nn
 
 import rotary_export
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.models import export_model as module
-from rotary_export.models.find import replace
 from rotary_export.models.prove import RejectedError
 
 
@@ -130,30 +128,6 @@ def test_verify_with_another_model_fails(llama, bundle):
         rotary_export.verify_model(bundle, llama, make_inputs(llama), case="none")
 
 
-@contextmanager
-def plant_fault(monkeypatch):
-    """Rotate the second layer by other tables, while the model is traced."""
-    real_write, real_rotate = module.write_graph, replace.rotate_slots
-
-    def write(*args, **kwargs):
-        calls = 0
-
-        def rotate_slots(xs, tables, lowering):
-            nonlocal calls
-            calls += 1
-            if calls == 2:
-                tables = [(cos * 1.01, sin) for cos, sin in tables]
-            return real_rotate(xs, tables, lowering)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(replace, "rotate_slots", rotate_slots)
-            return real_write(*args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "write_graph", write)
-        yield
-
-
 PLACE = (
     r"differs from eager by .* ulp .* are allowed, the model's own rounding noise is .*; "
     r"the result of rotary call 3 of 4 \(model\.layers\.1\.self_attn, apply_rotary_pos_emb\) "
@@ -161,9 +135,9 @@ PLACE = (
 )
 
 
-def test_a_failure_names_the_layer_and_is_repeated(llama, tmp_path, monkeypatch):
+def test_a_failure_names_the_layer_and_is_repeated(llama, tmp_path):
     inputs, options = make_inputs(llama), {"formats": ("onnx",), "quick": True}
-    with plant_fault(monkeypatch):
+    with plant_fault():
         with pytest.raises(RejectedError, match=PLACE) as caught:
             rotary_export.export_model(
                 llama, inputs, tmp_path / "b", keep_failed=tmp_path / "kept", **options
