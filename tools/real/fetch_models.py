@@ -107,9 +107,7 @@ def convert(file: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file as transformers saves them."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # transformers refuses to save what it loaded from GGUF, although the weights are float32.
