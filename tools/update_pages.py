@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path += [str(ROOT / "tools" / folder) for folder in ("bench", "coverage", "targets")]
+sys.path += [str(ROOT / "tools" / folder) for folder in ("bench", "coverage", "real", "targets")]
 
 import coverage_report
+import measure_real
 import performance_section
 import targets
 
@@ -259,6 +260,20 @@ def write_cpp_latency() -> str:
     )
 
 
+def write_real_weights() -> str:
+    """Proof and text with trained weights, from tools/results/real_weights.json."""
+    found = _read_result("real_weights")
+    machine = found["machine"]
+    headers, rows = measure_real.tabulate_differences(found)
+    return "\n\n".join(
+        (
+            f"On {machine['processor']}, {machine['cores']} cores.",
+            format_table(*measure_real.tabulate(found)),
+            format_table(headers, rows) if rows else "No token differs.",
+        )
+    )
+
+
 # The generated sections of each page.
 DOCUMENTS = {
     "README.md": {"target_summary": write_target_summary, "headline": write_headline},
@@ -279,6 +294,7 @@ DOCUMENTS = {
         "coverage": write_coverage,
         "coverage_families": write_families,
     },
+    "tools/real/README.md": {"real_weights": write_real_weights},
     "tools/targets/README.md": {"targets": write_targets, "load": write_load},
 }
 
