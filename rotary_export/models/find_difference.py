@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rotary_export.models.find.candidates import Candidate
-from rotary_export.models.find.lowering import Lowering, to_op
-from rotary_export.models.find.replace import replace_calls
+from rotary_export.models.find.lowering import to_op
+from rotary_export.models.find.replace import CheckedCall, replace_calls
 from rotary_export.models.find.replacement import Replacement
 from rotary_export.models.trace.traced_rotary import TracedRotary
 from rotary_export.proof.models.cases import Case, Run
@@ -55,14 +54,13 @@ def find_difference(
     calls: list[_Call] = []
     running: list[str] = []
 
-    def record(
-        candidate: Candidate, lowering: Lowering, xs: list[Tensor], ys: list[Tensor]
-    ) -> None:
+    def record(call: CheckedCall) -> None:
         layer = running[-1] if running else "the model"
-        place = f"{layer}, {candidate.name.rpartition('.')[2]}"
-        ordered = lowering.layout != "deinterleaved"
-        for x, y in zip(xs, ys, strict=True):
-            calls.append(_Call(place, to_op(x, lowering), to_op(y, lowering) if ordered else None))
+        place = f"{layer}, {call.name.rpartition('.')[2]}"
+        ordered = call.lowering.layout != "deinterleaved"
+        for x, y in zip(call.xs, call.ys, strict=True):
+            result = to_op(y, call.lowering) if ordered else None
+            calls.append(_Call(place, to_op(x, call.lowering), result))
 
     with _track_modules(model, running), replace_calls(found, check=True, record=record):
         run(case.tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,8 @@ from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.models.analyze import Analysis
 from rotary_export.models.arguments import FlatModel
 from rotary_export.models.error_text import describe_error
-from rotary_export.models.find.replace import replace_calls
 from rotary_export.models.find_difference import find_difference
+from rotary_export.models.trace.check_tables import TableCheck
 from rotary_export.models.trace.size_limits import SizeConstraints
 from rotary_export.models.trace.snapshot import Snapshot
 from rotary_export.models.trace.traced_rotary import TracedRotary
@@ -107,12 +106,13 @@ def prove(
         RejectedError: It differs from the model, and no limit is left to set.
     """
     while True:
+        tables = TableCheck(analysis.found, traced, [info.name for info in analysis.inputs])
         reference = Reference(
             analysis.flat.model,
             make_run(analysis.flat, snapshot),
             analysis.inputs,
             analysis.input_values,
-            check=functools.partial(replace_calls, analysis.found, check=True),
+            check=tables.check,
             describe=describe_error,
         )
         specs = plan_cases(analysis.plan(constraints, options.seed, options.quick))
@@ -126,6 +126,7 @@ def prove(
         report, failure, case = Report(), "", ""
         try:
             report = compare_model(folder, manifest, measured, progress)
+            report.add([*tables.rows.values()], {})
             if not options.quick and options.case is None:
                 _add_far_tables(analysis, constraints, traced, folder, manifest, report, progress)
         except CheckFailedError as error:

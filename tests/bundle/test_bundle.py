@@ -166,6 +166,7 @@ def test_the_module_is_exported_as_it_is_and_left_so(tmp_path):
     rope.load_state_dict(state)
     rope._apply = None  # neither .cpu() nor .to() is called on the user's module
     bundle = rotary_export.export(rope, tmp_path / "b", formats=("onnx", "torchscript"))
+    assert [*bundle.report.unverified] == ["inv_freq by its formula", "scale by its formula"]
     assert rope.training
     assert rope.max_seq_len == ROWS
     assert list(rope.state_dict()) == list(state)

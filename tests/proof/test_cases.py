@@ -130,6 +130,10 @@ def test_counted_positions_are_never_moved():
     assert counted.tensors[1].tolist() == [[0, 1, 2, 3]] * 2
 
 
+def test_positions_with_a_jump():
+    assert make_masked(jump=True).tensors[1].tolist() == [[0, 1, 5, 6], [0, 1, 7, 8]]
+
+
 def test_padded_rows_are_not_compared_and_places_are_real():
     case = make_masked(padding="left")
     outputs = np.ones((2, 4, 3), np.float32)

@@ -187,7 +187,7 @@ def test_a_wrong_formula_is_not_proven(tmp_path, monkeypatch):
 def test_a_wrong_attention_factor_is_not_proven(tmp_path, monkeypatch):
     monkeypatch.setattr(Longrope, "compute_attention_factor", lambda self, length=None: 1.5)
     check_refused(
-        "the export is not equal to eager, nothing was written: tables.cos_cache by eager",
+        "the export is not equal to eager, nothing was written: tables.cos_cache by ",
         lambda: export(make_rope("longrope"), tmp_path / "b", max_seq_len=ROWS, formats=("onnx",)),
         tmp_path,
     )
@@ -282,7 +282,9 @@ MODELS = {"llama": {}, "gemma3_text": TWO_LAYERS, "phi": {}, "esm": {}}
 
 
 @pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str
+)
 def test_every_buffer_of_a_model_is_compared(family, dtype):
     rows, unverified = compare_frequencies(make_model(family, **MODELS[family]).to(dtype))
     assert unverified == {}

@@ -38,6 +38,12 @@ def test_positions_are_moved_to_the_last_one():
     assert not any("position_ids" in name for name in list_names(counted))
 
 
+def test_positions_jump_where_there_is_a_mask():
+    masked = MOVED | {"mask": InputValues("mask")}
+    assert "batch_size 3, seq_len 11, position_ids with a jump" in list_names(masked)
+    assert not any("jump" in name for name in list_names())
+
+
 def test_padding_at_both_sides():
     masked = {"mask": InputValues("mask")}
     assert sum("padded" in name for name in list_names(masked)) == 2

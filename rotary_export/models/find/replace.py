@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,27 @@ from rotary_export.models.find.lowering import Lowering, Tables, compute_tables,
 from rotary_export.models.find.probe import is_close
 from rotary_export.models.find.replacement import Replacement
 
-Record = Callable[[Candidate, Lowering, list[Tensor], list[Tensor]], None]
+
+@dataclass(frozen=True)
+class CheckedCall:
+    """A call of one of the model's functions, as `replace_calls` with `check` sees it.
+
+    Attributes:
+        name: The function's.
+        lowering: How it maps onto the op.
+        xs: What it rotates.
+        ys: What it returns for these.
+        tables: Its own cos and sin, for each of them.
+    """
+
+    name: str
+    lowering: Lowering
+    xs: list[Tensor]
+    ys: list[Tensor]
+    tables: list[Tables]
+
+
+Record = Callable[[CheckedCall], None]
 
 
 @contextmanager
@@ -30,7 +51,7 @@ def replace_calls(
     Args:
         found: As `find_replacement` found it.
         check: Compare the op with the functions, and return what the functions return.
-        record: With `check`: called for each call with what it rotates, and what it returns.
+        record: With `check`: called with each call.
 
     Yields:
         Counts replaced calls by function.
@@ -75,7 +96,9 @@ def replace_calls(
                 _check_rotated(candidate, lowering, results, rotated)
                 if record is not None:
                     xs = [leaves[source] for source in sources]
-                    record(candidate, lowering, xs, [results[s.result] for s in lowering.slots])
+                    ys = [results[slot.result] for slot in lowering.slots]
+                    tables = memo[memo_key][1]
+                    record(CheckedCall(candidate.name, lowering, xs, ys, tables))
                 return output
             return _rebuild(found.recorded_calls[key], leaves, lowering, rotated)
 

@@ -32,6 +32,7 @@ class CaseSpec:
         seed: Of the random numbers.
         offset: Added to position ids.
         stagger: Each row of position ids starts one later.
+        jump: In the middle of each row, position ids jump, each by another distance.
         padding: "left" or "right": rows are padded, each by another length; "": not at all.
         optional: A model may refuse such inputs; the case is then left out.
     """
@@ -40,6 +41,7 @@ class CaseSpec:
     seed: int = 0
     offset: int = 0
     stagger: bool = False
+    jump: bool = False
     padding: str = ""
     optional: bool = False
 
@@ -48,6 +50,7 @@ class CaseSpec:
         """Sizes and what is particular, human-readable."""
         words = [f"{name} {size}" for name, size in self.sizes.items()]
         words += [f"position_ids + {self.offset}"] if self.offset else []
+        words += ["position_ids with a jump"] if self.jump else []
         words += [f"padded at the {self.padding}"] if self.padding else []
         return ", ".join(words) or "as traced"
 
@@ -209,4 +212,7 @@ def _make_positions(
         positions = positions + spec.offset
         if spec.stagger:
             positions = positions + torch.arange(rows)[:, None]
+        if spec.jump:
+            distances = 2 * torch.arange(rows)[:, None] + 3
+            positions = positions + distances * (torch.arange(seq_len) >= seq_len // 2)
     return positions.expand(shape)

@@ -52,6 +52,11 @@ class Plan:
         """Whether positions are an input that can be moved."""
         return any(source.role == "position_ids" for source in self.sources.values())
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether there is a mask of 0 and 1."""
+        return any(source.role == "mask" for source in self.sources.values())
+
     def choose_sizes(self, batch: int, seq: int, past: int) -> dict[str, int]:
         """Return every size, none larger than it may be; others follow the batch."""
         wanted = {BATCH: batch, PAST: min(past, self.limit // 2)}
@@ -82,7 +87,7 @@ def _plan_small(plan: Plan) -> list[CaseSpec]:
     ]
     if PAST in plan.traced:  # the first step, with an empty cache
         specs.append(CaseSpec(plan.choose_sizes(2, seq + 1, 0), seed=3))
-    if any(source.role == "mask" for source in plan.sources.values()):
+    if plan.is_masked:
         for side in ("left", "right"):
             sizes = plan.choose_sizes(3, seq + 2, past)
             specs.append(CaseSpec(sizes, seed=5, padding=side))
@@ -90,7 +95,11 @@ def _plan_small(plan: Plan) -> list[CaseSpec]:
 
 
 def _plan_moved(plan: Plan) -> list[CaseSpec]:
-    """Plan positions further on: a hundred, and to the last one."""
+    """Plan positions further on: a hundred, to the last one, and with a jump in each row.
+
+    Only differences of positions matter to a rotation, so that a jump alone shows that a graph
+    ignores them. Without a mask, models of transformers take a jump for the start of a sequence.
+    """
     if not plan.moves:
         return []
     seq, past = plan.traced.get(SEQ, 1), plan.traced.get(PAST, 0)
@@ -99,11 +108,14 @@ def _plan_moved(plan: Plan) -> list[CaseSpec]:
     offsets = {min(100, plan.limit - before)}
     if plan.last is not None:
         offsets.add(plan.last - before)
-    return [
+    specs = [
         CaseSpec(sizes, seed=4, offset=offset, optional=True)
         for offset in sorted(offsets)
         if offset > 0
     ]
+    if plan.is_masked and plan.limit - before > 9:
+        specs.append(CaseSpec(sizes, seed=4, jump=True, optional=True))
+    return specs
 
 
 def _plan_long(plan: Plan) -> list[CaseSpec]:

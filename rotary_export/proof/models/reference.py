@@ -54,7 +54,7 @@ class Reference:
         run: Runs it on its tensors, in order, as if it were the first run.
         infos: Its inputs.
         sources: Where their values come from.
-        check: A context for runs that are not perturbed.
+        check: Of a case, the context of the run that is not perturbed.
         describe: Describes what the model raises, in one line.
         left_out: Cases that were not run, and why.
     """
@@ -63,7 +63,7 @@ class Reference:
     run: Run
     infos: Sequence[TensorInfo]
     sources: Mapping[str, InputValues]
-    check: Callable[[], AbstractContextManager[Any]] = nullcontext
+    check: Callable[[Case], AbstractContextManager[Any]] = nullcontext
     describe: Callable[[BaseException], str] = first_line
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -121,7 +121,7 @@ class Reference:
 
     def _run_case(self, case: Case, runs: int) -> Measured:
         start = time.perf_counter()
-        with self.check():
+        with self.check(case):
             eager = case.read_outputs(self.run(case.tensors))
         if case.spec is not None:
             tokens = case.spec.length * case.spec.sizes.get(BATCH, 1)
