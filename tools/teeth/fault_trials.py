@@ -6,7 +6,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from rotary_export.exporters.export import Bundle
 from rotary_export.models import export_model as exporting
 from rotary_export.models import write_graph as writing
 from rotary_export.models.find import replace as replacing
-from rotary_export.proof.comparison import to_comparable
 from rotary_export.proof.models.cases import Case
 from rotary_export.proof.models.compare import GRAPH, Results, compare_results
-from rotary_export.proof.models.noise import Noise
+from rotary_export.proof.models.reference import Measured, Reference
 from rotary_export.proof.oracle import compute_ulp
 from rotary_export.proof.tolerances import TOLERANCES
 from rotary_export.types import Progress, ignore_progress
@@ -88,11 +87,10 @@ class Proof:
     ) -> None:
         self._model, self._inputs, self._formats = model, inputs, formats
         self._progress = progress
-        self._eager: dict[str, tuple[list[Case], Results]] = {}  # by sizes
-        self._noise: dict[int, list[Noise]] = {}  # by id of the cases
+        self._measured: dict[tuple[str, ...], tuple[list[Measured], dict[str, str]]] = {}
         self._analysis: Any = None
         self._graph = self._export().manifest.graphs[GRAPH]
-        self._cases = next(reversed(self._eager.values()))[0]
+        self._cases = next(reversed(self._measured.values()))[0]
         self._wide = copy.deepcopy(self._analysis.flat).double().eval()
         self._want, self._tables = self._run_wide()
 
@@ -109,11 +107,13 @@ class Proof:
     def measure_effect(self, fault: Fault, size: float) -> Effect:
         """Run the model in float64 with a fault, and compare with it without the fault."""
         got, tables = self._run_wide(fault, size)
-        noise = self._noise[id(self._cases)]
-        rows = compare_results(self._graph, "", "", self._cases, got, self._want, noise)
+        measured = [
+            replace(each, eager=want) for each, want in zip(self._cases, self._want, strict=True)
+        ]
+        rows = compare_results(self._graph, "", "", measured, got)
         moved = [
-            _compare_tables(ours, theirs, case) / self._find_unit(case)
-            for ours, theirs, case in zip(tables, self._tables, self._cases, strict=True)
+            _compare_tables(ours, theirs, each.case) / self._find_unit(each.case)
+            for ours, theirs, each in zip(tables, self._tables, measured, strict=True)
         ]
         return Effect(max(row.eager_share for row in rows), max(moved))
 
@@ -134,23 +134,27 @@ class Proof:
     @contextmanager
     def _reuse_eager(self) -> Iterator[None]:
         """Compute eager's results and their noise once for the same cases."""
-        run, measure = exporting._run_eager, exporting.measure_noise
+        analyze, measure = exporting.analyze_model, Reference.measure
 
-        def run_eager(analysis: Any, constraints: Any, snapshot: Any) -> Any:
+        def analyze_model(*args: Any, **kwargs: Any) -> Any:
+            analysis = analyze(*args, **kwargs)
             self._analysis = self._analysis or analysis
-            key = repr((constraints.max_size, constraints.sizes_to_verify))
-            if key not in self._eager:
-                self._eager[key] = run(analysis, constraints, snapshot)
-            return self._eager[key]
+            return analysis
 
-        def measure_noise(model: Any, run: Any, cases: Any, *others: Any) -> Any:
-            if id(cases) not in self._noise:
-                self._noise[id(cases)] = measure(model, run, cases, *others)
-            return self._noise[id(cases)]
+        def measure_once(
+            reference: Reference, cases: Sequence[Any], *args: Any, **options: Any
+        ) -> Any:
+            key = tuple(case.name for case in cases)
+            if key not in self._measured:
+                measured = measure(reference, cases, *args, **options)
+                self._measured[key] = measured, dict(reference.left_out)
+            measured, left_out = self._measured[key]
+            reference.left_out |= left_out
+            return measured
 
         with (
-            change_attribute(exporting, "_run_eager", run_eager),
-            change_attribute(exporting, "measure_noise", measure_noise),
+            change_attribute(exporting, "analyze_model", analyze_model),
+            change_attribute(Reference, "measure", measure_once),
         ):
             yield
 
@@ -182,7 +186,7 @@ class Proof:
             tables[-1] += [torch.complex(cos.double(), sin.double()) for cos, sin in pairs]
             return rotate(xs, pairs, lowering)
 
-        for case in self._cases:
+        for case in (each.case for each in self._cases):
             tables.append([])
             with ExitStack() as stack:
                 stack.enter_context(torch.no_grad())
@@ -191,7 +195,7 @@ class Proof:
                     stack.enter_context(fault.plant(self._wide.model, size))
                 stack.enter_context(replacing.replace_calls(self._analysis.found))
                 values = self._wide.run_named([_widen(tensor) for tensor in case.tensors])
-                results.append({name: to_comparable(value) for name, value in values.items()})
+                results.append(case.read_outputs(values))
         return results, tables
 
     def _find_unit(self, case: Case) -> float:
