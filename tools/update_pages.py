@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path += [str(ROOT / "tools" / folder) for folder in ("bench", "coverage", "real", "targets")]
+TOOLS = ("bench", "coverage", "real", "targets", "teeth")
+sys.path += [str(ROOT / "tools" / folder) for folder in TOOLS]
 
 import coverage_report
 import measure_real
 import performance_section
 import targets
+import teeth_report
 
 from rotary_export.bundle.manifest import read_manifest
 from rotary_export.deploy.targets import TARGETS
@@ -92,6 +94,18 @@ def write_proof() -> str:
     )
     headers = ("output", "runtime", "max abs error", "ulp", "against eager", "ulp to float64")
     return format_table(headers, rows)
+
+
+def write_teeth() -> str:
+    """The verdict on each planted fault, from tools/results/proof_teeth.json."""
+    rows = _read_result("proof_teeth")["rows"]
+    return "\n\n".join(
+        (
+            teeth_report.summarize(rows),
+            format_table(*teeth_report.tabulate_verdicts(rows)),
+            format_table(*teeth_report.tabulate_sizes(rows)),
+        )
+    )
 
 
 def write_performance() -> str:
@@ -278,7 +292,11 @@ def write_real_weights() -> str:
 DOCUMENTS = {
     "README.md": {"target_summary": write_target_summary, "headline": write_headline},
     "rotary_export/README.md": {"xpos_lengths": write_xpos_lengths},
-    "rotary_export/proof/README.md": {"tolerances": write_tolerances, "proof": write_proof},
+    "rotary_export/proof/README.md": {
+        "tolerances": write_tolerances,
+        "proof": write_proof,
+        "teeth": write_teeth,
+    },
     "rotary_export/op/README.md": {"minimum_onnxruntime": write_minimum_onnxruntime},
     "rotary_export/deploy/README.md": {"kits": write_kits},
     "rotary_export/deploy/kits/cpp-onnxruntime/README.md": {
