@@ -15,7 +15,7 @@ from rotary_export.models.analyze import Analysis
 from rotary_export.models.arguments import FlatModel
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.find_difference import find_difference
-from rotary_export.models.trace.check_tables import TableCheck
+from rotary_export.models.trace.check_tables import TableRecorder
 from rotary_export.models.trace.size_limits import SizeConstraints
 from rotary_export.models.trace.snapshot import Snapshot
 from rotary_export.models.trace.traced_rotary import TracedRotary
@@ -105,14 +105,15 @@ def prove(
     Raises:
         RejectedError: It differs from the model, and no limit is left to set.
     """
+    names = [info.name for info in analysis.inputs]
     while True:
-        tables = TableCheck(analysis.found, traced, [info.name for info in analysis.inputs])
+        tables = TableRecorder(analysis.found)
         reference = Reference(
             analysis.flat.model,
             make_run(analysis.flat, snapshot),
             analysis.inputs,
             analysis.input_values,
-            check=tables.check,
+            check=tables.record,
             describe=describe_error,
         )
         specs = plan_cases(analysis.plan(constraints, options.seed, options.quick))
@@ -126,7 +127,8 @@ def prove(
         report, failure, case = Report(), "", ""
         try:
             report = compare_model(folder, manifest, measured, progress)
-            report.add([*tables.rows.values()], {})
+            run = [each.case for each in measured]
+            report.add(tables.compare(traced, names, run), {})
             if not options.quick and options.case is None:
                 _add_far_tables(analysis, constraints, traced, folder, manifest, report, progress)
         except CheckFailedError as error:
@@ -138,7 +140,6 @@ def prove(
                 return manifest, report
             failure, case = describe_failure(row), row.case
             if (found := _find_measured(measured, case)) is not None:
-                names = [info.name for info in analysis.inputs]
                 where = find_difference(
                     analysis.flat.model, reference.run, analysis.found, traced, names, found.case
                 )

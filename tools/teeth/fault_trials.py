@@ -19,6 +19,7 @@ from trace_faults import Fault
 from rotary_export.errors import CheckFailedError
 from rotary_export.exporters.export import Bundle
 from rotary_export.models import export_model as exporting
+from rotary_export.models import prove as proving
 from rotary_export.models import write_graph as writing
 from rotary_export.models.find import replace as replacing
 from rotary_export.proof.models.cases import Case
@@ -89,6 +90,7 @@ class Proof:
         self._progress = progress
         self._measured: dict[tuple[str, ...], tuple[list[Measured], dict[str, str]]] = {}
         self._analysis: Any = None
+        self._recorder: Any = None
         self._graph = self._export().manifest.graphs[GRAPH]
         self._cases = next(reversed(self._measured.values()))[0]
         self._wide = copy.deepcopy(self._analysis.flat).double().eval()
@@ -135,6 +137,11 @@ class Proof:
     def _reuse_eager(self) -> Iterator[None]:
         """Compute eager's results and their noise once for the same cases."""
         analyze, measure = exporting.analyze_model, Reference.measure
+        make_recorder = proving.TableRecorder
+
+        def keep_recorder(*args: Any) -> Any:
+            self._recorder = self._recorder or make_recorder(*args)
+            return self._recorder
 
         def analyze_model(*args: Any, **kwargs: Any) -> Any:
             analysis = analyze(*args, **kwargs)
@@ -155,6 +162,7 @@ class Proof:
         with (
             change_attribute(exporting, "analyze_model", analyze_model),
             change_attribute(Reference, "measure", measure_once),
+            change_attribute(proving, "TableRecorder", keep_recorder),
         ):
             yield
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,27 +22,35 @@ from rotary_export.proof.report import Row
 RUNTIME = "the trace"
 
 
-class TableCheck:
-    """Compares tables while the model runs its cases.
+@dataclass(frozen=True)
+class OwnTables:
+    """The tables of one tensor that the model rotates.
+
+    Attributes:
+        cos: (B or 1, S, R/2).
+        sin: As cos.
+        dtype: Of the tensor.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    dtype: torch.dtype
+
+
+class TableRecorder:
+    """Keeps the tables of the model's own functions, by case.
 
     Args:
         found: The model's rotary calls.
-        traced: The traced model.
-        names: Of the inputs, in order.
-
-    Attributes:
-        rows: The largest error of cos and of sin, of all cases.
     """
 
-    def __init__(self, found: Replacement, traced: TracedRotary, names: Sequence[str]) -> None:
+    def __init__(self, found: Replacement) -> None:
         self._found = found
-        self._traced = traced
-        self._names = names
-        self.rows: dict[str, Row] = {}
+        self._tables: dict[str, list[OwnTables]] = {}
 
     @contextmanager
-    def check(self, case: Case) -> Iterator[None]:
-        """Compare the tables of one run of the model, which the context contains.
+    def record(self, case: Case) -> Iterator[None]:
+        """Record one run of the model, which the context contains; check the op in it.
 
         Raises:
             CheckFailedError: The op differs from one of the model's functions.
@@ -49,28 +58,47 @@ class TableCheck:
         calls: list[CheckedCall] = []
         with replace_calls(self._found, check=True, record=calls.append):
             yield
-        tensors = dict(zip(self._names, case.tensors, strict=True))
-        traced = self._traced.compute_tables(tensors)
-        own = [
-            (*tables, x.dtype)
+        self._tables[case.name] = [
+            OwnTables(*tables, x.dtype)
             for call in calls
-            for tables, x in zip(call.tables, call.xs, strict=True)
-            if x is call.xs[0] or not call.lowering.joined
+            for index, (tables, x) in enumerate(zip(call.tables, call.xs, strict=True))
+            if index == 0 or not call.lowering.joined  # one node rotates both
         ]
-        if len(own) != len(traced):  # another branch of the model
-            return
-        last = max([_count_positions(tensors), *(cos.shape[1] for cos, _, _ in own)])
-        done: set[tuple[int, int]] = set()  # layers share their tables
-        for (cos, sin, dtype), tables in zip(own, traced, strict=True):
-            if (pair := (id(cos), id(tables["cos_cache"]))) not in done:
+
+    def compare(
+        self, traced: TracedRotary, names: Sequence[str], cases: Sequence[Case]
+    ) -> list[Row]:
+        """Compare what was recorded with a traced model.
+
+        Args:
+            traced: The traced model.
+            names: Of the inputs, in order.
+            cases: Which were recorded.
+
+        Returns:
+            The largest error of cos and of sin, of all cases.
+        """
+        rows: dict[str, Row] = {}
+        for case in cases:
+            tensors = dict(zip(names, case.tensors, strict=True))
+            found = traced.compute_tables(tensors)
+            own = self._tables[case.name]
+            if len(own) != len(found):  # another branch of the model
+                continue
+            last = max([_count_positions(tensors), *(each.cos.shape[1] for each in own)])
+            done: set[tuple[int, int]] = set()  # layers share their tables
+            for want, got in zip(own, found, strict=True):
+                if (pair := (id(want.cos), id(got["cos_cache"]))) in done:
+                    continue
                 done.add(pair)
                 # The angle is rounded, and in a half model the function rounds its tables.
                 angle = float(compute_ulp(np.asarray(float(last)), "float32"))
-                unit = max(angle, torch.finfo(dtype).eps)
-                for name, want in (("cos_cache", cos), ("sin_cache", sin)):
-                    row = _compare(name, tables[name], want, unit, case)
-                    if name not in self.rows or row.eager_share >= self.rows[name].eager_share:
-                        self.rows[name] = row
+                unit = max(angle, torch.finfo(want.dtype).eps)
+                for name, table in (("cos_cache", want.cos), ("sin_cache", want.sin)):
+                    row = _compare(name, got[name], table, unit, case)
+                    if name not in rows or row.eager_share >= rows[name].eager_share:
+                        rows[name] = row
+        return [*rows.values()]
 
 
 def _count_positions(tensors: Mapping[str, Tensor]) -> int:
