@@ -123,9 +123,12 @@ class Report:
         }
 
     def find_failure(self) -> Row | None:
-        """Return the row that is the most out of its tolerances; None: all are within."""
+        """Return the row that is the most out of its tolerances; None: all are within.
+
+        An output of a whole model comes before its tables, which may be wrong where no output is.
+        """
         failed = [row for row in self.rows if not row.passed]
-        return max(failed, key=lambda row: row.eager_share, default=None)
+        return max(failed, key=lambda r: (r.graph == "model", r.eager_share), default=None)
 
 
 def check_report(report: Report) -> None:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from rotary_export.bundle.dims import BATCH, PAST, is_past, name_output
 from rotary_export.proof.models.cases import Case
-from rotary_export.proof.models.compare import run_eager
-from rotary_export.proof.models.noise import measure_noise
+from rotary_export.proof.models.noise import NoiseMeter
 from rotary_export.runtime.session import Session, resolve_shape
 
 # Of different lengths: all but the longest are padded at the left.
@@ -169,5 +168,4 @@ def measure_position_noise(model: Any, want: Generated, row: int, step: int) -> 
         with torch.no_grad():
             return {"logits": model(input_ids=tensors[0], use_cache=False).logits[:, -1:]}
 
-    (noise,) = measure_noise(model, run, [case], run_eager(run, [case]), lambda: None)
-    return noise["logits"]
+    return NoiseMeter(model, run).measure(case, case.read_outputs(run(case.tensors)))["logits"]

@@ -36,6 +36,11 @@ class OwnTables:
     sin: Tensor
     dtype: torch.dtype
 
+    def find_radius(self) -> float:
+        """Return the largest magnitude of cos and sin; an attention factor is not 1."""
+        tables = [table for table in (self.cos, self.sin) if table.numel()]
+        return max([float(table.abs().max()) for table in tables], default=1.0)
+
 
 class TableRecorder:
     """Keeps the tables of the model's own functions, by case.
@@ -93,7 +98,7 @@ class TableRecorder:
                 done.add(pair)
                 # The angle is rounded, and in a half model the function rounds its tables.
                 angle = float(compute_ulp(np.asarray(float(last)), "float32"))
-                unit = max(angle, torch.finfo(want.dtype).eps)
+                unit = max(angle, torch.finfo(want.dtype).eps) * want.find_radius()
                 for name, table in (("cos_cache", want.cos), ("sin_cache", want.sin)):
                     row = _compare(name, got[name], table, unit, case)
                     if name not in rows or row.eager_share >= rows[name].eager_share:
@@ -109,9 +114,10 @@ def _count_positions(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _compare(name: str, got: Tensor, want: Tensor, unit: float, case: Case) -> Row:
-    """Compare tables in a unit of cos and sin, times the largest magnitude."""
-    largest = float(want.abs().max()) if want.numel() else 1.0
+    """Compare tables, in a unit."""
     got, want = torch.broadcast_tensors(got, want)
     left, right = (to_comparable(each).astype(np.float64) for each in (got, want))
-    error = compare(left, right, np.asarray([unit * largest]))
-    return Row("tables", name, RUNTIME, "", "far-tables", None, error, case=case.name)
+    error = compare(left, right, np.asarray([unit]))
+    row, position, *_ = (*error.worst, 0, 0)
+    place = f"batch row {row}, position {position}"
+    return Row("tables", name, RUNTIME, "", "far-tables", None, error, case=case.name, place=place)
