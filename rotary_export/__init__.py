@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rotary_export.fusion.result import FuseResult as FuseResult
     from rotary_export.models.export_model import export_model as export_model
     from rotary_export.models.find.candidates import register_rotary as register_rotary
-    from rotary_export.models.verify_model import verify_model as verify_model
+    from rotary_export.models.prove.verify_model import verify_model as verify_model
     from rotary_export.op.torch_op import rotary_embedding as rotary_embedding
     from rotary_export.proof.report import Report as Report
     from rotary_export.proof.verify import verify as verify
@@ -34,7 +34,7 @@ _LAZY_EXPORTS = {
     "export": "rotary_export.exporters.export",
     "Bundle": "rotary_export.exporters.export",
     "export_model": "rotary_export.models.export_model",
-    "verify_model": "rotary_export.models.verify_model",
+    "verify_model": "rotary_export.models.prove.verify_model",
     "register_rotary": "rotary_export.models.find.candidates",
     "load": "rotary_export.runtime.load",
     "verify": "rotary_export.proof.verify",

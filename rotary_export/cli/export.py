@@ -153,7 +153,7 @@ def export_model(
         return
     with terminal.progress() as progress:
         loaded, torch_dtype = _load_model(source, dtype, progress)
-        from rotary_export.models.prove import RejectedError
+        from rotary_export.models.prove.prove import RejectedError
 
         try:
             bundle = rotary_export.export_model(

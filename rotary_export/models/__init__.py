@@ -13,6 +13,5 @@
 - `error_text.py`: an exporter's error in one line, with its place in the model.
 - `find/`: which functions apply a rotary embedding, what they compute, and their replacement.
 - `trace/`: `torch.export`, guards, size limits, patches while tracing, the snapshot.
-
-The proof is `proof/models/compare.py`, with the inputs that `proof/models/cases.py` makes.
+- `prove/`: a traced model against the model: by its export, and again by `verify_model`.
 """

@@ -33,7 +33,7 @@ from rotary_export.graphs.config import DTYPES
 from rotary_export.models.analyze import Analysis, analyze_model, check_found
 from rotary_export.models.arguments import check_arguments
 from rotary_export.models.convert import convert_model
-from rotary_export.models.prove import ProofOptions, RejectedError, prove
+from rotary_export.models.prove.prove import ProofOptions, RejectedError, prove
 from rotary_export.models.trace.size_limits import SizeConstraints
 from rotary_export.models.trace.snapshot import take_snapshot
 from rotary_export.models.write_graph import write_graph

@@ -4,5 +4,7 @@
 - `guards.py`: the conditions on sizes that hold for the traced graph only.
 - `size_limits.py`: turns these conditions into limits, and into sizes to verify.
 - `trace_patches.py`: what is replaced in a model while it is traced.
+- `float32_tables.py`: computes in float32 what a model computes from positions in a half type.
+- `traced_rotary.py`: runs the rotary nodes of a traced model, and what computes their tables.
 - `snapshot.py`: restores modes, buffers, attributes and submodules.
 """

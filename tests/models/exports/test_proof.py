@@ -11,7 +11,8 @@ from torch import nn
 import rotary_export
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.models import export_model as module
-from rotary_export.models.prove import RejectedError
+from rotary_export.models.arguments import FlatModel
+from rotary_export.models.prove.prove import RejectedError
 
 
 class HalfAngles(nn.Module):
@@ -99,15 +100,14 @@ def test_tables_are_compared_to_the_last_position(bundle):
 
 def test_positions_that_only_the_trace_moves_are_refused(llama, tmp_path):
     """Without a cache they change no output: the model's own tables show them."""
-    flat_type = module.analyze_model.__globals__["FlatModel"]
-    real = flat_type.forward
+    real = FlatModel.forward
 
     def forward(self, *tensors):
         ids, mask, positions = tensors
         return real(self, ids, mask, positions + 1)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(flat_type, "forward", forward)
+        patched.setattr(FlatModel, "forward", forward)
         with pytest.raises(RejectedError, match=r"tables\.(cos|sin)_cache by the trace differs"):
             rotary_export.export_model(
                 llama, make_inputs(llama), tmp_path / "b", formats=("onnx",), quick=True

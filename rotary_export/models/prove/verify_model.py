@@ -20,7 +20,13 @@ from rotary_export.models.arguments import (
 )
 from rotary_export.models.convert import convert_model
 from rotary_export.models.error_text import describe_error
-from rotary_export.models.prove import FAR_TABLES, FLOAT32_TABLES, QUICK, choose_cases, make_run
+from rotary_export.models.prove.prove import (
+    FAR_TABLES,
+    FLOAT32_TABLES,
+    QUICK,
+    choose_cases,
+    make_run,
+)
 from rotary_export.models.trace.snapshot import take_snapshot
 from rotary_export.proof.models.cases import EXAMPLE, Case
 from rotary_export.proof.models.compare import GRAPH, compare_model, read_sources

@@ -14,8 +14,8 @@ from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.models.analyze import Analysis
 from rotary_export.models.arguments import FlatModel
 from rotary_export.models.error_text import describe_error
-from rotary_export.models.find_difference import find_difference
-from rotary_export.models.trace.check_tables import TableRecorder
+from rotary_export.models.prove.find_difference import find_difference
+from rotary_export.models.prove.own_tables import TableRecorder
 from rotary_export.models.trace.size_limits import SizeConstraints
 from rotary_export.models.trace.snapshot import Snapshot
 from rotary_export.models.trace.traced_rotary import TracedRotary
