@@ -19,9 +19,9 @@ from trace_faults import Fault
 from rotary_export.errors import CheckFailedError
 from rotary_export.exporters.export import Bundle
 from rotary_export.models import export_model as exporting
-from rotary_export.models import prove as proving
 from rotary_export.models import write_graph as writing
 from rotary_export.models.find import replace as replacing
+from rotary_export.models.prove import prove as proving
 from rotary_export.proof.models.cases import Case
 from rotary_export.proof.models.compare import GRAPH, Results, compare_results
 from rotary_export.proof.models.reference import Measured, Reference
