@@ -60,15 +60,17 @@ class TableRecorder:
         Raises:
             CheckFailedError: The op differs from one of the model's functions.
         """
-        calls: list[CheckedCall] = []
-        with replace_calls(self._found, check=True, record=calls.append):
+        found: list[OwnTables] = []
+
+        def keep(call: CheckedCall) -> None:
+            rotated = call.xs[:1] if call.lowering.joined else call.xs  # one node rotates both
+            found.extend(
+                OwnTables(*tables, x.dtype) for tables, x in zip(call.tables, rotated, strict=False)
+            )
+
+        with replace_calls(self._found, check=True, record=keep):
             yield
-        self._tables[case.name] = [
-            OwnTables(*tables, x.dtype)
-            for call in calls
-            for index, (tables, x) in enumerate(zip(call.tables, call.xs, strict=True))
-            if index == 0 or not call.lowering.joined  # one node rotates both
-        ]
+        self._tables[case.name] = found
 
     def compare(
         self, traced: TracedRotary, names: Sequence[str], cases: Sequence[Case]
