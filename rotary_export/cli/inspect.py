@@ -20,13 +20,18 @@ def inspect(path: Path, as_json: bool) -> None:
 
     terminal = Terminal(as_json)
     found = inspect_path(path)
+    tables = {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    }
     for name, value in found.items():
-        if not isinstance(value, list):
-            terminal.line(f"{name}: {value}")
-    for name, value in found.items():
-        if isinstance(value, list) and value:
-            terminal.line(f"\n{name}")
-            terminal.table(list(value[0]), [list(row.values()) for row in value])
+        if name not in tables and value != []:
+            terminal.line(f"{name}: {', '.join(map(str, value)) if type(value) is list else value}")
+    for name, rows in tables.items():
+        headers = list(dict.fromkeys(key for row in rows for key in row))
+        terminal.line(f"\n{name}")
+        terminal.table(headers, [[row.get(key, "-") for key in headers] for row in rows])
     terminal.finish(found)
 
 

@@ -61,11 +61,13 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
         }
         for name, digest in manifest.files.items()
     ]
-    embedding = {k: v for k, v in manifest.config.items() if k != "embedding"}
+    config = {k: v for k, v in manifest.config.items() if k != "embedding"}
+    if isinstance(config.get("cases"), list):
+        config["cases"] = [_summarize_case(each) for each in config["cases"]]
     return {
         "bundle": manifest.name,
         **manifest.config.get("embedding", {}),
-        **embedding,
+        **config,
         "opset": manifest.opset,
         **{f"minimum ONNX Runtime, {k}": v for k, v in manifest.minimum_onnxruntime.items()},
         **{f"made by {name}": number for name, number in manifest.producers.items()},
@@ -74,6 +76,14 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
         "graphs": graphs,
         "files": files,
     }
+
+
+def _summarize_case(case: Any) -> dict[str, Any]:
+    """Return the name of a case, and the largest noise of its outputs."""
+    noise = case.get("noise") if isinstance(case, dict) else None
+    values = noise.values() if isinstance(noise, dict) else ()
+    largest = max((v for v in values if isinstance(v, (int, float))), default="-")
+    return {"case": case.get("name") if isinstance(case, dict) else case, "largest noise": largest}
 
 
 def _inspect_onnx(path: Path) -> dict[str, Any]:

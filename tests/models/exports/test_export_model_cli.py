@@ -207,7 +207,7 @@ def test_out_or_dry_run_is_required(folder, monkeypatch):
     monkeypatch.chdir(folder)
     result = CliRunner().invoke(cli, ["export-model", "my_factories:llama"])
     assert result.exit_code == 2
-    assert "Missing option '--out', or '--dry-run'." in result.stderr
+    assert "Missing option '--out', '--dry-run' or '--case'." in result.stderr
 
 
 def test_other_commands_accept_the_bundle(folder, monkeypatch):
@@ -218,9 +218,26 @@ def test_other_commands_accept_the_bundle(folder, monkeypatch):
     result = CliRunner().invoke(cli, ["inspect", out])
     assert result.exit_code == 0, result.output
     assert "LlamaForCausalLM" in result.stdout
+    assert "\nthe example " in result.stdout
     result = CliRunner().invoke(cli, ["bench", out, "--shape", "1", "8", "--seconds", "0"])
     assert result.exit_code == 0, result.output
     assert "fused" in result.stdout
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]], ids=["plain", "json"])
+def test_lists_of_a_manifest_are_shown(folder, monkeypatch, option):
+    assert run(folder, monkeypatch, "my_factories:llama", "--force", "--quick").exit_code == 0
+    path = folder / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["config"] |= {"length_thresholds": [16, 64], "unverified": ["s < 9"]}
+    path.write_text(json.dumps(manifest))
+    result = CliRunner().invoke(cli, ["inspect", str(folder / "out"), *option])
+    assert result.exit_code == 0, result.output
+    if option:
+        assert json.loads(result.stdout)["length_thresholds"] == [16, 64]
+    else:
+        assert "length_thresholds: 16, 64\nmax_positions" in result.stdout
+        assert "unverified: s < 9" in result.stdout
 
 
 BAD = {
