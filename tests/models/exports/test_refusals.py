@@ -52,7 +52,7 @@ REFUSED = {
         r"tracing specialises seq_len to the constant 6 \(dimension 1 of x\).*refusals\.py, line",
     ),
     "leaves": (Leaves(), {"x": X}, "Leaves fails on its example inputs: SystemExit: 3"),
-    "divides by zero": (Divides(), {"x": X}, "the model fails at sizes .* ZeroDivisionError"),
+    "divides by zero": (Divides(), {"x": X}, "the model fails at .*: ZeroDivisionError"),
     "depends on values": (
         Hidden(),
         {"x": X, "flags": torch.ones(3)},
