@@ -7,7 +7,7 @@ import torch
 from helpers.tiny_models import make_inputs, make_model
 
 import rotary_export
-from rotary_export.models import prove as module
+from rotary_export.models.prove import prove as module
 from rotary_export.proof.models.far_tables import compare_far_tables, plan_far
 from rotary_export.proof.models.input_values import InputValues
 from rotary_export.proof.models.plan import Plan

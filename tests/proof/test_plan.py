@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rotary_export.proof.models.input_values import InputValues
-from rotary_export.proof.models.plan import Plan, list_unverified, plan_cases
+from rotary_export.proof.models.plan import Plan, list_unreached, plan_cases
 
 TRACED = {"batch_size": 2, "seq_len": 7}
 MOVED = {"input_ids": InputValues("ids"), "position_ids": InputValues("position_ids")}
@@ -72,6 +72,12 @@ def test_a_seed_draws_every_case_anew():
 
 
 def test_thresholds_that_no_case_reaches_are_listed():
-    fixed = Plan({"x": InputValues("values")}, TRACED, thresholds=[32, 4096])
-    assert list_unverified(fixed) == [4096]
-    assert list_unverified(Plan(MOVED, TRACED, thresholds=[32, 4096])) == []
+    ids = {"x": InputValues("values")}
+    fixed = Plan(ids, TRACED, thresholds=[32, 4096, 8192])
+    assert [*list_unreached(fixed)] == ["lengths > 8192, where its angles change"]
+    assert list_unreached(Plan(MOVED, TRACED, thresholds=[32, 8192])) == {}
+    lengths = [spec.length for spec in plan_cases(fixed)]
+    assert {32, 33, 37, 4096, 4097} < set(lengths)
+    quick = Plan(ids, TRACED, thresholds=[32, 4096], quick=True)
+    assert [*list_unreached(quick)] == ["lengths > 4096, where its angles change"]
+    assert max(spec.length for spec in plan_cases(quick)) == 37

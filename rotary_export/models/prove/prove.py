@@ -23,7 +23,7 @@ from rotary_export.proof.models.cases import Case, CaseSpec, Run
 from rotary_export.proof.models.compare import GRAPH, compare_model
 from rotary_export.proof.models.far_tables import compare_far_tables
 from rotary_export.proof.models.noise import RUNS
-from rotary_export.proof.models.plan import plan_cases
+from rotary_export.proof.models.plan import list_unreached, plan_cases
 from rotary_export.proof.models.reference import Measured, Reference
 from rotary_export.proof.report import Report, describe_failure
 from rotary_export.types import Progress
@@ -116,14 +116,14 @@ def prove(
             check=tables.record,
             describe=describe_error,
         )
-        specs = plan_cases(analysis.plan(constraints, options.seed, options.quick))
-        cases = choose_cases([analysis.example, *specs], options.case)
+        plan = analysis.plan(constraints, options.seed, options.quick)
+        cases = choose_cases([analysis.example, *plan_cases(plan)], options.case)
         try:
             measured = reference.measure(cases, progress, runs=1 if options.quick else RUNS)
         finally:
             snapshot.restore_state()
         limited = replace(graph, max_size=dict(constraints.max_size))
-        manifest = make_manifest(limited, measured, reference.left_out)
+        manifest = make_manifest(limited, measured, reference.left_out | list_unreached(plan))
         report, failure, case = Report(), "", ""
         try:
             report = compare_model(folder, manifest, measured, progress)

@@ -13,6 +13,7 @@ from rotary_export.proof.models.input_values import InputValues
 TRACED = {BATCH: 2, SEQ: 7, PAST: 5}
 LONGEST_CASE = 1024  # of sizes at which a branch or a threshold is tried
 LONG_LENGTHS = (1000, 3000)
+_LONGEST_THRESHOLD = 4096  # that a sequence of one row is made for
 _UNLIMITED = 1 << 30
 
 
@@ -149,6 +150,11 @@ def _plan_thresholds(plan: Plan) -> list[CaseSpec]:
             sizes = plan.choose_sizes(2, seq + 1, past)
             for offset in (threshold - 2, threshold + 3):
                 specs.append(CaseSpec(sizes, seed=6, offset=offset))
+        elif threshold <= _LONGEST_THRESHOLD and SEQ in plan.traced and not plan.quick:
+            before = past if PAST in plan.traced else 0
+            for length in (threshold, threshold + 1):
+                sizes = plan.choose_sizes(1, length - before, past)
+                specs.append(CaseSpec(sizes, seed=length, optional=True))
     return specs
 
 
@@ -158,8 +164,17 @@ def _plan_branches(plan: Plan) -> list[CaseSpec]:
     return [CaseSpec(sizes | dict(point), seed=7) for point in plan.sizes_to_verify]
 
 
-def list_unverified(plan: Plan) -> list[int]:
-    """Return the thresholds that no case of `plan_cases` reaches."""
+def list_unreached(plan: Plan) -> dict[str, str]:
+    """List the lengths at which the angles change, and that no case of `plan_cases` reaches."""
+    reached = _LONGEST_THRESHOLD if SEQ in plan.traced else 0
+    if plan.quick:
+        reached = min(reached, LONGEST_CASE)
     if not plan.traced or plan.moves:
-        return []
-    return [size for size in plan.thresholds if size > LONGEST_CASE or SEQ not in plan.traced]
+        return {}
+    return {
+        f"lengths > {size}, where its angles change": (
+            f"more than {reached}, and no position_ids to reach it with: only tables were compared"
+        )
+        for size in plan.thresholds
+        if size > reached
+    }

@@ -76,14 +76,15 @@ class Wrapped(nn.Module):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("threshold", [16, 2048])
+@pytest.mark.parametrize("threshold", [16, 2048, 8192])
 def test_the_switch_of_a_model_inside_another(tmp_path, threshold):
     family, changed = TYPES["dynamic"]
     model = Wrapped(make_model(family, **changed | {"max_position_embeddings": threshold}))
     inputs = {"input_ids": torch.arange(14).reshape(2, 7)}
     bundle = export_model(model, inputs, tmp_path / "bundle", formats=["onnx"])
     assert bundle.manifest.config["length_thresholds"] == [threshold]
-    is_tried = "batch_size 2, seq_len 17" in bundle.report.shapes["model"]
-    skipped = bundle.report.unverified.get("lengths > 2048, where its angles change", "")
-    assert is_tried == (threshold == 16)
-    assert ("more than 1024" in skipped) == (threshold == 2048)
+    batch = 2 if threshold == 16 else 1
+    is_tried = f"batch_size {batch}, seq_len {threshold + 1}" in bundle.report.shapes["model"]
+    skipped = bundle.report.unverified.get("lengths > 8192, where its angles change", "")
+    assert is_tried == (threshold < 8192)
+    assert ("more than 4096" in skipped) == (threshold == 8192)
