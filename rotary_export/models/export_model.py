@@ -85,7 +85,7 @@ def export_model(
             beside the ONNX file.
         float32_tables: Compute positions, angles and tables in float32 where the model computes
             them in a half type. The proof compares with the model changed in the same way.
-        quick: Prove less: no far positions, no long sequences, noise measured once.
+        quick: Prove less: no far positions, no long sequences.
         seed: Of the values of the proof's inputs.
         keep_failed: A folder to write the bundle to if its proof fails; `load` refuses it, unless
             it is called with `allow_failed=True`.

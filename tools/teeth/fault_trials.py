@@ -157,7 +157,7 @@ class Proof:
                 self._measured[key] = measured, dict(reference.left_out)
             measured, left_out = self._measured[key]
             reference.left_out |= left_out
-            return measured
+            return list(measured)  # noise may be measured again
 
         with (
             change_attribute(exporting, "analyze_model", analyze_model),

@@ -117,7 +117,8 @@ def _count_positions(tensors: Mapping[str, Tensor]) -> int:
 
 def _compare(name: str, got: Tensor, want: Tensor, unit: float, case: Case) -> Row:
     """Compare tables, in a unit."""
-    got, want = torch.broadcast_tensors(got, want)
+    if got.shape[1:] == want.shape[1:]:  # else they differ; the batch may be 1
+        got, want = torch.broadcast_tensors(got, want)
     left, right = (to_comparable(each).astype(np.float64) for each in (got, want))
     error = compare(left, right, np.asarray([unit]))
     row, position, *_ = (*error.worst, 0, 0)

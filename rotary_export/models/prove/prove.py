@@ -22,13 +22,12 @@ from rotary_export.models.trace.traced_rotary import TracedRotary
 from rotary_export.proof.models.cases import Case, CaseSpec, Run
 from rotary_export.proof.models.compare import GRAPH, compare_model
 from rotary_export.proof.models.far_tables import compare_far_tables
-from rotary_export.proof.models.noise import RUNS
 from rotary_export.proof.models.plan import list_unreached, plan_cases
 from rotary_export.proof.models.reference import Measured, Reference
 from rotary_export.proof.report import Report, describe_failure
 from rotary_export.types import Progress
 
-QUICK = "a quick proof: no far positions, no long sequences, and the noise was measured once"
+QUICK = "a quick proof: no far positions and no long sequences"
 FLOAT32_TABLES = (
     "compared with the model whose positions, angles and tables are computed in float32 "
     "(float32_tables), not as its own type has them"
@@ -41,7 +40,7 @@ class ProofOptions:
     """How much is proven.
 
     Attributes:
-        quick: Fewer cases, none of them far or long, noise measured once.
+        quick: Fewer cases, none of them far or long.
         seed: Of the values of the cases.
         case: Name of the one case to run; None: all.
     """
@@ -119,14 +118,16 @@ def prove(
         plan = analysis.plan(constraints, options.seed, options.quick)
         cases = choose_cases([analysis.example, *plan_cases(plan)], options.case)
         try:
-            measured = reference.measure(cases, progress, runs=1 if options.quick else RUNS)
+            measured = reference.measure(cases, progress)
         finally:
             snapshot.restore_state()
         limited = replace(graph, max_size=dict(constraints.max_size))
-        manifest = make_manifest(limited, measured, reference.left_out | list_unreached(plan))
+        left_out = reference.left_out | list_unreached(plan)
+        manifest = make_manifest(limited, measured, left_out)
         report, failure, case = Report(), "", ""
         try:
-            report = compare_model(folder, manifest, measured, progress)
+            report = compare_model(folder, manifest, measured, progress, reference.measure_again)
+            manifest = make_manifest(limited, measured, left_out)  # noise may be measured again
             run = [each.case for each in measured]
             report.add(tables.compare(traced, names, run), {})
             if not options.quick and options.case is None:

@@ -31,7 +31,6 @@ from rotary_export.models.trace.snapshot import take_snapshot
 from rotary_export.proof.models.cases import EXAMPLE, Case
 from rotary_export.proof.models.compare import GRAPH, compare_model, read_sources
 from rotary_export.proof.models.frequencies import compare_frequencies
-from rotary_export.proof.models.noise import RUNS
 from rotary_export.proof.models.plan import Plan, plan_cases
 from rotary_export.proof.models.reference import Reference
 from rotary_export.proof.report import Report
@@ -88,8 +87,9 @@ def verify_model(
             describe=describe_error,
         )
         cases = choose_cases([example, *plan_cases(plan)], case)
-        measured = reference.measure(cases, progress, runs=1 if quick else RUNS)
-    report = compare_model(path, manifest, measured, progress)
+        measured = reference.measure(cases, progress)
+        again = reference.measure_again
+        report = compare_model(path, manifest, measured, progress, again)
     report.unverified |= reference.left_out
     report.add(*compare_frequencies(model))
     report.notes += [FLOAT32_TABLES] if flat.float32_tables else []

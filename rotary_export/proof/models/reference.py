@@ -22,6 +22,7 @@ from rotary_export.types import Array, Progress
 MOST_NOISE = 0.05  # of the largest magnitude: past that, a case can't tell an error from rounding
 _DRAWS = 3  # of the values of a case that can't
 _LONGEST_RUN = 60.0  # seconds
+_MORE_RUNS = 16  # that measure the noise of a case whose error is not within it
 
 
 @dataclass(frozen=True)
@@ -67,27 +68,26 @@ class Reference:
     describe: Callable[[BaseException], str] = first_line
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def measure(
-        self, cases: Iterable[Case | CaseSpec], progress: Progress, runs: int = RUNS
-    ) -> list[Measured]:
+    def __post_init__(self) -> None:
+        self._meter = NoiseMeter(self.model, self.run)
+        self._seconds = float("inf")  # per token, of the fastest run
+
+    def measure(self, cases: Iterable[Case | CaseSpec], progress: Progress) -> list[Measured]:
         """Run the model on cases, and measure its noise for each.
 
         Args:
             cases: Ready ones, and how to make others. Where rounding hides any error, the values
                 are drawn again.
             progress: Called with the current step.
-            runs: How often each is perturbed; a long one once.
 
         Raises:
             RotaryExportError: The model fails for a case that is not optional.
         """
-        self._meter = NoiseMeter(self.model, self.run)
-        self._seconds = float("inf")  # per token, of the fastest run
         measured = []
         for case in cases:
             progress(f"run the model itself: {case.name}")
             try:
-                found = self._measure_case(case, runs)
+                found = self._measure_case(case)
             except RotaryExportError:
                 raise
             except (Exception, SystemExit) as error:  # whatever the model raises
@@ -101,30 +101,38 @@ class Reference:
             measured += [found] if found else []
         return measured
 
-    def _measure_case(self, case: Case | CaseSpec, runs: int) -> Measured | None:
+    def measure_again(self, measured: Measured) -> Measured:
+        """Measure the noise of a case by more runs: a model may amplify few roundings, but far."""
+        assert measured.eager is not None
+        runs = _MORE_RUNS // 4 if measured.case.spec and measured.case.spec.is_long else _MORE_RUNS
+        found = self._meter.measure(measured.case, measured.eager, runs)
+        noise = {name: max(moved, found[name]) for name, moved in measured.noise.items()}
+        return replace(measured, noise=noise)
+
+    def _measure_case(self, case: Case | CaseSpec) -> Measured | None:
         """Run the model on one case, drawn again if it tells nothing; None if it takes too long."""
         if isinstance(case, Case):
-            return self._run_case(case, runs)
+            return self._run_case(case)
         if case.is_long:
-            runs = 1
             seconds = self._seconds * (case.length + case.sizes.get(PAST, 0))
             if _LONGEST_RUN < seconds < float("inf"):
                 self.left_out[case.name] = f"each of its runs would take about {seconds:.0f} s"
                 return None
         for draw in range(_DRAWS):
             spec = replace(case, seed=case.seed + 100 * draw)
-            measured = self._run_case(make_case(self.infos, self.sources, spec, self.run), runs)
+            measured = self._run_case(make_case(self.infos, self.sources, spec, self.run))
             if not find_ill_conditioned(measured):
                 break
         return measured
 
-    def _run_case(self, case: Case, runs: int) -> Measured:
+    def _run_case(self, case: Case) -> Measured:
         start = time.perf_counter()
         with self.check(case):
             eager = case.read_outputs(self.run(case.tensors))
         if case.spec is not None:
             tokens = case.spec.length * case.spec.sizes.get(BATCH, 1)
             self._seconds = min(self._seconds, (time.perf_counter() - start) / tokens)
+        runs = 1 if case.spec is not None and case.spec.is_long else RUNS
         return Measured(case, eager, self._meter.measure(case, eager, runs))
 
 

@@ -120,7 +120,7 @@ def test_a_quick_proof_says_what_it_left_out(llama, tmp_path):
     )
     assert quick.manifest.config["quick"] is True
     assert quick.manifest.config["seed"] == 3
-    assert "no far positions, no long sequences" in quick.report.notes[0]
+    assert "no far positions and no long sequences" in quick.report.notes[0]
     assert not any("+" in name for name in quick.report.shapes["model"])
     assert "ONNX Runtime, tables alone" not in {row.runtime for row in quick.report.rows}
 
