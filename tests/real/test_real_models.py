@@ -40,7 +40,7 @@ def loaded(folder):
 def cached(loaded, tmp_path_factory):
     example = make_text_example(*loaded, cached=True)
     out = tmp_path_factory.mktemp("real") / "cached"
-    return export_model(loaded[0], example, out, formats=["onnx"])
+    return export_model(loaded[0], example, out, formats=["onnx"], quick=True)
 
 
 @pytest.fixture(scope="module")
