@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rotary_export.bundle.atomic import write_folder
+from rotary_export.bundle.atomic import check_folder, write_folder
 from rotary_export.bundle.manifest import (
     DEFAULT_FORMATS,
     FILE_NAME,
@@ -204,6 +204,15 @@ def _write_graph(
         progress(f"compile {files['aoti']}")
         compile_program(folder / files["program"], example, folder / files["aoti"])
     return GraphInfo(graph.inputs, graph.outputs, files, rotary_nodes, function_body)
+
+
+def check_out(path: Path, force: bool) -> None:
+    """Check that a bundle can be written, before it is made.
+
+    Raises:
+        RotaryExportError: `path` already exists.
+    """
+    check_folder(path, force, lambda folder: _check_owned(folder, force))
 
 
 def write_bundle(path: Path, force: bool) -> AbstractContextManager[Path]:

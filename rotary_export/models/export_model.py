@@ -24,6 +24,7 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.export import (
     Bundle,
     check_formats,
+    check_out,
     find_out,
     finish_bundle,
     write_bundle,
@@ -103,6 +104,8 @@ def export_model(
     """
     path = find_out(out)
     kept = None if keep_failed is None else find_out(keep_failed)
+    if kept is not None:
+        check_out(kept, force)
     with write_bundle(path, force) as staging:
         try:
             manifest, report = _build(
@@ -200,6 +203,8 @@ def _build(
     check_opset(opset)
     check_formats(formats)
     check_arguments(model, example_inputs)
+    if type(options.seed) is not int or options.seed < 0:
+        raise RotaryExportError(f"seed must be an int >= 0, got {options.seed!r}")
     if dtype is not None and dtype not in DTYPES.values():
         raise RotaryExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     if dtype is not None:

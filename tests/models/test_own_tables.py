@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rotary_export.errors import CheckFailedError
 from rotary_export.models.find.replacement import Replacement
 from rotary_export.models.prove.own_tables import OwnTables, TableRecorder
 from rotary_export.proof.models.cases import Case
@@ -46,3 +47,14 @@ def test_a_difference_names_its_place():
 def test_another_shape_is_a_difference(shape):
     rows = compare(torch.zeros(shape), torch.zeros(shape))
     assert not any(row.passed for row in rows.values())
+
+
+def test_a_trace_that_can_not_run_is_refused():
+    class Fails(Traced):
+        def compute_tables(self, tensors):
+            raise RuntimeError("size 7")
+
+    recorder = TableRecorder(Replacement())
+    recorder._tables["one"] = [OwnTables(COS, SIN, torch.float32)]
+    with pytest.raises(CheckFailedError, match=r"the trace fails at one: RuntimeError: size 7"):
+        recorder.compare(Fails(COS, SIN), ["position_ids"], [CASE])

@@ -8,6 +8,7 @@ from helpers.tiny_models import make_inputs, make_model
 
 import rotary_export
 from rotary_export.models.prove import prove as module
+from rotary_export.models.trace.traced_rotary import _find_tables
 from rotary_export.proof.models.far_tables import compare_far_tables, plan_far
 from rotary_export.proof.models.input_values import InputValues
 from rotary_export.proof.models.plan import Plan
@@ -73,3 +74,14 @@ def test_one_frequency_of_one_node_shows(compared, name):
 
     rows, _ = compare_far_tables(*first, compute_wrong, plan)
     assert {row.output for row in rows if not row.passed} == {name}
+
+
+def test_a_scale_is_read_from_its_own_argument():
+    graph = torch.fx.Graph()
+    x, cos, sin, ids, scale = (graph.placeholder(name) for name in ("x", "cos", "sin", "i", "s"))
+    node = graph.call_function(torch.mul, (x, cos, sin, ids, None, scale))
+    found = {"cos_cache": cos, "sin_cache": sin, "scale_cache": scale}
+    assert _find_tables(node) == found
+    assert _find_tables(graph.call_function(torch.mul, (x, cos, sin, ids))) == {
+        name: found[name] for name in ("cos_cache", "sin_cache")
+    }

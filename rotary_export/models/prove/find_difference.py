@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rotary_export.models.error_text import describe_error
 from rotary_export.models.find.lowering import to_op
 from rotary_export.models.find.replace import CheckedCall, replace_calls
 from rotary_export.models.find.replacement import Replacement
@@ -64,7 +65,10 @@ def find_difference(
 
     with _track_modules(model, running), replace_calls(found, check=True, record=record):
         run(case.tensors)
-    got = traced.compute_calls(dict(zip(names, case.tensors, strict=True)))
+    try:
+        got = traced.compute_calls(dict(zip(names, case.tensors, strict=True)))
+    except Exception as error:  # whatever torch raises at sizes that the trace can't have
+        return f"the rotary calls of the trace can't be compared: {describe_error(error)}"
     pairs = [(x, y) for xs, ys in got for x, y in zip(xs, ys, strict=True)]
     if len(pairs) != len(calls):
         return f"the trace rotates {len(pairs)} tensors, the model {len(calls)}"

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from rotary_export.bundle.dims import is_past
+from rotary_export.errors import CheckFailedError
+from rotary_export.models.error_text import describe_error
 from rotary_export.models.find.replace import CheckedCall, replace_calls
 from rotary_export.models.find.replacement import Replacement
 from rotary_export.models.trace.traced_rotary import TracedRotary
@@ -84,11 +86,19 @@ class TableRecorder:
 
         Returns:
             The largest error of cos and of sin, of all cases.
+
+        Raises:
+            CheckFailedError: The trace can't run for a case.
         """
         rows: dict[str, Row] = {}
         for case in cases:
             tensors = dict(zip(names, case.tensors, strict=True))
-            found = traced.compute_tables(tensors)
+            try:
+                found = traced.compute_tables(tensors)
+            except Exception as error:  # whatever torch raises at sizes that the trace can't have
+                raise CheckFailedError(
+                    f"the trace fails at {case.name}: {describe_error(error)}"
+                ) from error
             own = self._tables[case.name]
             if len(own) != len(found):  # another branch of the model
                 continue

@@ -91,8 +91,8 @@ class TracedRotary:
 
 def _find_tables(node: Node) -> dict[str, Node]:
     """Return the tables of a rotary node, by name."""
-    found = dict(zip(TABLES, (*node.args, *[None] * 6)[1:6], strict=False))
-    found = {name: node.kwargs.get(name, found[name]) for name in TABLES}
+    given = dict(enumerate(node.args))
+    found = {name: node.kwargs.get(name, given.get(at)) for name, at in TABLES.items()}
     return {name: value for name, value in found.items() if isinstance(value, Node)}
 
 

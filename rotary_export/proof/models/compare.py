@@ -76,7 +76,9 @@ def remake_cases(path: Path, manifest: Manifest) -> list[Measured]:
             Measured(make_case(infos, sources, spec, run), None, noise)
             for spec, noise in read_cases(manifest)
         ]
-    except (LookupError, TypeError) as error:
+    except RotaryExportError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise RotaryExportError(f"the manifest's config is damaged: {error!r}") from None
 
 

@@ -139,8 +139,8 @@ class Reference:
 def find_ill_conditioned(measured: Measured) -> dict[str, str]:
     """Return the outputs of a case in which rounding hides an error, and by how much it does."""
     found = {}
-    for name, moved in measured.noise.items():
-        largest = find_largest(measured.case.select((measured.eager or {})[name]))
+    for name, value in (measured.eager or {}).items():
+        moved, largest = measured.noise.get(name, 0.0), find_largest(measured.case.select(value))
         if moved > MOST_NOISE * largest:
             found[name] = f"rounding alone moves it by {moved:.2g} of {largest:.2g}, its largest"
     return found

@@ -169,3 +169,20 @@ def test_a_failure_names_the_layer_and_is_repeated(llama, tmp_path):
         rotary_export.load(tmp_path / "kept", "model")
     rotary_export.load(tmp_path / "kept", "model", allow_failed=True)
     assert not rotary_export.verify_model(tmp_path / "kept", llama, inputs, case=case).passed
+
+
+def test_bad_options_are_refused_before_the_export(llama, tmp_path):
+    steps = []
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "letter.txt").write_text("mine")
+    for options, message in (
+        ({"keep_failed": tmp_path / "kept"}, "kept exists and is not a bundle"),
+        ({"seed": -1}, "seed must be an int >= 0, got -1"),
+        ({"seed": "x"}, "seed must be an int >= 0, got 'x'"),
+    ):
+        with pytest.raises(RotaryExportError, match=message):
+            rotary_export.export_model(
+                llama, make_inputs(llama), tmp_path / "b", progress=steps.append, **options
+            )
+    assert steps == []
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
