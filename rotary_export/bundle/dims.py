@@ -1,6 +1,13 @@
-"""The names of dynamic sizes and of cached tensors: the same in graphs, manifests and the proof."""
+"""The names of dynamic sizes and of cached tensors: the same in graphs, manifests and the proof.
+
+A size is a number, a name, or a sum of terms, each a number, a name or a multiple of a name:
+"past_seq_len + seq_len", "8 * height", "4 * n + 1".
+"""
+
+from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 
 BATCH, SEQ, PAST = "batch_size", "seq_len", "past_seq_len"
 TOTAL = f"{PAST} + {SEQ}"  # what a key/value cache contains after a step
@@ -14,3 +21,45 @@ def is_past(name: str) -> bool:
 def name_output(past: str) -> str:
     """Return the name of the output that contains an input of cached keys or values, grown."""
     return past.replace("past_key_values", "present", 1)
+
+
+def read_terms(dim: str) -> list[tuple[int, str]]:
+    """Return the terms of a dynamic size: factor and name; the name of a number is ""."""
+    terms = []
+    for text in dim.split(" + "):
+        factor, _, name = text.partition(" * ")
+        if text.isdigit():
+            terms.append((int(text), ""))
+        else:
+            terms.append((int(factor), name) if factor.isdigit() else (1, text))
+    return terms
+
+
+def list_names(dims: Iterable[int | str]) -> list[str]:
+    """Return the names in sizes, each once."""
+    terms = (term for dim in dims if isinstance(dim, str) for term in read_terms(dim))
+    return list(dict.fromkeys(name for _, name in terms if name))
+
+
+def compute_dim(dim: str, sizes: Mapping[str, int]) -> int:
+    """Return a dynamic size.
+
+    Raises:
+        KeyError: It has a name that is not in `sizes`.
+    """
+    return sum(factor * sizes[name] if name else factor for factor, name in read_terms(dim))
+
+
+def solve_dim(dim: str, size: int) -> tuple[str, int] | None:
+    """Return the only name in a dynamic size, and its value where the size is `size`.
+
+    Returns:
+        None if there are several names, or if it is never of that size.
+    """
+    terms = read_terms(dim)
+    names = [(factor, name) for factor, name in terms if name]
+    if len(names) != 1:
+        return None
+    factor, name = names[0]
+    value, rest = divmod(size - sum(number for number, other in terms if not other), factor)
+    return (name, value) if value >= 0 and not rest else None

@@ -33,8 +33,8 @@ class TensorInfo:
     Attributes:
         name: The same in every format.
         dtype: numpy's name of it, or "bfloat16".
-        shape: Sizes; a string is a dynamic axis, the same size wherever it stands, or a sum of
-            them: "past_seq_len + seq_len".
+        shape: Sizes; a string is a dynamic axis, the same size wherever it stands, a sum or a
+            multiple of them: "past_seq_len + seq_len", "8 * height".
         limits: Smallest and largest legal value; None: any.
     """
 
@@ -54,7 +54,8 @@ class GraphInfo:
         files: File name by format, a key of SUFFIXES.
         rotary_nodes: Number of `rotary_export::RotaryEmbedding` nodes in the ONNX file.
         function_body: What ONNX Runtime runs without our op library: "native" or "primitive".
-        max_size: Largest legal size of a dynamic axis, where there is one.
+        max_size: By name of a dynamic size, the largest that is legal, where there is one.
+        min_size: The smallest, where it is more than 1.
     """
 
     inputs: tuple[TensorInfo, ...]
@@ -63,6 +64,7 @@ class GraphInfo:
     rotary_nodes: int = 0
     function_body: str = "primitive"
     max_size: Mapping[str, int] = field(default_factory=dict)
+    min_size: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,10 @@ def _read_graph(data: Mapping[str, Any]) -> GraphInfo:
         files,
         int(data["rotary_nodes"]),
         str(data["function_body"]),
-        {str(name): int(size) for name, size in data.get("max_size", {}).items()},
+        *(
+            {str(name): int(size) for name, size in data.get(key, {}).items()}
+            for key in ("max_size", "min_size")
+        ),
     )
 
 

@@ -10,8 +10,9 @@ from rotary_export.bundle.manifest import Manifest
 def write_signature(staging: Path, manifest: Manifest, graph: str) -> None:
     """Write a line for each input and output, and limit.
 
-    `input NAME DTYPE DIM... [in LOW HIGH]`, `output NAME`, and `max_size DIM SIZE` for an axis of
-    limited size. A sum of sizes is written without spaces. HIGH is the largest legal value.
+    `input NAME DTYPE DIM... [in LOW HIGH]`, `output NAME`, and `max_size DIM SIZE`, `min_size DIM
+    SIZE` for axes of limited size. A sum or a multiple of sizes is written without spaces. HIGH is
+    the largest legal value.
 
     Args:
         staging: The folder to write it in.
@@ -28,4 +29,5 @@ def write_signature(staging: Path, manifest: Manifest, graph: str) -> None:
         lines.append(" ".join(words))
     lines += [f"output {tensor.name}" for tensor in info.outputs]
     lines += [f"max_size {dim} {size}" for dim, size in info.max_size.items()]
+    lines += [f"min_size {dim} {size}" for dim, size in info.min_size.items()]
     (staging / "signature.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

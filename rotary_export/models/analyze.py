@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rotary_export.bundle.dims import PAST, SEQ, TOTAL
+from rotary_export.bundle.dims import PAST, SEQ, TOTAL, list_names
 from rotary_export.bundle.manifest import TensorInfo
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.models.arguments import (
@@ -21,9 +21,10 @@ from rotary_export.models.arguments import (
 )
 from rotary_export.models.configs import find_last_position, find_length_thresholds
 from rotary_export.models.convert import convert_model
-from rotary_export.models.dim_names import name_dims, read_sizes
+from rotary_export.models.dim_names import NamedDims, name_dims, read_sizes
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.find.replacement import Replacement, find_replacement
+from rotary_export.models.trace.legal_sizes import find_legal_sizes
 from rotary_export.models.trace.size_limits import SizeConstraints
 from rotary_export.models.trace.snapshot import Snapshot, take_snapshot
 from rotary_export.models.trace.trace_patches import patch_for_tracing
@@ -40,6 +41,7 @@ class Analysis:
     Attributes:
         flat: The model, with one tensor per input.
         inputs: The inputs.
+        named: Their sizes, and the limits of these that were given or found.
         input_values: Where their values come from, when a case is made.
         traced_sizes: The sizes that it is traced at.
         example: The user's own inputs.
@@ -51,6 +53,7 @@ class Analysis:
 
     flat: FlatModel
     inputs: tuple[TensorInfo, ...]
+    named: NamedDims
     input_values: dict[str, InputValues]
     traced_sizes: dict[str, int]
     example: Case
@@ -82,6 +85,7 @@ class Analysis:
             longest=self.max_positions,
             last=self.last,
             max_size=constraints.max_size,
+            min_size=self.named.min_size,
             sizes_to_verify=constraints.sizes_to_verify,
             seed=seed,
             quick=quick,
@@ -112,20 +116,15 @@ def analyze_model(
     """
     arguments, tensors = read_arguments(example_inputs)
     named = name_dims(tensors, dynamic_shapes)
-    inputs = tuple(
-        TensorInfo(name, name_dtype(v.dtype), named[name], _find_id_limits(model, name))
-        for name, v in tensors.items()
-    )
-    input_values = {
-        i.name: choose_values(i.name, tensors[i.name], i.shape, i.limits) for i in inputs
-    }
     extra = find_extra_arguments(model, example_inputs)
     flat = FlatModel(model, arguments, extra, float32_tables)
-    own_sizes = read_sizes(tensors, named)
-    sizes = _choose_traced_sizes(own_sizes, inputs, input_values)
     example = Case(EXAMPLE, tuple(tensors.values()))
     report_progress("find rotary embeddings")
     _run_example(flat, example.tensors, snapshot)
+    named = _narrow_sizes(flat, tensors, named, snapshot)
+    inputs, input_values = _describe_inputs(model, tensors, named)
+    own_sizes = read_sizes(tensors, named.dims)
+    sizes = _choose_traced_sizes(own_sizes, inputs, input_values, named)
     spec = CaseSpec(sizes, stagger=True)
     candidates = [(make_case(inputs, input_values, spec), input_values)]
     if any(source.role == "position_ids" for source in input_values.values()):
@@ -140,6 +139,7 @@ def analyze_model(
     return Analysis(
         flat=flat,
         inputs=inputs,
+        named=named,
         input_values=dict(sources),
         traced_sizes=dict(traced.spec.sizes) if traced.spec else {},
         example=example,
@@ -148,6 +148,52 @@ def analyze_model(
         length_thresholds=find_length_thresholds(model),
         last=find_last_position(model),
     )
+
+
+def _describe_inputs(
+    model: nn.Module, tensors: Mapping[str, Tensor], named: NamedDims
+) -> tuple[tuple[TensorInfo, ...], dict[str, InputValues]]:
+    """Return the inputs, and where their values come from at other sizes."""
+    inputs = tuple(
+        TensorInfo(name, name_dtype(v.dtype), named.dims[name], _find_id_limits(model, name))
+        for name, v in tensors.items()
+    )
+    return inputs, {
+        i.name: choose_values(i.name, tensors[i.name], i.shape, i.limits) for i in inputs
+    }
+
+
+def _narrow_sizes(
+    flat: FlatModel, tensors: Mapping[str, Tensor], named: NamedDims, snapshot: Snapshot
+) -> NamedDims:
+    """Narrow the sizes that may vary to those at which the model runs.
+
+    They are searched one by one, but only if it does not run at the smallest sizes, or at those
+    that follow the ones to trace.
+    """
+    inputs, input_values = _describe_inputs(flat.model, tensors, named)
+
+    def runs(sizes: Mapping[str, int]) -> bool:
+        try:
+            with torch.no_grad():
+                flat(*make_case(inputs, input_values, CaseSpec(sizes)).tensors)
+        except (Exception, SystemExit):  # whatever the model raises
+            return False
+        finally:
+            snapshot.restore_state()
+        return True
+
+    own = read_sizes(tensors, named.dims)
+    chosen = _choose_traced_sizes(own, inputs, input_values, named)
+    smallest = {name: named.min_size.get(name, 1) for name in own}
+    larger = {name: min(size + 1, named.max_size.get(name, size)) for name, size in chosen.items()}
+    if not own or (runs(smallest) and runs(larger)):
+        return named
+    known = next((sizes for sizes in (chosen, own) if runs(sizes)), None)
+    if known is None:
+        return named
+    names = [name for name in own if name != PAST and name not in named.min_size]
+    return named.narrow(find_legal_sizes(runs, known, names))
 
 
 def _run_example(flat: FlatModel, example: Sequence[Tensor], snapshot: Snapshot) -> None:
@@ -255,14 +301,16 @@ def _choose_traced_sizes(
     example: Mapping[str, int],
     inputs: Sequence[TensorInfo],
     input_values: Mapping[str, InputValues],
+    named: NamedDims,
 ) -> dict[str, int]:
     """Choose small sizes, all different; the example's own where values may depend on them."""
     sizes: dict[str, int] = {}
     for name, size in example.items():
-        held = [i for i in inputs if any(name in str(d).split(" + ") for d in i.shape)]
+        held = [i for i in inputs if name in list_names(i.shape)]
         free = all(input_values[i.name].role not in ("values", "rows") for i in held)
         chosen = TRACED.get(name, max(size, 2)) if free or size < 2 else size
+        chosen = max(chosen, named.min_size.get(name, 2))
         while chosen in sizes.values():
             chosen += 1
-        sizes[name] = chosen
+        sizes[name] = min(chosen, named.max_size.get(name, chosen))
     return sizes

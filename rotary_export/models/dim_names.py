@@ -1,39 +1,97 @@
-"""Names for the sizes of a model's inputs that stay dynamic."""
+"""Names for the sizes of a model's inputs that stay dynamic, and the limits of these sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from rotary_export.bundle.dims import BATCH, PAST, SEQ, TOTAL, is_past
+from rotary_export.bundle.dims import (
+    BATCH,
+    PAST,
+    SEQ,
+    TOTAL,
+    compute_dim,
+    is_past,
+    list_names,
+    read_terms,
+    solve_dim,
+)
+from rotary_export.compat.export_dims import GivenDim, read_dim
 from rotary_export.errors import RotaryExportError
+from rotary_export.models.trace.legal_sizes import LegalSize
 
 Dims = tuple[int | str, ...]
+_KEYS = ("name", "min", "max", "multiple")  # of a size that is given as a dict
+
+
+@dataclass
+class NamedDims:
+    """The sizes of a model's inputs.
+
+    Attributes:
+        dims: By tensor, a name or a size per dimension; see `bundle.dims`.
+        min_size: By name, the smallest size, where one was given.
+        max_size: By name, the largest.
+    """
+
+    dims: dict[str, Dims]
+    min_size: dict[str, int] = field(default_factory=dict)
+    max_size: dict[str, int] = field(default_factory=dict)
+
+    def limit(self, name: str, smallest: int | None, largest: int | None) -> None:
+        """Narrow the sizes of a name."""
+        if smallest is not None and smallest > 1:
+            self.min_size[name] = max(smallest, self.min_size.get(name, smallest))
+        if largest is not None:
+            self.max_size[name] = min(largest, self.max_size.get(name, largest))
+
+    def narrow(self, legal: Mapping[str, LegalSize]) -> NamedDims:
+        """Return these sizes, narrowed to legal ones: "height" to "8 * height_div_8"."""
+        multiples = {name: size.multiple for name, size in legal.items()}
+
+        def rename(dim: int | str) -> int | str:
+            if not isinstance(dim, str):
+                return dim
+            terms = [
+                str(factor) if not name else _write_term(factor, name, multiples.get(name, 1))
+                for factor, name in read_terms(dim)
+            ]
+            return " + ".join(terms)
+
+        dims = {name: tuple(map(rename, shape)) for name, shape in self.dims.items()}
+        narrowed = NamedDims(dims, dict(self.min_size), {})
+        for name, largest in self.max_size.items():
+            multiple = multiples.get(name, 1)
+            narrowed.limit(_divide(name, multiple), None, largest // multiple)
+        for name, size in legal.items():
+            smallest = -(-size.smallest // size.multiple)
+            narrowed.limit(_divide(name, size.multiple), smallest, None)
+        return narrowed
 
 
 def name_dims(
     tensors: Mapping[str, Tensor], dynamic_shapes: str | Mapping[str, Any] | None
-) -> dict[str, Dims]:
+) -> NamedDims:
     """Name the sizes that may vary.
 
     Args:
         tensors: The example inputs, by name.
         dynamic_shapes: "auto": batch and sequence, found by name, type and rank; None: none; or
-            by tensor name, axis to name ({} or a missing tensor: all fixed).
-
-    Returns:
-        By tensor, a name or a size per dimension. A sum of names is "a + b".
+            by tensor name, sizes by axis ({} or a missing tensor: all fixed). A size is a name,
+            "a + b", "8 * a"; a `torch.export.Dim`, also a derived one; None for a fixed one; or a
+            dict of "name", "min", "max", "multiple", all optional.
 
     Raises:
         RotaryExportError: It names a tensor or an axis that does not exist, its value is not a
-            name, or one name has two sizes.
+            size, the example does not have such a size, or one name has two sizes.
     """
     if dynamic_shapes == "auto":
-        named = _name_dims_auto(tensors)
+        named = NamedDims(_name_dims_auto(tensors))
     elif dynamic_shapes is None:
-        named = {name: tuple(value.shape) for name, value in tensors.items()}
+        named = NamedDims({name: tuple(value.shape) for name, value in tensors.items()})
     elif isinstance(dynamic_shapes, Mapping):
         named = _name_dims_given(tensors, dynamic_shapes)
     else:
@@ -41,13 +99,19 @@ def name_dims(
             "dynamic_shapes must be 'auto', None or a dict by tensor name, got "
             f"{type(dynamic_shapes).__name__} {dynamic_shapes!r}"
         )
-    sizes = read_sizes(tensors, named)
-    for name, dims in named.items():
-        for term in (term for dim in dims if isinstance(dim, str) for term in _split(dim)):
+    sizes = read_sizes(tensors, named.dims)
+    for name, dims in named.dims.items():
+        for term in list_names(dims):
             if term not in sizes:
                 raise RotaryExportError(
                     f"dynamic_shapes[{name!r}] has a sum with {term!r}, which no dimension is alone"
                 )
+    for name, size in sizes.items():
+        low, high = named.min_size.get(name, 0), named.max_size.get(name, size)
+        if not low <= size <= high:
+            raise RotaryExportError(
+                f"dynamic_shapes limits {name} to {low} <= {name} <= {high}, the example has {size}"
+            )
     return named
 
 
@@ -55,32 +119,37 @@ def read_sizes(tensors: Mapping[str, Tensor], named: Mapping[str, Dims]) -> dict
     """Return the size of each name, as tensors have it.
 
     Raises:
-        RotaryExportError: One name has two sizes.
+        RotaryExportError: One name has two sizes, or a size is not such a multiple.
     """
     sizes: dict[str, int] = {}
     for name, value in tensors.items():
         for dim, size in zip(named[name], value.shape, strict=True):
-            if isinstance(dim, str) and " + " not in dim and sizes.setdefault(dim, size) != size:
+            if not isinstance(dim, str) or len(list_names([dim])) > 1:
+                continue
+            if (solved := solve_dim(dim, size)) is None:
+                raise RotaryExportError(f"{name} must have a size {dim}, got {tuple(value.shape)}")
+            term, found = solved
+            if sizes.setdefault(term, found) != found:
                 raise RotaryExportError(
-                    f"{name} must have {dim}={sizes[dim]}, as the tensors before it, got shape "
-                    f"{tuple(value.shape)}"
+                    f"{name} must have {dim}={compute_dim(dim, sizes)}, as the tensors before it, "
+                    f"got shape {tuple(value.shape)}"
                 )
     return sizes
 
 
-def _name_dims_given(
-    tensors: Mapping[str, Tensor], dynamic_shapes: Mapping[str, Any]
-) -> dict[str, Dims]:
+def _name_dims_given(tensors: Mapping[str, Tensor], dynamic_shapes: Mapping[str, Any]) -> NamedDims:
     for name in dynamic_shapes:
         if name not in tensors:
             raise RotaryExportError(
                 f"dynamic_shapes names {name!r}, which is not one of the example's tensors: "
                 f"{', '.join(tensors)}"
             )
-    named: dict[str, Dims] = {}
+    named, found = NamedDims({}), _name_dims_auto(tensors)
     for name, value in tensors.items():
         dims: list[int | str] = list(value.shape)
         given = dynamic_shapes.get(name) or {}
+        if isinstance(given, (tuple, list)):
+            given = dict(enumerate(given))
         if not isinstance(given, Mapping):
             raise RotaryExportError(
                 f"dynamic_shapes[{name!r}] must be a dict of axis to name, got {given!r}"
@@ -90,19 +159,63 @@ def _name_dims_given(
                 raise RotaryExportError(
                     f"dynamic_shapes[{name!r}] must have axes in [0, {value.dim()}), got {axis!r}"
                 )
-            if not isinstance(dim, str) or not all(p.isidentifier() for p in _split(dim)):
-                raise RotaryExportError(
-                    f"dynamic_shapes[{name!r}][{axis}] must be a name, or a sum 'a + b' of "
-                    f"names, got {dim!r}"
-                )
-            dims[axis] = dim
-        named[name] = tuple(dims)
+            usual = found[name][axis]
+            default = usual if isinstance(usual, str) else f"{name.replace('.', '_')}_{axis}"
+            size = _read_size(f"dynamic_shapes[{name!r}][{axis}]", dim, default, named)
+            dims[axis] = dims[axis] if size is None else size
+        named.dims[name] = tuple(dims)
     return named
 
 
-def _split(dim: str) -> list[str]:
-    """Return the terms of a sum of names."""
-    return dim.split(" + ")
+def _read_size(where: str, given: Any, default: str, named: NamedDims) -> str | None:
+    """Read a size that may vary, and its limits; None: it is fixed."""
+    if isinstance(given, Mapping):
+        return _read_limits(where, given, default, named)
+    if given is None:
+        return None
+    dim = GivenDim(given) if isinstance(given, str) else read_dim(given)
+    if dim is not None and dim.is_fixed:
+        return None
+    text = (dim.text or default) if dim is not None else ""
+    names = list_names([text])
+    if dim is None or not names or not all(name.isidentifier() for name in names):
+        raise RotaryExportError(
+            f"{where} must be a name, a sum 'a + b' or a multiple '8 * a' of names, a "
+            f"torch.export.Dim or a dict of {', '.join(_KEYS)}, got {given!r}"
+        )
+    for name in names:
+        named.limit(name, dim.smallest, dim.largest)
+    return text
+
+
+def _read_limits(where: str, given: Mapping[Any, Any], default: str, named: NamedDims) -> str:
+    """Read a size that is given as a dict of `_KEYS`."""
+    name, multiple = given.get("name", default), given.get("multiple", 1)
+    numbers = {key: given[key] for key in ("min", "max", "multiple") if key in given}
+    legal = isinstance(name, str) and name.isidentifier() and given.keys() <= {*_KEYS}
+    if not legal or any(type(value) is not int or value < 1 for value in numbers.values()):
+        raise RotaryExportError(
+            f"{where} must be a dict of {', '.join(_KEYS)}: a name and numbers >= 1, got {given!r}"
+        )
+    low, high = given.get("min"), given.get("max")
+    low, high = given.get("min"), given.get("max")
+    named.limit(
+        _divide(name, multiple),
+        None if low is None else -(-low // multiple),
+        None if high is None else high // multiple,
+    )
+    return _write_term(1, name, multiple)
+
+
+def _divide(name: str, multiple: int) -> str:
+    """Name a size that is counted in multiples: "height_div_8"."""
+    return name if multiple == 1 else f"{name}_div_{multiple}"
+
+
+def _write_term(factor: int, name: str, multiple: int) -> str:
+    """Write a size that is counted in multiples: "8 * height_div_8"."""
+    factor *= multiple
+    return f"{factor} * {_divide(name, multiple)}" if factor > 1 else name
 
 
 def _name_dims_auto(tensors: Mapping[str, Tensor]) -> dict[str, Dims]:
@@ -123,6 +236,9 @@ def _name_dims_auto(tensors: Mapping[str, Tensor]) -> dict[str, Dims]:
             dims[0] = SEQ
         elif name == "position_ids" and value.dim() == 2:
             dims = [BATCH if dims[0] == batch else dims[0], SEQ]
+        elif seq is not None and _is_square_mask(name, value, seq, past):
+            dims[0] = BATCH if dims[0] == batch and value.dim() > 2 else dims[0]
+            dims[-2:] = [SEQ, TOTAL if past else SEQ]
         elif value.dim() and dims[0] == batch:
             dims[0] = BATCH
             if _is_sequence(name, value):
@@ -138,3 +254,8 @@ def _is_sequence(name: str, value: Tensor) -> bool:
     if is_past(name) or "pixel" in name or "grid" in name:
         return False
     return value.dim() == (3 if value.is_floating_point() else 2)
+
+
+def _is_square_mask(name: str, value: Tensor, seq: int, past: int) -> bool:
+    """Return whether a mask is (..., S, T): what each new token sees of all tokens."""
+    return "mask" in name and value.dim() > 1 and tuple(value.shape[-2:]) == (seq, past + seq)

@@ -104,9 +104,12 @@ def _trace(
         results = analysis.flat.run_named(tensors)
     snapshot.restore_state()  # tables that it keeps and lets grow would end at this length
     with patch_for_tracing(analysis.flat.model), replace_calls(analysis.found):
-        program = trace_program(analysis.flat, tensors, analysis.inputs)
+        program = trace_program(analysis.flat, tensors, analysis.inputs, analysis.named.min_size)
     constraints = find_size_constraints(
-        read_conditions(program, get_inputs(program), analysis.inputs), analysis.max_run_size
+        read_conditions(program, get_inputs(program), analysis.inputs),
+        analysis.max_run_size,
+        analysis.named.min_size,
+        analysis.named.max_size,
     )
     symbols = name_symbols(program, analysis.inputs)
     outputs = tuple(
@@ -119,7 +122,14 @@ def _trace(
     )
     op = torch.ops.rotary_export.rotary_embedding.default
     nodes = sum(node.target == op for node in program.graph.nodes)
-    graph = GraphInfo(analysis.inputs, outputs, files, nodes, max_size=constraints.max_size)
+    graph = GraphInfo(
+        analysis.inputs,
+        outputs,
+        files,
+        nodes,
+        max_size=constraints.max_size,
+        min_size=analysis.named.min_size,
+    )
     return graph, constraints, program, symbols
 
 

@@ -56,11 +56,17 @@ def _make_rotate_inputs(graph: GraphInfo, batch_size: int, seq_len: int) -> Arra
 
 
 def _fit_sizes(manifest: Manifest, shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Lower (batch_size, seq_len) to what a model accepts, each once."""
-    max_size = manifest.graphs[GRAPH].max_size
+    """Change (batch_size, seq_len) to what a model accepts, each once."""
+    max_size, min_size = manifest.graphs[GRAPH].max_size, manifest.graphs[GRAPH].min_size
+    shapes = [
+        (max(batch, min_size.get(BATCH, 1)), max(seq, min_size.get(SEQ, 1)))
+        for batch, seq in shapes
+    ]
     rows, length = max_size.get(BATCH, 1 << 30), max_size.get(SEQ, 1 << 30)
     longest = min(length, manifest.config["max_positions"] or length)
-    return list(dict.fromkeys((min(batch, rows), min(seq, longest)) for batch, seq in shapes))
+    least, shortest = min_size.get(BATCH, 1), min_size.get(SEQ, 1)
+    fitted = ((max(min(b, rows), least), max(min(s, longest), shortest)) for b, s in shapes)
+    return list(dict.fromkeys(fitted))
 
 
 def _make_model_inputs(

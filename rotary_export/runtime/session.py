@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rotary_export.bundle.dims import compute_dim, list_names, solve_dim
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
 from rotary_export.errors import RotaryExportError
 from rotary_export.op.spec import bad_id_message
@@ -105,8 +106,7 @@ def check_session_inputs(name: str, graph: GraphInfo, inputs: Tensors) -> dict[s
                 f"{name} has no input {given!r}; it accepts {', '.join(wanted)}"
             )
     sizes: dict[str, int] = {}
-    sums = {d for info in graph.inputs for d in info.shape if isinstance(d, str) and " + " in d}
-    for info in sorted(graph.inputs, key=lambda i: bool(sums.intersection(i.shape))):  # sums last
+    for info in sorted(graph.inputs, key=lambda i: not _is_solvable(i)):  # sums last
         if info.name not in inputs:
             raise RotaryExportError(
                 f"{name} needs the input {info.name!r}; it accepts {', '.join(wanted)}"
@@ -126,24 +126,31 @@ def check_session_inputs(name: str, graph: GraphInfo, inputs: Tensors) -> dict[s
     for dim, largest in graph.max_size.items():
         if sizes.get(dim, 0) > largest:
             raise RotaryExportError(f"{dim} must be <= {largest}, got {sizes[dim]}")
+    for dim, smallest in graph.min_size.items():
+        if sizes.get(dim, smallest) < smallest:
+            raise RotaryExportError(f"{dim} must be >= {smallest}, got {sizes[dim]}")
     return sizes
 
 
 def _check_shape(info: TensorInfo, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
-    def resolve(want: int | str, got: int) -> int:
+    def fits(want: int | str, got: int) -> bool:
         if not isinstance(want, str):
-            return want
-        return resolve_dim(want, sizes) if " + " in want else sizes.setdefault(want, got)
+            return got == want
+        if (solved := solve_dim(want, got)) is not None:
+            name, size = solved
+            return sizes.setdefault(name, size) == size
+        return len(list_names([want])) > 1 and compute_dim(want, sizes) == got
 
-    fits = len(shape) == len(info.shape) and all(
-        got == resolve(want, got) for want, got in zip(info.shape, shape, strict=True)
-    )
-    if not fits:
-        named = [term for d in info.shape if isinstance(d, str) for term in d.split(" + ")]
-        known = {term: sizes[term] for term in named if term in sizes}
+    if len(shape) != len(info.shape) or not all(map(fits, info.shape, shape)):
+        known = {name: sizes[name] for name in list_names(info.shape) if name in sizes}
         where = "".join(f", {dim}={size}" for dim, size in known.items())
         wanted = f"({', '.join(str(d) for d in info.shape)})"
         raise RotaryExportError(f"{info.name} must have shape {wanted}{where}, got {shape}")
+
+
+def _is_solvable(info: TensorInfo) -> bool:
+    """Return whether the shape of an input alone has one value for each of its names."""
+    return all(len(list_names([dim])) < 2 for dim in info.shape)
 
 
 def _check_limits(info: TensorInfo, value: Any) -> None:
@@ -172,9 +179,4 @@ def resolve_shape(info: TensorInfo, sizes: Mapping[str, int]) -> tuple[int, ...]
     Raises:
         KeyError: A size follows from the values of the inputs, or by more than a sum.
     """
-    return tuple(resolve_dim(d, sizes) if isinstance(d, str) else d for d in info.shape)
-
-
-def resolve_dim(dim: str, sizes: Mapping[str, int]) -> int:
-    """Return a size: that of a dynamic axis, or a sum, "past_seq_len + seq_len"."""
-    return sum(int(term) if term.isdigit() else sizes[term] for term in dim.split(" + "))
+    return tuple(compute_dim(d, sizes) if isinstance(d, str) else d for d in info.shape)

@@ -101,16 +101,20 @@ def test_the_signature_contains_inputs_outputs_and_limits(tmp_path):
         inputs=(
             TensorInfo("mask", "bool", ("batch_size", "past_len + seq_len")),
             TensorInfo("ids", "int64", (2, "seq_len"), (0, 9)),
+            TensorInfo("image", "float32", ("8 * height",)),
         ),
         max_size={"seq_len": 64},
+        min_size={"height": 2},
     )
     write_signature(tmp_path, replace(manifest, graphs={"rotate": rotate}), "rotate")
     assert (tmp_path / "signature.txt").read_text().splitlines() == [
         "input mask bool batch_size past_len+seq_len",
         "input ids int64 2 seq_len in 0 9",
+        "input image float32 8*height",
         "output query_out",
         "output key_out",
         "max_size seq_len 64",
+        "min_size height 2",
     ]
 
 

@@ -74,10 +74,8 @@ def test_the_example_runs_unchanged():
                                     with_kwargs=True)  # fmt: skip
     x = torch.randn(2, 3, 16)
     analysis = analyze(model, x=x)
-    assert [tuple(shape) for shape in shapes] == [
-        (2, 3, 16),
-        (2, *analysis.traced.tensors[0].shape[1:]),
-    ]
+    assert tuple(shapes[0]) == (2, 3, 16)
+    assert tuple(shapes[-1]) == (2, *analysis.traced.tensors[0].shape[1:])
     assert model.runs == []
     assert analysis.example.tensors[0] is x
 

@@ -100,7 +100,7 @@ AUTO = {
 
 def test_dynamic_sizes_are_named():
     tensors = {name: value for name, (value, _) in AUTO.items()}
-    named = name_dims(tensors, "auto")
+    named = name_dims(tensors, "auto").dims
     assert named == {name: dims for name, (_, dims) in AUTO.items()}
     sizes = {"batch_size": 2, "seq_len": 6, "past_seq_len": 5, "decoder_seq_len": 3}
     assert read_sizes(tensors, named) == sizes
@@ -108,13 +108,13 @@ def test_dynamic_sizes_are_named():
 
 def test_three_axes_of_positions():
     tensors = {"x": torch.ones(2, 6, 4), "position_ids": torch.ones(3, 2, 6, dtype=torch.int64)}
-    assert name_dims(tensors, "auto")["position_ids"] == (3, "batch_size", "seq_len")
+    assert name_dims(tensors, "auto").dims["position_ids"] == (3, "batch_size", "seq_len")
 
 
 def test_sizes_that_are_not_named_are_fixed():
     tensors = {"x": torch.ones(2, 6), "y": torch.ones(2)}
-    assert name_dims(tensors, None) == {"x": (2, 6), "y": (2,)}
-    assert name_dims(tensors, {"x": {1: "n"}}) == {"x": (2, "n"), "y": (2,)}
+    assert name_dims(tensors, None).dims == {"x": (2, 6), "y": (2,)}
+    assert name_dims(tensors, {"x": {1: "n"}}).dims == {"x": (2, "n"), "y": (2,)}
 
 
 def test_a_copy_of_another_type_keeps_the_frequencies():

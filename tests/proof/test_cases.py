@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -156,3 +158,40 @@ def test_a_sample_of_a_long_output_is_compared():
     dims = ("batch_size", 2, "past_seq_len + seq_len", 1)
     place = case.locate((0, 0, 40, 0), dims)
     assert place == f"batch row 0, position {int(read['present'][0, 0, 40, 0])}"
+
+
+SQUARE = TensorInfo("attention_mask", "float32", ("batch_size", 1, "seq_len", "seq_len"))
+
+
+def make_square(example, padding=""):
+    source = choose("attention_mask", example, SQUARE.shape)
+    assert source.role == "square_mask"
+    info = replace(SQUARE, dtype=str(example.dtype).removeprefix("torch."))
+    spec = CaseSpec({"batch_size": 2, "seq_len": 4}, padding=padding)
+    return make_case([info], {"attention_mask": source}, spec)
+
+
+SEEN = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("example", "seen", "hidden"),
+    [
+        (SEEN.tril(), True, False),
+        (~SEEN.tril(), False, True),
+        (SEEN.tril().long(), 1, 0),
+        (torch.zeros(SEEN.shape).masked_fill(~SEEN.tril(), -9e9), 0.0, -3.4028234663852886e38),
+    ],
+    ids=["seen", "hidden", "numbers", "added"],
+)
+def test_a_square_mask_is_causal_as_its_example(example, seen, hidden):
+    mask = make_square(example).tensors[0]
+    rows = torch.ones(4, 4, dtype=torch.bool).tril()
+    assert torch.equal(mask, torch.where(rows, seen, hidden).to(mask.dtype).expand(2, 1, 4, 4))
+
+
+def test_a_square_mask_hides_padding():
+    case = make_square(SEEN, "right")
+    assert case.keep.tolist() == [[True] * 3 + [False], [True] * 2 + [False] * 2]
+    assert case.tensors[0][0, 0].tolist() == [[True] * 3 + [False]] * 3 + [[True] * 4]
+    assert make_square(SEEN).tensors[0].all()

@@ -81,3 +81,9 @@ def test_thresholds_that_no_case_reaches_are_listed():
     quick = Plan(ids, TRACED, thresholds=[32, 4096], quick=True)
     assert [*list_unreached(quick)] == ["lengths > 4096, where its angles change"]
     assert max(spec.length for spec in plan_cases(quick)) == 37
+
+
+def test_no_size_is_smaller_than_it_may_be():
+    specs = plan_cases(Plan(MOVED, TRACED, min_size={"seq_len": 6}))
+    assert min(spec.length for spec in specs) == 6
+    assert min(spec.sizes["batch_size"] for spec in specs) == 1

@@ -107,6 +107,7 @@ def _read_plan(manifest: Manifest, seed: int | None, quick: bool) -> Plan:
             longest=config["max_positions"],
             last=config["last_position"],
             max_size=manifest.graphs[GRAPH].max_size,
+            min_size=manifest.graphs[GRAPH].min_size,
             sizes_to_verify=config["sizes_to_verify"],
             seed=config["seed"] if seed is None else seed,
             quick=quick,

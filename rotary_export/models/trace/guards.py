@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from rotary_export.bundle.dims import list_names, read_terms
 from rotary_export.bundle.manifest import TensorInfo
 from rotary_export.compat.sizes import (
     Environment,
@@ -61,13 +62,12 @@ def read_conditions(
         for dim, size in zip(info.shape, value.shape, strict=True):
             if not isinstance(dim, str) or not isinstance(size, torch.SymInt):
                 continue
-            parts = [
+            for name in list_names([dim]):
                 names.setdefault(
-                    part, sympy.Symbol(f"size{len(names)}", integer=True, positive=True)
+                    name, sympy.Symbol(f"size{len(names)}", integer=True, positive=True)
                 )
-                for part in dim.split(" + ")
-            ]
-            symbols.setdefault(environment.simplify(get_expression(size)), sum(parts))
+            total = sum(factor * names.get(name, 1) for factor, name in read_terms(dim))
+            symbols.setdefault(environment.simplify(get_expression(size)), total)
     found: dict[Any, Condition] = {}
 
     def note(expression: Any, location: str, is_guard: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rotary_export.bundle.dims import compute_dim, list_names
 from rotary_export.bundle.manifest import TensorInfo
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.compat.sizes import (
@@ -24,13 +25,19 @@ from rotary_export.models.error_text import describe_error
 from rotary_export.models.trace.guards import format_location
 
 
-def trace_program(module: nn.Module, tensors: Sequence[Tensor], infos: Sequence[TensorInfo]) -> Any:
+def trace_program(
+    module: nn.Module,
+    tensors: Sequence[Tensor],
+    infos: Sequence[TensorInfo],
+    min_size: Mapping[str, int] | None = None,
+) -> Any:
     """Trace a module whose forward accepts `*tensors`.
 
     Args:
         module: The module.
         tensors: Inputs to trace with.
         infos: The inputs; a name in a shape is a size that must stay dynamic.
+        min_size: By name of a size, the smallest that is legal, where it is more than 1.
 
     Returns:
         The `torch.export.ExportedProgram`.
@@ -62,21 +69,28 @@ def trace_program(module: nn.Module, tensors: Sequence[Tensor], infos: Sequence[
                     f"{info.name}){_find_location(program, constant)}; give it a fixed size with "
                     "dynamic_shapes, or change the model there"
                 )
-    _allow_small_sums(program, infos)
+    _allow_small_sizes(program, infos, min_size or {})
     return program
 
 
-def _allow_small_sums(program: Any, infos: Sequence[TensorInfo]) -> None:
-    """Let a sum of sizes be as small as its terms may be.
+def _allow_small_sizes(
+    program: Any, infos: Sequence[TensorInfo], min_size: Mapping[str, int]
+) -> None:
+    """Let sizes be as small as the model accepts; the proof tells whether that is right.
 
-    torch.export assumes that each size is at least 2. It does not check that for traced sizes, but
-    does check that past + new tokens is at least 4: an empty cache would be refused.
+    torch.export assumes that each size, and each that is computed, is at least 2. It does not check
+    that for traced sizes, but does check that past + new tokens is at least 4, so that an empty
+    cache would be refused; and that a convolution has two results.
     """
     for info, value in zip(infos, get_inputs(program), strict=True):
         for dim, size in zip(info.shape, value.shape, strict=True):
-            if isinstance(dim, str) and " + " in dim and isinstance(size, torch.SymInt):
-                if get_lower_bound(program, size) == 2 * len(dim.split(" + ")):
-                    set_lower_bound(program, size, 2)
+            if not isinstance(dim, str) or not isinstance(size, torch.SymInt):
+                continue
+            names = list_names([dim])
+            smallest = compute_dim(dim, {name: min_size.get(name, 1) for name in names})
+            lower = get_lower_bound(program, size)
+            if lower is not None and lower > max(smallest, 2):
+                set_lower_bound(program, size, max(smallest, 2))
 
 
 def _find_location(program: Any, size: int) -> str:

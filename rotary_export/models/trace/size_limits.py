@@ -43,6 +43,7 @@ class SizeConstraints:
         bounds: By name of a size, the largest at which a minimum or maximum is as traced, and the
             condition.
         mismatched: Conditions past which the graph differs from the model; their bounds are limits.
+        min_size: By name of a size, the smallest that the graph accepts.
     """
 
     max_size: Sizes = field(default_factory=dict)
@@ -51,6 +52,7 @@ class SizeConstraints:
     unverified: list[str] = field(default_factory=list)
     bounds: dict[str, tuple[int, str]] = field(default_factory=dict)
     mismatched: list[str] = field(default_factory=list)
+    min_size: Sizes = field(default_factory=dict)
 
     def add(self, condition: str, sizes: Sequence[Sizes]) -> None:
         """Note the sizes to verify for a condition."""
@@ -73,7 +75,10 @@ class SizeConstraints:
 
 
 def find_size_constraints(
-    conditions: Sequence[Condition], max_run_size: Mapping[str, int]
+    conditions: Sequence[Condition],
+    max_run_size: Mapping[str, int],
+    min_size: Mapping[str, int] | None = None,
+    max_size: Mapping[str, int] | None = None,
 ) -> SizeConstraints:
     """Find the sizes at which a model takes the branch that was traced.
 
@@ -81,11 +86,13 @@ def find_size_constraints(
         conditions: As `read_conditions`.
         max_run_size: By name of a size, or TOTAL, the largest that the model itself runs at, where
             it is known.
+        min_size: By name of a size, the smallest that is legal.
+        max_size: The largest.
 
     Raises:
         RotaryExportError: A condition fails at most sizes; the message names the source line.
     """
-    constraints = SizeConstraints()
+    constraints = SizeConstraints(dict(max_size or {}), min_size=dict(min_size or {}))
     failing: list[tuple[Condition, list[int]]] = []
     for condition in conditions:
         if len(condition.names) == 1:
@@ -103,15 +110,16 @@ def _limit_size(
 ) -> list[tuple[Condition, list[int]]]:
     """Limit a size to where a guard can hold; return the sizes below at which it fails, if any."""
     (name,) = condition.names
-    fails = [size for size in _SIZES if not condition.holds(size)]
-    if not fails:
+    low, high = constraints.min_size.get(name, 0), constraints.max_size.get(name, _UNLIMITED)
+    fails = [size for size in _SIZES if low <= size and not condition.holds(size)]
+    if not fails or fails[0] > high:
         return []
     if not condition.is_guard:
         return [(condition, fails)]
     longest = min(LONGEST_CASE, max_run_size.get(name, _UNLIMITED))
     limit = _find_limit(condition.holds, fails, longest)
     below = [size for size in fails if size <= min(limit, _DENSE)]
-    if limit < 2 or 2 * len(below) > min(limit, _DENSE):
+    if limit < 2 or 2 * len(below) > min(limit, high, _DENSE):
         raise RotaryExportError(
             f"the model takes another branch where not {condition.text}; give {name} a fixed "
             "size with dynamic_shapes, or change the model there"
@@ -175,7 +183,7 @@ def _verify_several(
 
     def list_sizes(name: str) -> list[int]:
         most = min(m.get(name, _UNLIMITED) for m in (constraints.max_size, max_run_size))
-        return [size for size in _GRID if size <= most]
+        return [size for size in _GRID if constraints.min_size.get(name, 0) <= size <= most]
 
     def is_quick(sizes: Sizes) -> bool:
         total = sizes.get(SEQ, 0) + sizes.get(PAST, 0)

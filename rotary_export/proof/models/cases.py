@@ -10,14 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rotary_export.bundle.dims import BATCH, PAST, SEQ, TOTAL, is_past, name_output
+from rotary_export.bundle.dims import (
+    BATCH,
+    PAST,
+    SEQ,
+    TOTAL,
+    compute_dim,
+    is_past,
+    name_output,
+)
 from rotary_export.bundle.manifest import TensorInfo
 from rotary_export.proof.comparison import to_comparable
 from rotary_export.proof.models.input_values import InputValues
-from rotary_export.runtime.session import resolve_dim, resolve_shape
+from rotary_export.runtime.session import resolve_shape
 from rotary_export.types import Array
 
 EXAMPLE = "the example"
+MASKS = ("mask", "square_mask")  # roles of inputs by which rows are padded
 _LONG = 512  # tokens from which on a sample of the rows is compared
 _SAMPLED = 64
 Run = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]  # by output
@@ -102,7 +111,7 @@ class Case:
         """Return the row of a whole output that a row of what was read is."""
         if self.spec is None or not self.spec.is_long:
             return at
-        size = resolve_dim(dim, self.spec.sizes)
+        size = compute_dim(dim, self.spec.sizes)
         return int(_sample_rows(size)[at]) if size >= _LONG else at
 
     def select(self, output: Array) -> Array:
@@ -151,10 +160,11 @@ def make_case(
     """
     generator = torch.Generator().manual_seed(spec.seed)
     sizes = spec.sizes
-    mask_info = next((i for i in infos if sources[i.name].role == "mask"), None)
     mask, keep = None, None
+    mask_info = next((i for i in infos if sources[i.name].role in MASKS), None)
     if mask_info is not None and spec.padding:
-        mask = _make_mask(resolve_shape(mask_info, sizes), spec.padding)
+        batch, *_, total = resolve_shape(mask_info, sizes)
+        mask = _make_mask(batch, total, spec.padding)
         keep = mask[:, mask.shape[1] - sizes.get(SEQ, mask.shape[1]) :]
     past = _fill_past(infos, sources, spec, run) if run else {}
     tensors = []
@@ -164,6 +174,8 @@ def make_case(
             made = source.repeat_rows(shape)
         elif source.role == "mask":
             made = torch.ones(shape) if mask is None or info is not mask_info else mask
+        elif source.role == "square_mask":
+            made = _make_square_mask(shape, source, mask)
         elif source.role == "ids":
             low, high = source.limits
             made = torch.randint(low, high + 1, shape, generator=generator)
@@ -178,12 +190,30 @@ def make_case(
     return Case(spec.name, tuple(tensors), keep, spec)
 
 
-def _make_mask(shape: tuple[int, ...], padding: str) -> Tensor:
+def _make_mask(batch: int, total: int, padding: str) -> Tensor:
     """Make a mask (B, total) of rows that are padded by 1, 2 or 3, but never wholly."""
-    batch, total = shape
     pads = (torch.arange(batch) % 3 + 1).clamp(max=total - 1)[:, None]
     rows = torch.arange(total)
     return rows >= pads if padding == "left" else rows < total - pads
+
+
+def _make_square_mask(shape: Sequence[int], source: InputValues, mask: Tensor | None) -> Tensor:
+    """Make a mask (..., S, total); each token sees itself, also where it is padding.
+
+    Args:
+        shape: Of the mask.
+        source: The values in it.
+        mask: (B, total): what is not padding; None: all.
+    """
+    seen, hidden, hides_later = source.value
+    rows, total = shape[-2:]
+    own = torch.eye(total, dtype=torch.bool)[total - rows :]
+    visible = torch.ones(shape, dtype=torch.bool)
+    if hides_later:
+        visible &= torch.ones(rows, total, dtype=torch.bool).tril(total - rows)
+    if mask is not None and len(shape) > 2 and mask.shape[0] == shape[0]:
+        visible &= mask.reshape(mask.shape[0], *[1] * (len(shape) - 2), total)
+    return torch.where(visible | own, seen, hidden)
 
 
 def _fill_past(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotary_export.bundle.dims import is_past
+from rotary_export.bundle.dims import SEQ, TOTAL, is_past
 
 _MASKED = 1e4  # numbers as large as that stand for infinity in a mask
 _MOST_ROWS = 16  # of an example, along each dimension that may vary
@@ -23,10 +23,12 @@ class InputValues:
 
     Attributes:
         role: "ids" (any in `limits`), "position_ids" (moved at will), "counted" (positions from 0
-            on), "mask" (1: a real position), "past" (what the model returns for earlier tokens),
-            "values" (normal, as `spread`), "rows" (the example's own, repeated or cut).
+            on), "mask" (1: a real position), "square_mask" (what each token sees), "past" (what the
+            model returns for earlier tokens), "values" (normal, as `spread`), "rows" (the
+            example's own, repeated or cut).
         limits: Smallest and largest id.
-        value: Of "rows": the example's values, nested lists.
+        value: Of "rows": the example's values, nested lists. Of "square_mask": the value of what
+            is seen, that of what is hidden, and whether later tokens are hidden.
         spread: Mean and standard deviation of the example.
     """
 
@@ -61,6 +63,8 @@ def choose_values(
         return InputValues("position_ids")
     if "mask" in name and value.dim() == 2 and set(value.unique().tolist()) <= {0, 1}:
         return InputValues("mask")
+    if "mask" in name and value.dim() > 1 and value.numel() and _is_square(dims):
+        return InputValues("square_mask", value=_read_square_mask(value))
     if value.is_floating_point() and not _holds_tables(name, value):
         return InputValues("values", spread=_measure_spread(value))
     if not value.is_floating_point() and value.dim() == 2 and value.numel() and "grid" not in name:
@@ -69,6 +73,24 @@ def choose_values(
         if isinstance(dim, str):
             value = value.narrow(axis, 0, min(value.shape[axis], _MOST_ROWS))
     return InputValues("rows", value=value.tolist())
+
+
+def _is_square(dims: Sequence[int | str]) -> bool:
+    """Return whether the last sizes are those of new tokens, and of all tokens."""
+    return dims[-2] == SEQ and dims[-1] in (SEQ, TOTAL)
+
+
+def _read_square_mask(value: Tensor) -> list[Any]:
+    """Return the value of what is seen and of what is hidden, and whether later tokens are hidden.
+
+    A floating-point mask is added to scores. In another one, 1 is what is seen, unless the example
+    hides each token from itself.
+    """
+    hides_later = bool((value[..., 0, -1] != value[..., 0, 0]).all())
+    if value.is_floating_point():
+        return [0.0, torch.finfo(value.dtype).min, hides_later]
+    own = value.diagonal(value.shape[-1] - value.shape[-2], -2, -1)
+    return [0, 1, hides_later] if not own.any() else [1, 0, hides_later]
 
 
 def _holds_tables(name: str, value: Tensor) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rotary_export.bundle.dims import BATCH, PAST, SEQ
-from rotary_export.proof.models.cases import CaseSpec
+from rotary_export.proof.models.cases import MASKS, CaseSpec
 from rotary_export.proof.models.input_values import InputValues
 
 # Two of a size would hide that one was taken for the other; 0 and 1 are constants to torch.export.
@@ -28,6 +28,7 @@ class Plan:
         longest: Positions that the model accepts; None: any number.
         last: Positions that its config names, though it may accept more; None: unknown.
         max_size: By name of a size, the largest that the graph accepts.
+        min_size: The smallest, where it is more than 1.
         sizes_to_verify: Sizes at which the model takes another branch than the traced one.
         seed: Of the random numbers of every case.
         quick: Fewer cases, and none of them long.
@@ -39,6 +40,7 @@ class Plan:
     longest: int | None = None
     last: int | None = None
     max_size: Mapping[str, int] = field(default_factory=dict)
+    min_size: Mapping[str, int] = field(default_factory=dict)
     sizes_to_verify: Sequence[Mapping[str, int]] = ()
     seed: int = 0
     quick: bool = False
@@ -55,15 +57,24 @@ class Plan:
 
     @property
     def is_masked(self) -> bool:
-        """Whether there is a mask of 0 and 1."""
-        return any(source.role == "mask" for source in self.sources.values())
+        """Whether there is a mask by which rows can be padded."""
+        return any(source.role in MASKS for source in self.sources.values())
 
     def choose_sizes(self, batch: int, seq: int, past: int) -> dict[str, int]:
         """Return every size, none larger than it may be; others follow the batch."""
         wanted = {BATCH: batch, PAST: min(past, self.limit // 2)}
         wanted[SEQ] = min(seq, self.limit - (wanted[PAST] if PAST in self.traced else 0))
         chosen = {name: wanted.get(name, size + batch) for name, size in self.traced.items()}
-        return {name: min(size, self.max_size.get(name, size)) for name, size in chosen.items()}
+        return {name: self._clamp(name, size) for name, size in chosen.items()}
+
+    @property
+    def smallest(self) -> dict[str, int]:
+        """Every size as small as it may be."""
+        return {name: self.min_size.get(name, 1) for name in self.traced}
+
+    def _clamp(self, name: str, size: int) -> int:
+        size = max(size, self.min_size.get(name, size))
+        return min(size, self.max_size.get(name, size))
 
 
 def plan_cases(plan: Plan) -> list[CaseSpec]:
@@ -84,7 +95,7 @@ def _plan_small(plan: Plan) -> list[CaseSpec]:
         CaseSpec(plan.choose_sizes(3, max(1, seq // 2), past + 3), seed=1),
         CaseSpec(plan.choose_sizes(1, 2 * seq + 5, past + 6), seed=2),
         CaseSpec(plan.choose_sizes(3, 1, past + 1), seed=3),
-        CaseSpec(dict.fromkeys(plan.traced, 1), seed=3),
+        CaseSpec(plan.smallest, seed=3),
     ]
     if PAST in plan.traced:  # the first step, with an empty cache
         specs.append(CaseSpec(plan.choose_sizes(2, seq + 1, 0), seed=3))

@@ -8,7 +8,7 @@ from helpers.tiny_modules import X, rope_of
 from torch import nn
 
 from rotary_export import export_model, load, verify
-from rotary_export.errors import CheckFailedError
+from rotary_export.errors import CheckFailedError, RotaryExportError
 
 
 def at(*sizes):
@@ -151,3 +151,62 @@ class Given(nn.Module):
 def test_a_function_with_a_size_argument_is_fused(tmp_path):
     bundle = export_model(Given(), {"x": X}, tmp_path / "b")
     assert bundle.manifest.graphs["model"].rotary_nodes == 1
+
+
+class Stem(nn.Module):
+    """A convolution of 5 samples, or of patches of 4."""
+
+    def __init__(self, size, stride, whole=False):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 16, size, stride=stride)
+        self.whole = whole
+
+    def forward(self, wave):
+        if self.whole and wave.shape[1] % 4:
+            raise ValueError(f"whole patches of 4, got {wave.shape[1]}")
+        return rope_of(self.conv(wave[:, None]).transpose(1, 2))
+
+
+WAVE = {"wave": torch.randn(2, 40)}
+
+
+def test_a_smallest_size_is_found(tmp_path):
+    shapes = {"wave": {0: "rows", 1: "samples"}}
+    bundle = export_model(Stem(5, 2), WAVE, tmp_path / "b", dynamic_shapes=shapes)
+    assert bundle.manifest.graphs["model"].min_size == {"samples": 5}
+    assert "rows 1, samples 5" in bundle.report.shapes["model"]
+    assert verify(bundle.path).passed
+    session = load(bundle, "model")
+    assert session(wave=torch.randn(1, 5))["output"].shape == (1, 1, 16)
+    with pytest.raises(RotaryExportError, match="samples must be >= 5, got 4"):
+        session(wave=torch.randn(1, 4))
+
+
+def test_a_multiple_is_found(tmp_path):
+    model, shapes = Stem(4, 4, whole=True), {"wave": {0: "rows", 1: "samples"}}
+    bundle = export_model(model, WAVE, tmp_path / "b", dynamic_shapes=shapes)
+    graph = bundle.manifest.graphs["model"]
+    assert graph.inputs[0].shape == ("rows", "4 * samples_div_4")
+    session = load(bundle, "model")
+    wave = torch.randn(3, 28)
+    want = model(wave).detach()
+    torch.testing.assert_close(session(wave=wave)["output"], want, rtol=0, atol=1e-5)
+    with pytest.raises(
+        RotaryExportError, match=r"shape \(rows, 4 \* samples_div_4\), .* \(3, 30\)"
+    ):
+        session(wave=torch.randn(3, 30))
+
+
+@pytest.mark.parametrize(
+    "size", [{"multiple": 4, "min": 8}, 4 * torch.export.Dim("n", min=2)], ids=["dict", "torch"]
+)
+def test_a_multiple_that_is_given(tmp_path, size):
+    model = Stem(4, 4, whole=True)
+    bundle = export_model(
+        model, WAVE, tmp_path / "b", dynamic_shapes={"wave": {1: size}}, formats=["onnx"]
+    )
+    graph = bundle.manifest.graphs["model"]
+    assert list(graph.min_size.values()) == [2]
+    load(bundle, "model")(wave=torch.randn(2, 8))
+    with pytest.raises(RotaryExportError, match="must be >= 2, got 1"):
+        load(bundle, "model")(wave=torch.randn(2, 4))

@@ -136,15 +136,31 @@ function checkInputs(graph, info, inputs) {
       throw new RotaryExportError(`${dim} must be <= ${largest}, got ${sizes[dim]}`);
     }
   }
+  for (const [dim, smallest] of Object.entries(info.min_size ?? {})) {
+    if (sizes[dim] < smallest) {
+      throw new RotaryExportError(`${dim} must be >= ${smallest}, got ${sizes[dim]}`);
+    }
+  }
 }
 
-// An axis is a size, a name that means the same size wherever it occurs, or a sum.
+// The terms of a size: [factor, name] for "8 * height", [3, ""] for a number.
+const readTerms = (dim) =>
+  `${dim}`.split(" + ").map((text) => {
+    const [name, factor] = text.split(" * ").reverse();
+    return /^\d+$/.test(name) ? [Number(name), ""] : [Number(factor ?? 1), name];
+  });
+
+// An axis is a size, a name that means the same size wherever it occurs, a sum or a multiple.
 function checkShape({ name, shape }, dims, sizes) {
   const resolve = (axis, size) => {
-    if (typeof axis === "number") return axis;
-    const terms = axis.split(" + ");
-    if (terms.length === 1) return (sizes[axis] ??= size);
-    return terms.reduce((sum, term) => sum + (/^\d+$/.test(term) ? Number(term) : sizes[term]), 0);
+    const terms = readTerms(axis);
+    const names = terms.filter(([, name]) => name);
+    const constant = terms.reduce((sum, [number, name]) => sum + (name ? 0 : number), 0);
+    if (names.length === 1) {
+      const [factor, name] = names[0];
+      sizes[name] ??= Math.floor((size - constant) / factor);
+    }
+    return names.reduce((sum, [factor, name]) => sum + factor * sizes[name], constant);
   };
   if (
     dims.length === shape.length &&
@@ -153,7 +169,7 @@ function checkShape({ name, shape }, dims, sizes) {
     return;
   }
   const known = Object.entries(sizes).filter(([axis]) =>
-    shape.some((s) => `${s}`.split(" + ").includes(axis)),
+    shape.some((dim) => readTerms(dim).some(([, name]) => name === axis)),
   );
   const where = known.map(([axis, size]) => `, ${axis}=${size}`).join("");
   throw new RotaryExportError(

@@ -20,10 +20,11 @@ struct Input {
 struct Signature {
   std::vector<Input> inputs;
   std::vector<std::string> outputs;
-  std::map<std::string, int64_t> max_size;  // largest legal size of a dynamic axis
+  std::map<std::string, int64_t> max_size, min_size;  // of a dynamic axis, where it has a limit
 };
 
-// Lines: "input NAME DTYPE DIM... [in LOW HIGH]", "output NAME", "max_size DIM SIZE".
+// Lines: "input NAME DTYPE DIM... [in LOW HIGH]", "output NAME", "max_size DIM SIZE",
+// "min_size DIM SIZE".
 inline Signature ReadSignature(const std::string& path) {
   std::ifstream file(path);
   if (!file) throw std::runtime_error(path + " can't be read");
@@ -37,8 +38,9 @@ inline Signature ReadSignature(const std::string& path) {
       signature.outputs.push_back(input.name);
       continue;
     }
-    if (kind == "max_size") {
-      signature.max_size[input.name] = std::stoll(input.dtype);
+    if (kind == "max_size" || kind == "min_size") {
+      auto& limits = kind == "max_size" ? signature.max_size : signature.min_size;
+      limits[input.name] = std::stoll(input.dtype);
       continue;
     }
     while (words >> word && word != "in") input.dims.push_back(word);
@@ -51,7 +53,8 @@ inline Signature ReadSignature(const std::string& path) {
   return signature;
 }
 
-// "2 + seq_len" is written "2+seq_len"; a name that is not known yet gets the actual size.
+// A size is a number or a name; a sum, "2+seq_len"; or a multiple, "8*height". Names that are not
+// known yet get the value that the actual size has for them.
 inline int64_t ResolveDim(const std::string& dim, std::map<std::string, int64_t>& sizes,
                           int64_t got) {
   const size_t plus = dim.find('+');
@@ -59,6 +62,11 @@ inline int64_t ResolveDim(const std::string& dim, std::map<std::string, int64_t>
     return ResolveDim(dim.substr(0, plus), sizes, 0) + ResolveDim(dim.substr(plus + 1), sizes, 0);
   }
   if (dim.find_first_not_of("0123456789") == std::string::npos) return std::stoll(dim);
+  const size_t times = dim.find('*');
+  if (times != std::string::npos) {
+    const int64_t factor = std::stoll(dim.substr(0, times));
+    return factor * ResolveDim(dim.substr(times + 1), sizes, got / factor);
+  }
   return sizes.emplace(dim, got).first->second;
 }
 
@@ -116,6 +124,12 @@ inline void CheckInputs(const Signature& signature, const std::vector<at::Tensor
   for (const auto& [dim, largest] : signature.max_size) {
     if (sizes[dim] > largest) {
       throw std::invalid_argument(dim + " must be <= " + std::to_string(largest) + ", got " +
+                                  std::to_string(sizes[dim]));
+    }
+  }
+  for (const auto& [dim, smallest] : signature.min_size) {
+    if (sizes[dim] < smallest) {
+      throw std::invalid_argument(dim + " must be >= " + std::to_string(smallest) + ", got " +
                                   std::to_string(sizes[dim]));
     }
   }

@@ -62,7 +62,9 @@ def _fits(wanted, shape, sizes):
         return False
     for dim, size in zip(wanted, shape, strict=True):
         if isinstance(dim, str) and " + " not in dim:
-            dim = sizes.setdefault(dim, size)
+            *factors, dim = dim.split(" * ")  # "8 * height"
+            factor = int(factors[0]) if factors else 1
+            dim = factor * sizes.setdefault(dim, size // factor)
         if isinstance(dim, int) and dim != size:
             return False
     return True
