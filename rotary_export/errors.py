@@ -9,6 +9,10 @@ class CheckFailedError(RotaryExportError):
     """A bundle is not what it should be: a file's hash or a result's tolerance is broken."""
 
 
+class UsageWarning(UserWarning):
+    """A bundle is right, but easy to use wrongly; its report has the same sentence as a note."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its class where it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

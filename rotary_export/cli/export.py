@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ import rotary_export
 from rotary_export.cli.options import bundle_options
 from rotary_export.cli.report import print_report
 from rotary_export.cli.terminal import Terminal
-from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.errors import CheckFailedError, RotaryExportError, UsageWarning
 
 if TYPE_CHECKING:
     import torch
@@ -155,6 +156,7 @@ def export_model(
         loaded, torch_dtype = _load_model(source, dtype, progress)
         from rotary_export.models.prove.prove import RejectedError
 
+        warnings.simplefilter("ignore", UsageWarning)  # printed as a note
         try:
             bundle = rotary_export.export_model(
                 loaded.model,

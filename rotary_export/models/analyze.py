@@ -16,6 +16,7 @@ from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.models.arguments import (
     FlatModel,
     check_arguments,
+    complete_inputs,
     find_extra_arguments,
     read_arguments,
 )
@@ -259,6 +260,7 @@ def find_rotary_calls(
         RotaryExportError: The model does not run on its example inputs.
     """
     check_arguments(model, example_inputs)
+    example_inputs = complete_inputs(model, example_inputs)
     if dtype is not None:
         model, example_inputs = convert_model(model, example_inputs, dtype)
     with take_snapshot(model) as snapshot:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rotary_export.errors import RotaryExportError
 
@@ -15,6 +15,34 @@ def is_cache(value: Any) -> bool:
     """Return whether a value is a cache of transformers, without importing transformers."""
     module = sys.modules.get("transformers.cache_utils")
     return module is not None and isinstance(value, module.Cache)
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Return whether a model is one of transformers, without importing transformers."""
+    module = sys.modules.get("transformers.modeling_utils")
+    return module is not None and isinstance(model, module.PreTrainedModel)
+
+
+def is_pairs(value: Any) -> bool:
+    """Return whether a value is a cache as it was before transformers had a class for it.
+
+    That is a tuple of (key, value), (B, N, S, H) each, one for each layer.
+    """
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) > 0
+        and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in value)
+        and all(isinstance(part, Tensor) and part.dim() == 4 for pair in value for part in pair)
+    )
+
+
+def is_empty(cache: Any) -> bool:
+    """Return whether a cache that grows holds no tensors yet, not even empty ones."""
+    from transformers import DynamicCache
+
+    return isinstance(cache, DynamicCache) and not any(
+        getattr(layer, "is_initialized", False) for layer in cache.layers
+    )
 
 
 def read_cache(name: str, cache: Any) -> dict[str, Tensor]:
@@ -53,8 +81,7 @@ def read_cache(name: str, cache: Any) -> dict[str, Tensor]:
         found[f"past_key_values.{index}.value"] = layer.values
     if not found:
         raise RotaryExportError(
-            f"{name} must hold keys and values (an export traces them), got an empty "
-            f"{type(cache).__name__}"
+            f"{name} must hold keys and values, got a {type(cache).__name__} without layers"
         )
     return found
 

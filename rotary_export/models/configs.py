@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 
-def find_length_thresholds(model: nn.Module) -> list[int]:
-    """Return the lengths at which a model's angles change (longrope, dynamic)."""
+def find_length_thresholds(
+    model: nn.Module, kinds: Sequence[str] = ("longrope", "dynamic")
+) -> list[int]:
+    """Return the lengths at which a model's angles change, of these rope types."""
     found: list[Any] = []
     for config in list_configs(model):
         longest = get_field(config, "max_position_embeddings")
         for rope in _list_ropes(config):
             kind = rope.get("rope_type", rope.get("type"))
+            if kind not in kinds:
+                continue
             if kind == "longrope":
                 found.append(rope.get("original_max_position_embeddings") or longest)
-            elif kind == "dynamic":
+            else:
                 found.append(longest)
     return sorted({size for size in found if type(size) is int})
 

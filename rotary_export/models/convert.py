@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from rotary_export.compat import pytree
 from rotary_export.compat.modules import get_buffers
 from rotary_export.errors import RotaryExportError
-from rotary_export.models.arguments import read_arguments
+from rotary_export.models.arguments import FlatModel, find_extra_arguments, read_arguments
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.find.candidates import is_rotary_name
+from rotary_export.models.trace.snapshot import take_snapshot
 
 
 def convert_model(
@@ -25,14 +26,16 @@ def convert_model(
     Args:
         model: Any module; it is not changed.
         example_inputs: By argument name; tensors that are not floating-point stay as they are.
-        dtype: The floating-point type of the copy.
+        dtype: The floating-point type of the copy. Frequencies of its rotary modules stay float32;
+            if the model then fails, their tables are rounded to that type, once.
 
     Raises:
         RotaryExportError: The model can't be copied, or converted.
     """
+    kept: list[nn.Module] = []
     if any(p.is_floating_point() and p.dtype != dtype for p in model.parameters()):
         try:
-            model = _copy_as(model, dtype)
+            model, kept = _copy_as(model, dtype)
         except Exception as error:  # what deepcopy raises, and the model's own conversion
             raise RotaryExportError(
                 f"{type(model).__name__} can't be copied as {dtype}: {describe_error(error)}"
@@ -49,11 +52,50 @@ def convert_model(
             inputs[name] = arguments[0].rebuild([convert(t) for t in tensors.values()])
         else:
             inputs[name] = pytree.map_leaves(convert, value)
+    if kept and not _runs(model, inputs):
+        _round_tables(model, inputs, kept, dtype)
     return model, inputs
 
 
-def _copy_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Copy a model into another floating-point type; rotary frequencies stay float32."""
+def _runs(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    arguments, tensors = read_arguments(inputs)
+    flat = FlatModel(model, arguments, find_extra_arguments(model, inputs))
+    with take_snapshot(model), torch.no_grad():
+        try:
+            flat(*tensors.values())
+        except Exception:  # whatever the model raises
+            return False
+    return True
+
+
+def _round_tables(
+    model: nn.Module, inputs: Mapping[str, Any], kept: Sequence[nn.Module], dtype: torch.dtype
+) -> None:
+    """Round what modules with float32 frequencies return to the model's type, if it then runs.
+
+    Most such modules do so themselves. Tables that stay float32 would make queries and keys
+    float32, and values not.
+    """
+
+    def round_leaf(leaf: Any) -> Any:
+        wide = isinstance(leaf, Tensor) and leaf.dtype == torch.float32
+        return leaf.to(dtype) if wide else leaf
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return pytree.map_leaves(round_leaf, output)
+
+    handles = [module.register_forward_hook(hook) for module in kept]
+    if not _runs(model, inputs):
+        for handle in handles:
+            handle.remove()
+
+
+def _copy_as(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[nn.Module]]:
+    """Copy a model into another floating-point type; rotary frequencies stay float32.
+
+    Returns:
+        The copy, and its modules with such frequencies.
+    """
     copied = deepcopy(model)
     kept = [
         (module, name, buffer)
@@ -65,4 +107,4 @@ def _copy_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     copied.to(dtype)
     for module, name, buffer in kept:
         get_buffers(module)[name] = buffer
-    return copied
+    return copied, list({id(module): module for module, _, _ in kept}.values())

@@ -221,6 +221,7 @@ def _write_term(factor: int, name: str, multiple: int) -> str:
 def _name_dims_auto(tensors: Mapping[str, Tensor]) -> dict[str, Dims]:
     first = next((v for v in tensors.values() if v.dim()), None)
     batch = first.shape[0] if first is not None else 0
+    has_past = any(map(is_past, tensors))
     past = next((v.shape[2] for n, v in tensors.items() if is_past(n)), 0)
     lengths = [v.shape[1] for n, v in tensors.items() if _is_sequence(n, v) and "mask" not in n]
     seq = lengths[0] if lengths else None
@@ -238,12 +239,13 @@ def _name_dims_auto(tensors: Mapping[str, Tensor]) -> dict[str, Dims]:
             dims = [BATCH if dims[0] == batch else dims[0], SEQ]
         elif seq is not None and _is_square_mask(name, value, seq, past):
             dims[0] = BATCH if dims[0] == batch and value.dim() > 2 else dims[0]
-            dims[-2:] = [SEQ, TOTAL if past else SEQ]
+            dims[-2:] = [SEQ, TOTAL if has_past else SEQ]
         elif value.dim() and dims[0] == batch:
             dims[0] = BATCH
             if _is_sequence(name, value):
                 dims[1] = own + SEQ
-                if past and seq is not None and value.shape[1] == past + seq:
+                grows = past > 0 or (has_past and "mask" in name)
+                if grows and seq is not None and value.shape[1] == past + seq:
                     dims[1] = TOTAL
         named[name] = tuple(dims)
     return named

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from rotary_export.bundle.manifest import (
     Manifest,
     hash_file,
 )
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import RotaryExportError, UsageWarning
 from rotary_export.exporters.export import (
     Bundle,
     check_formats,
@@ -32,7 +33,8 @@ from rotary_export.exporters.export import (
 from rotary_export.exporters.onnx import check_opset, minimum_onnxruntime
 from rotary_export.graphs.config import DTYPES
 from rotary_export.models.analyze import Analysis, analyze_model, check_found
-from rotary_export.models.arguments import check_arguments
+from rotary_export.models.arguments import check_arguments, complete_inputs
+from rotary_export.models.configs import find_length_thresholds
 from rotary_export.models.convert import convert_model
 from rotary_export.models.prove.prove import ProofOptions, RejectedError, prove
 from rotary_export.models.trace.size_limits import SizeConstraints
@@ -207,6 +209,7 @@ def _build(
         raise RotaryExportError(f"seed must be an int >= 0, got {options.seed!r}")
     if dtype is not None and dtype not in DTYPES.values():
         raise RotaryExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    example_inputs = complete_inputs(model, example_inputs)
     if dtype is not None:
         model, example_inputs = convert_model(model, example_inputs, dtype)
     with take_snapshot(model) as snapshot:
@@ -239,7 +242,22 @@ def _build(
             progress,
         )
         report.add(formula.rows, formula.unverified)
+        _warn_of_cache(analysis, report)
         return manifest, report
+
+
+def _warn_of_cache(analysis: Analysis, report: Report) -> None:
+    """Warn of a cache whose keys have other angles than a longer sequence has."""
+    lengths = find_length_thresholds(analysis.flat.model, ["longrope"])
+    if not analysis.flat.has_past or not lengths:
+        return
+    note = (
+        f"longrope changes the angles of all positions past {lengths[0]} tokens, but keys in a "
+        "cache keep theirs: the model's own generate makes its cache anew there, and a loop over "
+        "this graph must do so, too"
+    )
+    report.notes.append(note)
+    warnings.warn(note, UsageWarning, stacklevel=2)
 
 
 def _keep(staging: Path, path: Path, manifest: Manifest, force: bool) -> None:

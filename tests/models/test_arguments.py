@@ -141,3 +141,46 @@ def test_a_model_that_cannot_be_copied_is_an_error():
     model.kept = (n for n in range(3))
     with pytest.raises(RotaryExportError, match=r"Linear can't be copied as torch.float16: TypeE"):
         convert_model(model, {}, torch.float16)
+
+
+class Tables(nn.Module):
+    """A rotary module whose tables have the type of its frequencies."""
+
+    def __init__(self):
+        super().__init__()
+        self.inv_freq = nn.Buffer(0.1 ** torch.arange(4.0))
+
+    def forward(self, length):
+        return (torch.arange(length)[:, None] * self.inv_freq).cos()
+
+
+class Attention(nn.Module):
+    """Needs a query of the type of its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.rotary_tables, self.last = RotaryTables(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(x * self.rotary_tables(x.shape[0]))
+
+
+class RotaryTables(Tables):
+    pass
+
+
+def test_tables_are_rounded_where_the_model_needs_it():
+    model, x = Attention().eval(), torch.randn(300, 4)
+    copy, inputs = convert_model(model, {"x": x}, torch.float16)
+    assert copy(**inputs).dtype == torch.float16
+    assert copy.rotary_tables.inv_freq.dtype == torch.float32
+    assert torch.equal(copy.rotary_tables(300), model.rotary_tables(300).half())
+    assert model.rotary_tables(300).dtype == torch.float32
+
+
+def test_tables_stay_float32_where_the_model_accepts_them():
+    model = Attention().eval()
+    model.last = nn.Identity()
+    model.weight = nn.Parameter(torch.ones(2))
+    copy, inputs = convert_model(model, {"x": torch.randn(3, 4)}, torch.float16)
+    assert copy(**inputs).dtype == torch.float32

@@ -15,6 +15,7 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.models.arguments import (
     FlatModel,
     check_arguments,
+    complete_inputs,
     find_extra_arguments,
     read_arguments,
 )
@@ -72,6 +73,7 @@ def verify_model(
         raise RotaryExportError(f"{path} is not the bundle of a model: verify needs no model")
     plan = _read_plan(manifest, seed, quick)
     check_arguments(model, example_inputs)
+    example_inputs = complete_inputs(model, example_inputs)
     model, example_inputs = _convert(manifest, model, example_inputs)
     arguments, tensors = read_arguments(example_inputs)
     _check_inputs(manifest, tensors)

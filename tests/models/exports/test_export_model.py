@@ -15,6 +15,7 @@ import rotary_export
 from rotary_export import RotaryExportError, export_model, load, verify
 from rotary_export.bundle.manifest import read_manifest
 from rotary_export.errors import CheckFailedError
+from rotary_export.models.arguments import complete_inputs
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +249,6 @@ def make_static():
 
 
 CACHES = {
-    "empty": (lambda: make_cache([]), "hold keys and values .* got an empty DynamicCache"),
     "full window": (make_full_window, r"got 7 of 12 in layer 0 \(DynamicSlidingWindowLayer\)"),
     "encoder and decoder": (make_encoder_decoder, "got an EncoderDecoderCache"),
     "static": (make_static, "got layer 0 of StaticLayer"),
@@ -260,6 +260,48 @@ def test_other_caches_are_refused(tmp_path, llama, case):
     make, message = case
     with pytest.raises(RotaryExportError, match=f"past_key_values must .*{message}"):
         export_model(llama, make_decode_inputs(make(), 5), tmp_path / "b")
+
+
+def make_pairs():
+    return tuple((torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16)) for _ in range(2))
+
+
+GROWING = {"empty": (lambda: make_cache([]), 0), "pairs": (make_pairs, 5)}
+
+
+@pytest.mark.parametrize("case", GROWING)
+def test_caches_that_become_tensors(tmp_path, llama, case):
+    make, past = GROWING[case]
+    inputs = make_decode_inputs(make(), past)
+    bundle = export_model(llama, inputs, tmp_path / "b", formats=["onnx"], quick=True)
+    mask, *_, last = bundle.manifest.graphs["model"].inputs[1:]
+    assert mask.shape == ("batch_size", "past_seq_len + seq_len")
+    assert (last.name, last.shape[2]) == ("past_key_values.1.value", "past_seq_len")
+    assert {"the example", "batch_size 2, seq_len 8, past_seq_len 0"} <= set(
+        bundle.report.shapes["model"]
+    )
+
+
+def test_a_cache_is_left_empty(llama):
+    cache = make_cache([])
+    inputs = complete_inputs(
+        llama, {"input_ids": torch.ones(2, 3).long(), "past_key_values": cache}
+    )
+    assert cache.get_seq_length() == 0
+    (layer, _) = inputs["past_key_values"].layers
+    assert layer.keys.shape == (2, 2, 0, 16)
+
+
+def test_an_empty_cache_with_windows():
+    from transformers import DynamicCache
+
+    model = make_model("gemma2")
+    cache = DynamicCache(config=model.config)  # the example is longer than the window of 8
+    ids = torch.ones(2, 12, dtype=torch.int64)
+    inputs = complete_inputs(model, {"input_ids": ids, "past_key_values": cache})
+    assert [tuple(layer.keys.shape) for layer in inputs["past_key_values"].layers] == [
+        (2, 2, 0, 16)
+    ] * 2
 
 
 def test_weights_in_a_file_of_their_own(tmp_path, llama):

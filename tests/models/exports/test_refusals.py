@@ -74,14 +74,18 @@ DYNAMIC = {
     "a word": ("all", "dynamic_shapes must be 'auto', None or a dict"),
     "unknown input": ({"y": {0: "b"}}, "dynamic_shapes names 'y', which is not one of"),
     "unknown axis": ({"x": {3: "b"}}, r"dynamic_shapes\['x'\] must have axes in \[0, 3\), got 3"),
-    "a list": ({"x": ["b", "s"]}, r"dynamic_shapes\['x'\] must be a dict of axis to name, got"),
-    "no name": (
-        {"x": {0: None}},
-        r"dynamic_shapes\['x'\]\[0\] must be a name, or a sum .* got None",
-    ),
+    "a text": ({"x": "b"}, r"dynamic_shapes\['x'\] must be a dict of axis to name, got"),
+    "no name": ({"x": {0: 3}}, r"dynamic_shapes\['x'\]\[0\] must be a name, a sum .* got 3"),
     "a lonely sum": ({"x": {0: "a + b"}}, "has a sum with 'a', which no dimension is alone"),
     "two sizes": ({"x": {0: "b", 1: "b"}}, "x must have b=2, as the tensors before it"),
 }
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_traced_module_is_refused(tmp_path):
+    model = torch.jit.trace(Plain(), (X,))
+    with pytest.raises(RotaryExportError, match=r"a ScriptModule \(Plain\), which torch.export"):
+        export_model(model, {"x": X}, tmp_path / "b")
 
 
 @pytest.mark.parametrize("case", DYNAMIC.values(), ids=DYNAMIC.keys())

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import make_inputs, make_model
+from helpers.tiny_models import make_cache, make_inputs, make_model
 from torch import nn
 
 from rotary_export import export_model, load
+from rotary_export.errors import UsageWarning
 
 SHORT, LONG = [1.0 + i / 8 for i in range(8)], [3.0 + i for i in range(8)]
 TYPES = {
@@ -63,6 +64,15 @@ def test_both_sides_of_the_switch(tmp_path, case):
             )["logits"].numpy()
             want = run_fresh(length)
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * abs(want).max())
+
+
+def test_a_cache_past_the_switch_is_warned_of(tmp_path):
+    family, changed = TYPES["longrope"]
+    model = make_model(family, num_hidden_layers=1, **changed)
+    inputs = make_inputs(model) | {"past_key_values": make_cache([])}
+    with pytest.warns(UsageWarning, match="longrope changes .* past 16 tokens, but keys"):
+        bundle = export_model(model, inputs, tmp_path / "b", formats=["onnx"], quick=True)
+    assert "past 16 tokens" in bundle.manifest.parity["notes"][-1]
 
 
 class Wrapped(nn.Module):
