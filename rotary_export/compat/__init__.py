@@ -9,6 +9,7 @@ export_dims.py        the dimensions by which torch.export is told what may vary
 inductor.py           AOTInductor: compile, package, load
 modules.py            the registries of torch.nn.Module
 transformers.py       model classes of a config, the kernel of experts
+x_transformers.py     the cache of its decoders
 mlserver.py           the HTTP application of an MLServer
 ray.py                settings of ray.init that are not public
 

@@ -16,6 +16,7 @@ from rotary_export.bundle.dims import is_past
 from rotary_export.compat import pytree
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.cache import (
+    choose_rebuild,
     is_cache,
     is_empty,
     is_of_transformers,
@@ -177,7 +178,7 @@ def read_arguments(example_inputs: Mapping[str, Any]) -> tuple[list[Argument], d
     for name, value in example_inputs.items():
         if is_cache(value):
             found = read_cache(name, value)
-            rebuild: Callable[[Sequence[Tensor]], Any] = rebuild_cache
+            rebuild: Callable[[Sequence[Tensor]], Any] = choose_rebuild(value)
         elif isinstance(value, Tensor):
             found, rebuild = {name: value}, lambda given: given[0]
         else:

@@ -1,20 +1,24 @@
-"""Key/value caches of transformers as named tensors, and back; named as optimum names them."""
+"""Key/value caches as named tensors, and back; named as optimum names them.
+
+Of transformers, and of x-transformers, whose cache contains keys that are not rotated yet.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from rotary_export.compat.x_transformers import is_layer_cache, list_layers, make_layer_cache
 from rotary_export.errors import RotaryExportError
 
 
 def is_cache(value: Any) -> bool:
-    """Return whether a value is a cache of transformers, without importing transformers."""
+    """Return whether a value is a cache of transformers or x-transformers; imports neither."""
     module = sys.modules.get("transformers.cache_utils")
-    return module is not None and isinstance(value, module.Cache)
+    return is_layer_cache(value) or (module is not None and isinstance(value, module.Cache))
 
 
 def is_of_transformers(model: nn.Module) -> bool:
@@ -38,6 +42,8 @@ def is_pairs(value: Any) -> bool:
 
 def is_empty(cache: Any) -> bool:
     """Return whether a cache that grows holds no tensors yet, not even empty ones."""
+    if is_layer_cache(cache):
+        return False
     from transformers import DynamicCache
 
     return isinstance(cache, DynamicCache) and not any(
@@ -53,14 +59,16 @@ def read_cache(name: str, cache: Any) -> dict[str, Tensor]:
 
     Args:
         name: The argument's name, for errors.
-        cache: A filled DynamicCache.
+        cache: A filled DynamicCache, or what a decoder of x-transformers returned.
 
     Returns:
         (B, N, S, H) tensors by name: `past_key_values.N.key`, `past_key_values.N.value`.
 
     Raises:
-        RotaryExportError: The cache is empty, drops positions, or is of another kind.
+        RotaryExportError: The cache has no layers, drops positions, or is of another kind.
     """
+    if is_layer_cache(cache):
+        return _name_layers("past_key_values", list_layers(cache))
     from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
     required = f"{name} must be a DynamicCache that holds every position, filled, got"
@@ -86,8 +94,27 @@ def read_cache(name: str, cache: Any) -> dict[str, Tensor]:
     return found
 
 
+def _name_layers(prefix: str, layers: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    kinds = ("key", "value")
+    return {
+        f"{prefix}.{index}.{kind}": tensor
+        for index, layer in enumerate(layers)
+        for kind, tensor in zip(kinds, layer, strict=True)
+    }
+
+
+def choose_rebuild(cache: Any) -> Callable[[Sequence[Tensor]], Any]:
+    """Return what makes a cache of its kind of (key, value, key, value, ...)."""
+    return _rebuild_layer_cache if is_layer_cache(cache) else rebuild_cache
+
+
+def _rebuild_layer_cache(tensors: Sequence[Tensor]) -> Any:
+    """Make a cache of x-transformers of (key, value, key, value, ...), two for each layer."""
+    return make_layer_cache(list(zip(tensors[0::2], tensors[1::2], strict=True)))
+
+
 def rebuild_cache(tensors: Sequence[Tensor]) -> Any:
-    """Make a cache of (key, value, key, value, ...), two for each layer."""
+    """Make a cache of transformers of (key, value, key, value, ...), two for each layer."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     cache, make_layer = DynamicCache(), cast(Any, DynamicLayer)
@@ -101,6 +128,9 @@ def rebuild_cache(tensors: Sequence[Tensor]) -> Any:
 
 def name_present(cache: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield the keys and values of a cache that a model returns, by name."""
+    if is_layer_cache(cache):
+        yield from _name_layers("present", list_layers(cache)).items()
+        return
     for index, layer in enumerate(cache.layers):
         yield f"present.{index}.key", layer.keys
         yield f"present.{index}.value", layer.values

@@ -11,7 +11,9 @@ from torch import nn
 
 from rotary_export.compat import inductor, modules, pytree, sizes
 from rotary_export.compat import transformers as transformers_names
+from rotary_export.compat import x_transformers as x_transformers_names
 from rotary_export.compat.dispatch import DispatchMode
+from rotary_export.compat.export_dims import GivenDim, read_dim
 from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_loaders, quiet_torch
 
@@ -175,3 +177,26 @@ def test_experts_are_told_which_product_to_use():
     for kind in (transformers_names.GROUPED, transformers_names.BATCHED):
         model.set_experts_implementation(kind)
         assert getattr(model.config, transformers_names.EXPERTS) == kind
+
+
+def test_a_cache_of_x_transformers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import x_transformers  # noqa: F401
+    layers = [(torch.ones(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))] * 2
+    cache = x_transformers_names.make_layer_cache(layers)
+    assert x_transformers_names.is_layer_cache(cache)
+    assert not x_transformers_names.is_layer_cache(layers)
+    assert cache.cache_length == 3
+    found = x_transformers_names.list_layers(cache)
+    assert [key is layers[0][0] for key, _ in found] == [True, True]
+
+
+def test_dimensions_of_torch_export():
+    size = torch.export.Dim("n", min=3, max=9)
+    assert read_dim(size) == GivenDim("n", 3, 9)
+    assert read_dim(8 * size) == GivenDim("8 * n", 3, 9)
+    assert read_dim(torch.export.Dim("m")) == GivenDim("m", 0, None)
+    assert read_dim(torch.export.Dim.STATIC) == GivenDim(is_fixed=True)
+    assert read_dim(torch.export.Dim.DYNAMIC(min=4)) == GivenDim(smallest=4)
+    assert read_dim("n") is None

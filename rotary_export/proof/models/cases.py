@@ -222,11 +222,24 @@ def _fill_past(
     """Run the tokens before a case; return what the model keeps of them, by input."""
     if not spec.sizes.get(PAST) or SEQ not in spec.sizes:
         return {}
-    before = {**spec.sizes, SEQ: spec.sizes[PAST], PAST: 0}
-    prompt = replace(spec, sizes=before, seed=spec.seed + 1000, padding="")
-    outputs = run(make_case(infos, sources, prompt).tensors)
+    length = spec.sizes[PAST]
     names = [info.name for info in infos if is_past(info.name)]
-    return {name: outputs[name_output(name)] for name in names if name_output(name) in outputs}
+    prompt = replace(spec, seed=spec.seed + 1000, padding="")
+
+    def run_step(seq: int, past: int, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        step = replace(prompt, sizes={**spec.sizes, SEQ: seq, PAST: past}, seed=prompt.seed + past)
+        made = make_case(infos, sources, step).tensors
+        tensors = [kept.get(i.name, tensor) for i, tensor in zip(infos, made, strict=True)]
+        outputs = run(tensors)
+        return {name: outputs[name_output(name)] for name in names if name_output(name) in outputs}
+
+    found = run_step(length, 0, {})
+    if all(tensor.shape[2] == length for tensor in found.values()):
+        return found
+    kept: dict[str, Tensor] = {}  # a model that accepts one token at a time, once it has a cache
+    for past in range(length):
+        kept = run_step(1, past, kept)
+    return kept
 
 
 def _make_positions(

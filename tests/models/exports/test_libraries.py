@@ -103,3 +103,23 @@ def test_a_table_that_ends_is_a_limit_of_the_graph(tmp_path):
     assert session(x=torch.randn(1, 40, 32))["output"].shape == (1, 2, 40, 16)
     with pytest.raises(RotaryExportError, match="seq_len must be <= 40, got 41"):
         session(x=torch.randn(1, 41, 32))
+
+
+def test_a_cache_of_x_transformers(tmp_path):
+    """Token by token, what the model returns for all at once; its cached keys are not rotated."""
+    model, inputs = library.make_x_transformers(rotary_pos_emb=True)
+    with torch.no_grad():
+        _, cache = model(inputs["x"], return_intermediates=True)
+    constants = {"return_intermediates": True, "input_not_include_cache": True}
+    example = {"x": inputs["x"][:, :1], "cache": cache, **constants}
+    bundle = export_model(model, example, tmp_path / "b", formats=["onnx"], quick=True)
+    session = load(bundle, "model")
+    ids = torch.randint(0, 96, (3, 9))
+    with torch.no_grad():
+        want = model(ids)
+    names = [info.name for info in session.graph.inputs[1:]]
+    past = {name: torch.zeros(3, 4, 0, 64) for name in names}
+    for at in range(9):
+        outputs = session(x=ids[:, at : at + 1].contiguous(), **past)
+        torch.testing.assert_close(outputs["output.0"][:, 0], want[:, at], rtol=0, atol=1e-4)
+        past = {name: outputs[name.replace("past_key_values", "present")] for name in names}
