@@ -7,6 +7,7 @@ pytree.py             torch.utils._pytree: nested arguments as flat lists
 sizes.py              symbolic sizes of a traced program: its shape environment, guards and ranges
 inductor.py           AOTInductor: compile, package, load
 modules.py            the registries of torch.nn.Module
+script.py             functions compiled by torch.jit.script: their source, and their calls
 transformers.py       model classes of a config, the kernel of experts
 mlserver.py           the HTTP application of an MLServer
 ray.py                settings of ray.init that are not public

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import nn
 
-from rotary_export.compat import inductor, modules, pytree, sizes
+from rotary_export.compat import inductor, modules, pytree, script, sizes
 from rotary_export.compat import transformers as transformers_names
 from rotary_export.compat.dispatch import DispatchMode
 from rotary_export.compat.onnx_translations import reuse_translations
@@ -175,3 +175,19 @@ def test_experts_are_told_which_product_to_use():
     for kind in (transformers_names.GROUPED, transformers_names.BATCHED):
         model.set_experts_implementation(kind)
         assert getattr(model.config, transformers_names.EXPERTS) == kind
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+def test_compiled_functions_have_a_source_and_a_name_and_can_be_redirected():
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        compiled = torch.jit.script(double)
+    assert isinstance(compiled, script.ScriptFunction)
+    assert script.get_source(compiled) is double
+    assert script.get_name(compiled) == "double"
+    x = torch.ones(2)
+    with script.redirect_scripts({id(compiled): lambda run, args, kwargs: 3 * run(*args)}):
+        assert torch.equal(compiled(x), 6 * x)
+    assert torch.equal(compiled(x), 2 * x)

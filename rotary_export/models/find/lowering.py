@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rotary_export.compat import pytree
-from rotary_export.models.find.candidates import Function
+from rotary_export.models.find.calls import call_with
+from rotary_export.models.find.redirect import OwnFunction
 from rotary_export.op.torch_op import rotary_embedding
 
 LAYOUTS = ("half", "interleaved", "deinterleaved")
@@ -95,13 +96,13 @@ def make_probe(x: Tensor, lowering: Lowering) -> Tensor:
 
 
 def compute_tables(
-    function: Function, leaves: Sequence[Any], tree: pytree.TreeSpec, lowering: Lowering
+    own: OwnFunction, leaves: Sequence[Any], tree: pytree.TreeSpec, lowering: Lowering
 ) -> list[Tables]:
     """Compute the tables of each slot, by calling the function.
 
     Args:
-        function: The model's own.
-        leaves: The arguments of the call, flattened.
+        own: The model's own function.
+        leaves: What it reads, flattened.
         tree: How they are nested.
         lowering: How the call maps onto the op.
 
@@ -113,8 +114,7 @@ def compute_tables(
     probes = list(leaves)
     for slot in lowering.slots:
         probes[slot.source] = make_probe(leaves[slot.source], lowering)
-    args, kwargs = pytree.unflatten(probes, tree)
-    output = pytree.list_leaves(function(*args, **kwargs))
+    output = call_with(own, probes, tree)
     half = lowering.rotary_dim // 2
     tables = []
     for slot in lowering.slots:

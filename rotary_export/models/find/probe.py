@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotary_export.compat import pytree
 from rotary_export.errors import RotaryExportError, first_line
-from rotary_export.models.find.calls import RecordedCall
+from rotary_export.models.find.calls import RecordedCall, call_with
 from rotary_export.models.find.lowering import (
     AXES,
     LAYOUTS,
@@ -139,9 +138,8 @@ class _ProbedCall:
         return leaves
 
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        args, kwargs = pytree.unflatten(self._fill(inputs), self._call.tree)
         with torch.no_grad():
-            output = pytree.list_leaves(self._call.candidate.function(*args, **kwargs))
+            output = call_with(self._call.own, self._fill(inputs), self._call.tree)
         return [output[slot.result] for slot in self._slots]
 
     def is_linear(self) -> bool:
@@ -160,9 +158,7 @@ class _ProbedCall:
         leaves = self._fill(self.inputs)
         try:
             with torch.no_grad():
-                tables = compute_tables(
-                    self._call.candidate.function, leaves, self._call.tree, lowering
-                )
+                tables = compute_tables(self._call.own, leaves, self._call.tree, lowering)
                 got = rotate_slots(self.inputs, tables, lowering)
         except Exception:  # a hypothesis with which the function or the op can't be called
             return None
