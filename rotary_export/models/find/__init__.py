@@ -5,6 +5,7 @@
 - `reachable.py`: the classes, Python modules and functions that a model is made of.
 - `redirect.py`: calls of functions redirected, wherever a model holds them.
 - `calls.py`: records the calls that a model makes of candidates.
+- `axes.py`: how the dimensions of a rotated tensor map onto those of the op.
 - `lowering.py`: how a call maps onto the op: tensors, axes, layout, channels; its tables.
 - `probe.py`: finds the lowering of a call by calling the function with random tensors.
 - `replacement.py`: runs a model once and lists what will be replaced, and why not the rest.

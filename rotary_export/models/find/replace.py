@@ -15,7 +15,14 @@ from rotary_export.compat import pytree
 from rotary_export.errors import CheckFailedError
 from rotary_export.models.find.calls import RecordedCall, flatten_arguments, make_signature
 from rotary_export.models.find.candidates import Candidate
-from rotary_export.models.find.lowering import Lowering, Tables, compute_tables, rotate_slots
+from rotary_export.models.find.lowering import (
+    CallTables,
+    Lowering,
+    Tables,
+    compute_tables,
+    rotate_call,
+    rotate_slots,
+)
 from rotary_export.models.find.probe import is_close
 from rotary_export.models.find.redirect import OwnFunction, Wrapper, redirect_calls
 from rotary_export.models.find.replacement import Replacement
@@ -61,7 +68,7 @@ def replace_calls(
         CheckFailedError: With `check`: the op differs from the function for a call.
     """
     counts: Counter[str] = Counter()
-    memo: dict[Any, tuple[list[Any], list[Tables]]] = {}
+    memo: dict[Any, tuple[list[Any], CallTables]] = {}
     is_off = False
 
     def run_as_is(function: Callable[[], Any]) -> Any:
@@ -89,7 +96,7 @@ def replace_calls(
                 memo[memo_key] = [held, own], tables
             tables = memo[memo_key][1]
             rotated = run_as_is(
-                lambda: rotate_slots([leaves[s] for s in sources], tables, lowering)
+                lambda: rotate_call([leaves[s] for s in sources], tables, lowering, rotate_slots)
             )
             counts[candidate.name] += 1
             if check:
@@ -99,7 +106,7 @@ def replace_calls(
                 if record is not None:
                     xs = [leaves[source] for source in sources]
                     ys = [results[slot.result] for slot in lowering.slots]
-                    record(CheckedCall(candidate.name, lowering, xs, ys, tables))
+                    record(CheckedCall(candidate.name, lowering, xs, ys, tables.tables))
                 return output
             return _rebuild(found.recorded_calls[key], leaves, lowering, rotated)
 
