@@ -8,6 +8,7 @@ sizes.py              symbolic sizes of a traced program: its shape environment,
 export_dims.py        the dimensions by which torch.export is told what may vary
 inductor.py           AOTInductor: compile, package, load
 modules.py            the registries of torch.nn.Module
+script.py             functions compiled by torch.jit.script: their source, and their calls
 transformers.py       model classes of a config, the kernel of experts
 x_transformers.py     the cache of its decoders
 mlserver.py           the HTTP application of an MLServer

@@ -14,7 +14,7 @@ from rotary_export.compat.modules import get_buffers
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.arguments import FlatModel, find_extra_arguments, read_arguments
 from rotary_export.models.error_text import describe_error
-from rotary_export.models.find.candidates import is_rotary_name
+from rotary_export.models.find.names import is_rotary_name
 from rotary_export.models.trace.snapshot import take_snapshot
 
 

@@ -54,7 +54,8 @@ def write_onnx(
     register_schema()
     op = torch.ops.rotary_export.rotary_embedding.default
     try:
-        with quiet_torch(), reuse_translations():
+        # Without gradients: the op has none for tables, which learned frequencies require.
+        with quiet_torch(), reuse_translations(), torch.no_grad():
             exported: Any = torch.onnx.export(
                 program,
                 (),

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import nn
 
-from rotary_export.compat import inductor, modules, pytree, sizes
+from rotary_export.compat import inductor, modules, pytree, script, sizes
 from rotary_export.compat import transformers as transformers_names
 from rotary_export.compat import x_transformers as x_transformers_names
 from rotary_export.compat.dispatch import DispatchMode
@@ -200,3 +200,19 @@ def test_dimensions_of_torch_export():
     assert read_dim(torch.export.Dim.STATIC) == GivenDim(is_fixed=True)
     assert read_dim(torch.export.Dim.DYNAMIC(min=4)) == GivenDim(smallest=4)
     assert read_dim("n") is None
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+def test_compiled_functions_have_a_source_and_a_name_and_can_be_redirected():
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        compiled = torch.jit.script(double)
+    assert isinstance(compiled, script.ScriptFunction)
+    assert script.get_source(compiled) is double
+    assert script.get_name(compiled) == "double"
+    x = torch.ones(2)
+    with script.redirect_scripts({id(compiled): lambda run, args, kwargs: 3 * run(*args)}):
+        assert torch.equal(compiled(x), 6 * x)
+    assert torch.equal(compiled(x), 2 * x)

@@ -24,7 +24,7 @@ class Traced:
 
 def compare(cos, sin, dtype=torch.float32):
     recorder = TableRecorder(Replacement())
-    recorder._tables["one"] = [OwnTables(COS, SIN, dtype)]
+    recorder._tables["one"] = [OwnTables(COS, SIN, dtype, 5)]
     return {row.output: row for row in recorder.compare(Traced(cos, sin), ["position_ids"], [CASE])}
 
 
@@ -55,6 +55,6 @@ def test_a_trace_that_can_not_run_is_refused():
             raise RuntimeError("size 7")
 
     recorder = TableRecorder(Replacement())
-    recorder._tables["one"] = [OwnTables(COS, SIN, torch.float32)]
+    recorder._tables["one"] = [OwnTables(COS, SIN, torch.float32, 5)]
     with pytest.raises(CheckFailedError, match=r"the trace fails at one: RuntimeError: size 7"):
         recorder.compare(Fails(COS, SIN), ["position_ids"], [CASE])

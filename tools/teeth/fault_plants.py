@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from rotary_export.models.find import replace as replacing
-from rotary_export.models.find.candidates import is_rotary_name
 from rotary_export.models.find.lowering import Lowering, Tables
+from rotary_export.models.find.names import is_rotary_name
 
 Plant = Callable[[nn.Module, float], AbstractContextManager[None]]
 

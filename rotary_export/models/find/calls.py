@@ -1,16 +1,16 @@
-"""The calls that a model makes of candidates: recorded, or redirected to wrappers."""
+"""The calls that a model makes of candidates, recorded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from rotary_export.compat import pytree
-from rotary_export.models.find.candidates import Candidate, Function
+from rotary_export.models.find.candidates import Candidate
+from rotary_export.models.find.redirect import OwnFunction, Wrapper, redirect_calls
 
 
 @dataclass(eq=False)
@@ -19,7 +19,9 @@ class RecordedCall:
 
     Attributes:
         candidate: What was called.
-        leaves: The arguments, flattened: tensors, modules, numbers, None.
+        own: The function, as it was called.
+        leaves: The arguments and the outer variables that contain tensors, flattened: tensors,
+            modules, numbers, None.
         tree: How they were nested.
         output: The results, flattened.
         output_tree: How they were nested.
@@ -27,6 +29,7 @@ class RecordedCall:
     """
 
     candidate: Candidate
+    own: OwnFunction
     leaves: list[Any]
     tree: pytree.TreeSpec
     output: list[Any] = field(default_factory=list)
@@ -58,26 +61,6 @@ def make_signature(leaves: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(describe(leaf) for leaf in leaves)
 
 
-@contextmanager
-def patch_candidates(
-    candidates: Sequence[Candidate], make_wrapper: Callable[[Candidate], Function]
-) -> Iterator[None]:
-    """Bind wrappers in the place of candidates; the originals come back, after an error too."""
-    originals: list[tuple[Any, str, Any]] = []
-    try:
-        for candidate in candidates:
-            wrapper = make_wrapper(candidate)
-            for owner, name in candidate.bindings:
-                original = vars(owner)[name]
-                originals.append((owner, name, original))
-                static = isinstance(original, staticmethod)
-                setattr(owner, name, staticmethod(wrapper) if static else wrapper)
-        yield
-    finally:
-        for owner, name, original in reversed(originals):
-            setattr(owner, name, original)
-
-
 def record_calls(run: Callable[[], Any], candidates: Sequence[Candidate]) -> list[RecordedCall]:
     """Run a model and record its calls of candidates.
 
@@ -91,14 +74,14 @@ def record_calls(run: Callable[[], Any], candidates: Sequence[Candidate]) -> lis
     outermost: list[RecordedCall] = []
     running: list[RecordedCall] = []
 
-    def make_wrapper(candidate: Candidate) -> Function:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            leaves, tree = pytree.flatten((args, kwargs))
-            call = RecordedCall(candidate, leaves, tree)
+    def make_wrapper(candidate: Candidate) -> Wrapper:
+        def wrapper(own: OwnFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            leaves, tree = flatten_arguments(own, args, kwargs)
+            call = RecordedCall(candidate, own, leaves, tree)
             (running[-1].children if running else outermost).append(call)
             running.append(call)
             try:
-                output = candidate.function(*args, **kwargs)
+                output = own.run(*args, **kwargs)
             finally:
                 running.pop()
             call.output, call.output_tree = pytree.flatten(output)
@@ -106,6 +89,19 @@ def record_calls(run: Callable[[], Any], candidates: Sequence[Candidate]) -> lis
 
         return wrapper
 
-    with patch_candidates(candidates, make_wrapper), torch.no_grad():
+    wrappers = [(candidate.place, make_wrapper(candidate)) for candidate in candidates]
+    with redirect_calls(wrappers), torch.no_grad():
         run()
     return outermost
+
+
+def flatten_arguments(
+    own: OwnFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], pytree.TreeSpec]:
+    """Flatten what a function reads: its arguments, and outer variables that contain tensors."""
+    return pytree.flatten((args, kwargs, own.read_captured()))
+
+
+def call_with(own: OwnFunction, leaves: Sequence[Any], tree: pytree.TreeSpec) -> list[Any]:
+    """Call a function with other leaves; return its results, flattened."""
+    return pytree.list_leaves(own.call(*pytree.unflatten(list(leaves), tree)))

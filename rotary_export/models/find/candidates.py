@@ -1,41 +1,41 @@
 """The functions of a model that may apply a rotary embedding.
 
-Names only select what is looked at: functions and classes with "rotary", "rotate" or "rope" in
-their name, in the Python modules of the model's classes. What a function computes is found by
-calling it, in `probe`.
+Names only select what is looked at: functions and classes with "rotary", "rotate", "rope" or the
+word "rot" in their name, in the Python modules of the model's classes and of the objects that the
+model holds. What a function computes is found by calling it, in `probe`.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
+from rotary_export.compat.script import ScriptFunction, get_name, get_source
 from rotary_export.errors import RotaryExportError
-
-_NAME = re.compile(r"rotar|rotat|rope(?!r)", re.IGNORECASE)  # but not "property"
-_FOREIGN = ("torch", "builtins", "typing", "abc", "collections")
+from rotary_export.models.find.names import is_own, is_rotary_name
+from rotary_export.models.find.reachable import find_classes, find_modules, list_held
+from rotary_export.models.find.redirect import Place, can_redirect
 
 Function = Callable[..., Any]
-Binding = tuple[Any, str]  # a module or class, and the name of its attribute
 _registered: list[Function] = []
 
 
 def register_rotary(function: Function) -> Function:
     """Register a function or method by which models apply a rotary embedding.
 
-    Only needed for a name that does not contain "rotary", "rotate" or "rope"; usable as a
-    decorator. The function is called with small tensors to find out what it computes. It is
-    replaced only where the op computes the same.
+    Only needed for a name that does not contain "rotary", "rotate", "rope" or the word "rot";
+    usable as a decorator, also above and below torch.jit.script. The function is called with small
+    tensors to find out what it computes. It is replaced only where the op computes the same.
 
     Args:
-        function: A plain function or a method of a class. Its arguments contain the tensors that
-            it rotates, and it returns them rotated.
+        function: A plain function, a method of a class, or a function compiled by
+            torch.jit.script. Its arguments contain the tensors that it rotates, and it returns
+            them rotated.
 
     Returns:
         The function, unchanged.
@@ -43,7 +43,7 @@ def register_rotary(function: Function) -> Function:
     Raises:
         RotaryExportError: It is not a Python function.
     """
-    if not isinstance(function, FunctionType):
+    if _resolve(function) is None:
         raise RotaryExportError(
             f"register_rotary requires a function or a method of a class, got {function!r}"
         )
@@ -58,13 +58,11 @@ class Candidate:
 
     Attributes:
         name: Module and qualified name, human-readable.
-        function: What is called; the first argument of a method is self.
-        bindings: The attributes that hold it.
+        place: Where it is defined; the first argument of a method is self.
     """
 
     name: str
-    function: Function
-    bindings: tuple[Binding, ...]
+    place: Place
 
 
 def find_candidates(model: nn.Module) -> list[Candidate]:
@@ -74,63 +72,83 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
         model: Any module.
 
     Returns:
-        Functions, methods and static methods with such a name, and the registered ones.
+        Functions and methods with such a name, functions with such a name that are defined inside
+        others, and the registered ones.
     """
-    classes = {cls for module in model.modules() for cls in type(module).__mro__}
-    classes = {cls for cls in classes if _is_own(cls.__module__)}
-    found: dict[Function, list[Binding]] = {}
-    for module in _find_modules(classes):
-        for name, value in vars(module).items():
-            if isinstance(value, FunctionType) and is_rotary_name(name):
-                found.setdefault(value, []).append((module, name))
+    found: dict[tuple[int, int], Candidate] = {}
+
+    def add(function: Any, code: CodeType | None) -> None:
+        if code is None or can_redirect(code):
+            found.setdefault((id(function), id(code)), _make_candidate(function, code))
+
+    for name, value in _list_named_values(model):
+        outermost = _resolve(value)
+        if outermost is None or not is_own(_get_module(outermost)):
+            continue
+        if is_rotary_name(name):
+            add(outermost, getattr(outermost, "__code__", None))
+        for function in _list_functions(outermost):
+            for code in _list_nested(function.__code__):
+                if is_rotary_name(code.co_name):
+                    add(function, code)
+    for value in _registered:
+        function = _resolve(value)
+        add(function, getattr(function, "__code__", None))
+    return list(found.values())
+
+
+def _make_candidate(function: Any, code: CodeType | None) -> Candidate:
+    name = get_name(function) if code is None else code.co_qualname
+    if code is not None and code is function.__code__:
+        name = function.__qualname__
+    return Candidate(f"{_get_module(function)}.{name}", Place(function, code))
+
+
+def _list_named_values(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield what may be a function, with its name: of modules, of classes, of what modules hold."""
+    classes = find_classes(model)
+    for module in find_modules(model, classes):
+        yield from tuple(vars(module).items())
     for cls in sorted(classes, key=lambda c: c.__qualname__):
         for name, value in vars(cls).items():
-            function = value.__func__ if isinstance(value, staticmethod) else value
-            named = is_rotary_name(cls.__name__ if name == "forward" else name)
-            if isinstance(function, FunctionType) and named and not name.startswith("__"):
-                found.setdefault(function, []).append((cls, name))
-    for function in _registered:
-        bindings = _find_bindings(function)
-        found.setdefault(function, []).extend(b for b in bindings if b not in found[function])
-    return [
-        Candidate(f"{function.__module__}.{function.__qualname__}", function, tuple(bindings))
-        for function, bindings in found.items()
-    ]
+            if name in ("forward", "__call__"):
+                yield cls.__name__, value
+            else:
+                yield name, value
+    yield from list_held(model)
 
 
-def is_rotary_name(name: str) -> bool:
-    """Return whether the name of a function or class suggests a rotary embedding."""
-    return bool(_NAME.search(name))
+def _resolve(value: Any) -> Any:
+    """Return the function that is called in the end; None: none whose calls can be redirected."""
+    while True:
+        if isinstance(value, (FunctionType, ScriptFunction)):
+            return value
+        if isinstance(value, (staticmethod, classmethod)):
+            value = value.__func__
+        elif isinstance(value, functools.partial):
+            value = value.func
+        elif callable(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
+            value = vars(value).get("__wrapped__")  # a cache, or another decorator
+        else:
+            return None
 
 
-def _is_own(module_name: str) -> bool:
-    return module_name.partition(".")[0] not in _FOREIGN
+def _list_functions(function: Any) -> Iterator[FunctionType]:
+    """Yield a function and those that its decorators wrap."""
+    seen: set[int] = set()
+    while isinstance(function, FunctionType) and id(function) not in seen:
+        seen.add(id(function))
+        yield function
+        function = getattr(function, "__wrapped__", None)
 
 
-def _find_modules(classes: set[type]) -> list[ModuleType]:
-    """Return the Python modules of classes, and of their package's functions that they use."""
-    names = {cls.__module__ for cls in classes if cls.__module__ in sys.modules}
-    for name in tuple(names):
-        package = name.partition(".")[0]
-        for value in vars(sys.modules[name]).values():
-            module = value.__module__ if isinstance(value, FunctionType) else None
-            if module and (module.partition(".")[0] == package or is_rotary_name(value.__name__)):
-                names.add(module)
-    return [sys.modules[name] for name in sorted(names) if name in sys.modules and _is_own(name)]
+def _list_nested(code: CodeType) -> Iterator[CodeType]:
+    """Yield the codes of the functions that a function defines."""
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield each
+            yield from _list_nested(each)
 
 
-def _find_bindings(function: Function) -> list[Binding]:
-    """Find the attributes that hold a registered function: its class's, or those of modules."""
-    path = function.__qualname__.split(".")
-    owner: Any = sys.modules.get(function.__module__)
-    for name in path[:-1]:
-        owner = getattr(owner, name, None)
-    if isinstance(owner, type):
-        return [(owner, path[-1])]
-    return [
-        (module, name)
-        for module in tuple(sys.modules.values())
-        if isinstance(module, ModuleType)
-        for name, value in tuple(vars(module).items())
-        if value is function
-    ]
+def _get_module(function: Any) -> str:
+    return str((get_source(function) or function).__module__)

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice, permutations
+from itertools import islice, permutations, product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rotary_export.compat import pytree
 from rotary_export.errors import RotaryExportError, first_line
-from rotary_export.models.find.calls import RecordedCall
+from rotary_export.models.find.axes import AXES, MAX_RANK, derive_axes
+from rotary_export.models.find.calls import RecordedCall, call_with
 from rotary_export.models.find.lowering import (
-    AXES,
     LAYOUTS,
     Lowering,
     Slot,
     Tables,
     compute_tables,
     read_polar,
+    rotate_call,
     rotate_slots,
 )
 
@@ -58,19 +58,20 @@ def find_lowering(call: RecordedCall) -> Lowering | None:
             probed = _ProbedCall(call, slots)
             if not probed.is_linear():
                 continue
+            varies = probed.find_varying()
         except Exception as error:  # whatever the model's own function raises
             reason = f"it fails on random inputs: {type(error).__name__}: {first_line(error)}"
             continue
         if not _covers_output(call, slots):
             reason = "it returns a tensor that is not one of its arguments, rotated"
             continue
-        is_constant = False
-        for hypothesis in _make_hypotheses(call, slots, probed):
+        is_constant = not any(varies)
+        for hypothesis in () if is_constant else _make_hypotheses(call, slots, probed, varies):
             tables = probed.find_tables(hypothesis)
-            if tables is None:
-                continue
-            if all(_is_constant(table) for pair in tables for table in pair):
-                is_constant = True
+            if tables is None or all(_is_constant(table) for pair in tables for table in pair):
+                continue  # or it differs along another axis
+            if not any(bool(sin.any()) for _, sin in tables):
+                is_constant = True  # it scales, and turns nothing
                 break
             found = replace(hypothesis, polar=_find_polar(call, tables))
             return found if len(slots) != 2 else _join(found, call, tables)
@@ -82,24 +83,28 @@ def find_lowering(call: RecordedCall) -> Lowering | None:
 
 
 def _is_rotatable(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() in AXES and value.is_floating_point()
+    return isinstance(value, Tensor) and 2 <= value.dim() <= MAX_RANK and value.is_floating_point()
 
 
 def _assign(
     call: RecordedCall, sources: list[int], results: list[int]
 ) -> Iterator[tuple[Slot, ...]]:
-    """Pair results with arguments of their shape and type, in order first."""
+    """Pair results with arguments of their shape and type, or a narrower one, in order first."""
 
     def fits(result: int, source: int) -> bool:
         y, x = call.output[result], call.leaves[source]
-        return y.shape == x.shape and y.dtype == x.dtype and y is not x
+        is_wide = torch.promote_types(x.dtype, y.dtype) == y.dtype
+        return y.shape == x.shape and is_wide and y is not x
 
     matched = [r for r in results if any(fits(r, s) for s in sources)]
     if not matched:
         return
     for chosen in permutations(sources, len(matched)):
         if all(fits(r, s) for r, s in zip(matched, chosen, strict=True)):
-            yield tuple(Slot(s, r) for r, s in zip(matched, chosen, strict=True))
+            yield tuple(
+                Slot(s, r, call.output[r].dtype != call.leaves[s].dtype)
+                for r, s in zip(matched, chosen, strict=True)
+            )
 
 
 def _covers_output(call: RecordedCall, slots: Sequence[Slot]) -> bool:
@@ -139,9 +144,8 @@ class _ProbedCall:
         return leaves
 
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        args, kwargs = pytree.unflatten(self._fill(inputs), self._call.tree)
         with torch.no_grad():
-            output = pytree.list_leaves(self._call.candidate.function(*args, **kwargs))
+            output = call_with(self._call.own, self._fill(inputs), self._call.tree)
         return [output[slot.result] for slot in self._slots]
 
     def is_linear(self) -> bool:
@@ -155,19 +159,30 @@ class _ProbedCall:
             for f, got, x, y in zip(factors, scaled, self.inputs, self.outputs, strict=True)
         )
 
+    def find_varying(self) -> list[bool]:
+        """Return for each dimension but the last whether the rotation differs along it."""
+        generator = torch.Generator().manual_seed(1)
+        rows = []
+        for x in self.inputs:
+            row = torch.randn(x.shape[-1], generator=generator, dtype=x.dtype)
+            rows.append(row.to(x.device).expand(x.shape).contiguous())
+        outputs = self._run(rows)
+        return [
+            any(bool((y != y.narrow(axis, 0, 1)).any()) for y in outputs)
+            for axis in range(outputs[0].dim() - 1)
+        ]
+
     def find_tables(self, lowering: Lowering) -> list[Tables] | None:
         """Return the tables with which the op equals the function; None if it does not."""
         leaves = self._fill(self.inputs)
         try:
             with torch.no_grad():
-                tables = compute_tables(
-                    self._call.candidate.function, leaves, self._call.tree, lowering
-                )
-                got = rotate_slots(self.inputs, tables, lowering)
+                found = compute_tables(self._call.own, leaves, self._call.tree, lowering)
+                got = rotate_call(self.inputs, found, lowering, rotate_slots)
         except Exception:  # a hypothesis with which the function or the op can't be called
             return None
         fits = all(is_close(y, want) for y, want in zip(got, self.outputs, strict=True))
-        return tables if fits else None
+        return found.tables if fits else None
 
 
 def is_close(got: Tensor, want: Tensor) -> bool:
@@ -184,19 +199,30 @@ def _is_constant(table: Tensor) -> bool:
 
 
 def _make_hypotheses(
-    call: RecordedCall, slots: tuple[Slot, ...], probed: _ProbedCall
+    call: RecordedCall, slots: tuple[Slot, ...], probed: _ProbedCall, varies: Sequence[bool]
 ) -> Iterator[Lowering]:
+    """Yield hypotheses: first without a factor, and with the usual dimensions."""
     x = call.leaves[slots[0].source]
-    head_dims = {call.leaves[slot.source].shape[-1] for slot in slots}
-    if len(head_dims) > 1:
+    if len({(call.leaves[s.source].dim(), call.leaves[s.source].shape[-1]) for s in slots}) > 1:
         return
-    for start, rotary_dim in _list_slices(call, slots, probed):
-        for whole_batch in (False, True):
-            for axes in AXES[x.dim()]:
-                if whole_batch and "B" not in axes:
-                    continue
-                for layout in LAYOUTS:
-                    yield Lowering(slots, axes, layout, start, rotary_dim, whole_batch, False)
+    usual = AXES.get(x.dim(), ())
+    derived = derive_axes(varies)
+    slices = _list_slices(call, slots, probed)
+    for has_factor, dimensions in product((False, True), (usual, (derived,))):
+        for (start, rotary_dim), whole_batch, axes, layout in product(
+            slices, (False, True), dimensions, LAYOUTS
+        ):
+            if "B" in axes or not whole_batch:
+                yield Lowering(
+                    slots,
+                    axes,
+                    layout,
+                    start,
+                    rotary_dim,
+                    whole_batch,
+                    joined=False,
+                    has_factor=has_factor,
+                )
 
 
 def _list_slices(
@@ -236,9 +262,13 @@ def _find_polar(call: RecordedCall, tables: list[Tables]) -> int | None:
 
 def _join(lowering: Lowering, call: RecordedCall, tables: list[Tables]) -> Lowering:
     """Let one node rotate query and key, if they have the same tables."""
-    heads = lowering.axes.find("N")
-    query, key = (list(call.leaves[slot.source].shape) for slot in lowering.slots)
-    if heads >= 0:
-        del query[heads], key[heads]
+    query, key = (
+        [
+            size
+            for name, size in zip(lowering.axes, call.leaves[slot.source].shape, strict=True)
+            if name != "N"
+        ]
+        for slot in lowering.slots
+    )
     same = all(torch.equal(a, b) for a, b in zip(*tables, strict=True))
     return replace(lowering, joined=same and query == key)

@@ -13,10 +13,18 @@ from torch import Tensor, nn
 
 from rotary_export.compat import pytree
 from rotary_export.errors import CheckFailedError
-from rotary_export.models.find.calls import RecordedCall, make_signature, patch_candidates
-from rotary_export.models.find.candidates import Candidate, Function
-from rotary_export.models.find.lowering import Lowering, Tables, compute_tables, rotate_slots
+from rotary_export.models.find.calls import RecordedCall, flatten_arguments, make_signature
+from rotary_export.models.find.candidates import Candidate
+from rotary_export.models.find.lowering import (
+    CallTables,
+    Lowering,
+    Tables,
+    compute_tables,
+    rotate_call,
+    rotate_slots,
+)
 from rotary_export.models.find.probe import is_close
+from rotary_export.models.find.redirect import OwnFunction, Wrapper, redirect_calls
 from rotary_export.models.find.replacement import Replacement
 
 
@@ -60,45 +68,45 @@ def replace_calls(
         CheckFailedError: With `check`: the op differs from the function for a call.
     """
     counts: Counter[str] = Counter()
-    memo: dict[Any, tuple[list[Any], list[Tables]]] = {}
-    running_original = False
+    memo: dict[Any, tuple[list[Any], CallTables]] = {}
+    is_off = False
 
-    def run_original(function: Callable[[], Any]) -> Any:
-        """Run the model's own function unchanged, the functions that it calls included."""
-        nonlocal running_original
-        running_original = True
+    def run_as_is(function: Callable[[], Any]) -> Any:
+        """Run the model's own function, or the op, with the functions that it calls."""
+        nonlocal is_off
+        is_off = True
         try:
             return function()
         finally:
-            running_original = False
+            is_off = False
 
-    def make_wrapper(candidate: Candidate) -> Function:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            leaves, tree = pytree.flatten((args, kwargs))
+    def make_wrapper(candidate: Candidate) -> Wrapper:
+        def wrapper(own: OwnFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            leaves, tree = flatten_arguments(own, args, kwargs)
             key = (candidate, make_signature(leaves))
-            lowering = None if running_original else found.lowerings.get(key)
+            lowering = None if is_off else found.lowerings.get(key)
             if lowering is None:
-                return candidate.function(*args, **kwargs)
+                return own.run(*args, **kwargs)
             sources = [slot.source for slot in lowering.slots]
-            memo_key = (candidate, *_identify_tables(leaves, sources, lowering))
+            memo_key = (candidate, own.identify(), *_identify_tables(leaves, sources, lowering))
             if memo_key not in memo:
-                tables = run_original(
-                    lambda: compute_tables(candidate.function, leaves, tree, lowering)
-                )
+                tables = run_as_is(lambda: compute_tables(own, leaves, tree, lowering))
                 # Held, so that no other object gets their ids.
                 held = [leaf for index, leaf in enumerate(leaves) if index not in sources]
-                memo[memo_key] = held, tables
-            rotated = rotate_slots([leaves[s] for s in sources], memo[memo_key][1], lowering)
+                memo[memo_key] = [held, own], tables
+            tables = memo[memo_key][1]
+            rotated = run_as_is(
+                lambda: rotate_call([leaves[s] for s in sources], tables, lowering, rotate_slots)
+            )
             counts[candidate.name] += 1
             if check:
-                output = run_original(lambda: candidate.function(*args, **kwargs))
+                output = run_as_is(lambda: own.run(*args, **kwargs))
                 results = pytree.list_leaves(output)
                 _check_rotated(candidate, lowering, results, rotated)
                 if record is not None:
                     xs = [leaves[source] for source in sources]
                     ys = [results[slot.result] for slot in lowering.slots]
-                    tables = memo[memo_key][1]
-                    record(CheckedCall(candidate.name, lowering, xs, ys, tables))
+                    record(CheckedCall(candidate.name, lowering, xs, ys, tables.tables))
                 return output
             return _rebuild(found.recorded_calls[key], leaves, lowering, rotated)
 
@@ -108,7 +116,8 @@ def replace_calls(
         for module in [] if check else found.table_modules:
             handle = module.register_forward_pre_hook(_widen, with_kwargs=True)
             stack.callback(handle.remove)
-        stack.enter_context(patch_candidates(found.candidates, make_wrapper))
+        wrappers = [(each.place, make_wrapper(each)) for each in found.candidates]
+        stack.enter_context(redirect_calls(wrappers))
         yield counts
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from rotary_export.compat import pytree
 from rotary_export.models.find.calls import RecordedCall, record_calls
-from rotary_export.models.find.candidates import Candidate, find_candidates, is_rotary_name
+from rotary_export.models.find.candidates import Candidate, find_candidates
 from rotary_export.models.find.lowering import Lowering
+from rotary_export.models.find.names import is_rotary_name
 from rotary_export.models.find.probe import NotReplacedError, find_lowering
 
 Key = tuple[Candidate, tuple[Any, ...]]  # a function, and the signature of a call

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rotary_export.models.error_text import describe_error
-from rotary_export.models.find.lowering import to_op
+from rotary_export.models.find.lowering import bring_to_op
 from rotary_export.models.find.replace import CheckedCall, replace_calls
 from rotary_export.models.find.replacement import Replacement
 from rotary_export.models.trace.traced_rotary import TracedRotary
@@ -26,7 +26,7 @@ class _Call:
     Attributes:
         place: Its layer, and the function.
         x: The tensor, in a shape of the op.
-        y: The result, likewise; None: its channels are in another order.
+        y: The result, likewise; None: it is not what the op returns.
     """
 
     place: str
@@ -58,10 +58,11 @@ def find_difference(
     def record(call: CheckedCall) -> None:
         layer = running[-1] if running else "the model"
         place = f"{layer}, {call.name.rpartition('.')[2]}"
-        ordered = call.lowering.layout != "deinterleaved"
+        # The op's result has its channels in another order, or is multiplied by a factor.
+        is_last = call.lowering.layout != "deinterleaved" and not call.lowering.has_factor
         for x, y in zip(call.xs, call.ys, strict=True):
-            result = to_op(y, call.lowering) if ordered else None
-            calls.append(_Call(place, to_op(x, call.lowering), result))
+            result = bring_to_op(y, call.lowering) if is_last else None
+            calls.append(_Call(place, bring_to_op(x, call.lowering), result))
 
     with _track_modules(model, running), replace_calls(found, check=True, record=record):
         run(case.tensors)

@@ -31,12 +31,14 @@ class OwnTables:
     Attributes:
         cos: (B or 1, S, R/2).
         sin: As cos.
-        dtype: Of the tensor.
+        dtype: Of the result.
+        last: The largest number of positions along one axis.
     """
 
     cos: Tensor
     sin: Tensor
     dtype: torch.dtype
+    last: int
 
     def find_radius(self) -> float:
         """Return the largest magnitude of cos and sin; an attention factor is not 1."""
@@ -65,10 +67,11 @@ class TableRecorder:
         found: list[OwnTables] = []
 
         def keep(call: CheckedCall) -> None:
-            rotated = call.xs[:1] if call.lowering.joined else call.xs  # one node rotates both
-            found.extend(
-                OwnTables(*tables, x.dtype) for tables, x in zip(call.tables, rotated, strict=False)
-            )
+            rotated = call.ys[:1] if call.lowering.joined else call.ys  # one node rotates both
+            for tables, y in zip(call.tables, rotated, strict=False):
+                axes = zip(call.lowering.axes, y.shape, strict=True)
+                last = max(size for name, size in axes if name in "BS")
+                found.append(OwnTables(*tables, y.dtype, last))
 
         with replace_calls(self._found, check=True, record=keep):
             yield
@@ -102,7 +105,7 @@ class TableRecorder:
             own = self._tables[case.name]
             if len(own) != len(found):  # another branch of the model
                 continue
-            last = max([_count_positions(tensors), *(each.cos.shape[1] for each in own)])
+            last = max([_count_positions(tensors), *(each.last for each in own)])
             done: set[tuple[int, int]] = set()  # layers share their tables
             for want, got in zip(own, found, strict=True):
                 if (pair := (id(want.cos), id(got["cos_cache"]))) in done:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rotary_export.compat.transformers import BATCHED, EXPERTS, GROUPED
 from rotary_export.models.configs import get_field, list_configs
-from rotary_export.models.find.candidates import is_rotary_name
+from rotary_export.models.find.names import is_rotary_name
 from rotary_export.rope.stateless import replace_stateful
 
 

@@ -31,8 +31,8 @@ MODELS = {
     ),
     "rotary-embedding-torch": (
         library.make_rotary_embedding_torch,
-        4,
-        4,
+        2,
+        2,
         "interleaved, channels 0 to 16, BNSH",
     ),
     "rotary-embedding-torch-xpos": (
@@ -41,7 +41,7 @@ MODELS = {
         4,
         "interleaved, channels 0 to 16, BNSH",
     ),
-    "torchtune": (library.make_torchtune, 4, 4, "interleaved, channels 0 to 16, BSNH"),
+    "torchtune": (library.make_torchtune, 2, 2, "interleaved, channels 0 to 16, BSNH"),
     # zeta turns values too.
     "zeta": (lambda: library.make_zeta(rotary_pos_emb=True), 6, 6, "half, channels 0 to 32, BNSH"),
     "zeta-xpos": (
