@@ -5,6 +5,7 @@ onnx_translations.py  the registry of torch.onnx's translations
 dispatch.py           torch.utils._python_dispatch: what sees every operator
 pytree.py             torch.utils._pytree: nested arguments as flat lists
 sizes.py              symbolic sizes of a traced program: its shape environment, guards and ranges
+programs.py           torch.export's programs: a copy, the schema of an operator
 inductor.py           AOTInductor: compile, package, load
 modules.py            the registries of torch.nn.Module
 transformers.py       model classes of a config, the kernel of experts
