@@ -6,6 +6,7 @@ dispatch.py           torch.utils._python_dispatch: what sees every operator
 pytree.py             torch.utils._pytree: nested arguments as flat lists
 sizes.py              symbolic sizes of a traced program: its shape environment, guards and ranges
 export_dims.py        the dimensions by which torch.export is told what may vary
+programs.py           torch.export's programs: a copy, the schema of an operator
 inductor.py           AOTInductor: compile, package, load
 modules.py            the registries of torch.nn.Module
 script.py             functions compiled by torch.jit.script: their source, and their calls

@@ -18,6 +18,7 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.onnx import strip_metadata, translate_op
 from rotary_export.exporters.onnx_file import take_weights, write_model
 from rotary_export.models.error_text import describe_error
+from rotary_export.models.trace.onnx_program import adapt_program
 from rotary_export.op.onnx_function import add_functions
 from rotary_export.op.onnx_schema import register_schema
 from rotary_export.op.onnx_signature import FunctionSignature
@@ -57,7 +58,7 @@ def write_onnx(
         # Without gradients: the op has none for tables, which learned frequencies require.
         with quiet_torch(), reuse_translations(), torch.no_grad():
             exported: Any = torch.onnx.export(
-                program,
+                adapt_program(program, opset),
                 (),
                 dynamo=True,
                 opset_version=opset,

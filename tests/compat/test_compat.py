@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import nn
 
-from rotary_export.compat import inductor, modules, pytree, script, sizes
+from rotary_export.compat import inductor, modules, programs, pytree, script, sizes
 from rotary_export.compat import transformers as transformers_names
 from rotary_export.compat import x_transformers as x_transformers_names
 from rotary_export.compat.dispatch import DispatchMode
@@ -128,6 +128,38 @@ def test_constants_and_ranges_of_sizes(program, inputs):
     sizes.set_lower_bound(program, size, lower + 1)
     assert sizes.get_lower_bound(program, size) == lower + 1
     sizes.set_lower_bound(program, size, lower)
+
+
+def test_a_copy_of_a_program_has_a_graph_and_constants_of_its_own():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+            self.register_buffer("kept", torch.ones(3))
+            self.register_buffer("other", torch.ones(3), persistent=False)
+
+        def forward(self, x):
+            return x * self.weight + self.kept + self.other
+
+    own = torch.export.export(Scale(), (torch.ones(3),))
+    copy = programs.copy_program(own, {"other": torch.full((3,), 5.0)})
+    (add,) = [node for node in copy.graph.nodes if node.name == "add_1"]
+    add.target = torch.ops.aten.sub.Tensor
+    copy.graph_module.recompile()
+    assert own.module()(torch.ones(3)).tolist() == [3.0] * 3
+    assert copy.module()(torch.ones(3)).tolist() == [-3.0] * 3
+    assert copy.state_dict["weight"] is own.state_dict["weight"]
+
+
+def test_the_arguments_of_a_call_have_names_and_defaults(program):
+    assert programs.get_fake_mode(program) is not None
+    graph = torch.fx.Graph()
+    node = graph.call_function(torch.ops.aten.cumsum.default, (graph.placeholder("x"), 1))
+    values, keywords = programs.bind_arguments(node)
+    assert values == {"self": node.args[0], "dim": 1, "dtype": None}
+    assert keywords == {"dtype"}
+    assert programs.get_name(node.target) == "aten::cumsum"
+    assert programs.get_name(len) == ""
 
 
 def test_inductor_compiles_packages_and_loads(tmp_path, monkeypatch):

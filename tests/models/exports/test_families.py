@@ -62,3 +62,10 @@ def test_exported(tmp_path, family):
     rows = [row for row in bundle.report.rows if row.graph == "model"]
     assert {row.kernel_path.partition(" ")[0] for row in rows} == {"native", "fused"}
     assert any(shape.startswith("batch_size 3") for shape in bundle.report.shapes["model"])
+
+
+def test_one_key_for_all_heads(tmp_path):
+    """Falcon's first models: torch broadcasts one head of keys and values over all queries."""
+    model = make_model("falcon", multi_query=True, new_decoder_architecture=False)
+    bundle = export_model(model, make_inputs(model), tmp_path / "bundle", formats=["onnx"])
+    assert bundle.manifest.graphs["model"].rotary_nodes == 2

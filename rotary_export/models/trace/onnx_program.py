@@ -1,0 +1,56 @@
+"""A traced program in the forms that torch.onnx translates rightly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from rotary_export.compat.programs import bind_arguments, copy_program, get_fake_mode
+from rotary_export.models.trace.attention import ATTENTION, adapt_attention
+from rotary_export.models.trace.graph_edit import ATEN, GraphEditor
+
+_SUBTRACT_FROM = ATEN.rsub.Scalar
+
+
+def adapt_program(program: Any, opset: int) -> Any:
+    """Change what torch.onnx can't write, or writes as ONNX Runtime can't run it.
+
+    1. Attention: see `attention.py`.
+    2. A number minus an integer tensor: torch.onnx promotes the number, which is no tensor.
+
+    Args:
+        program: A `torch.export.ExportedProgram`; it is not changed.
+        opset: Of ai.onnx.
+
+    Returns:
+        The program, or a changed copy.
+    """
+    if not any(map(_list_calls, program.graph_module.modules())):
+        return program
+    program = copy_program(program)
+    fake_mode = get_fake_mode(program)
+    for module in program.graph_module.modules():
+        for node in _list_calls(module):
+            edit = GraphEditor(module.graph, fake_mode)
+            if node.target == ATTENTION:
+                adapt_attention(node, edit, opset)
+            else:
+                _convert_first(node, edit)
+    return program
+
+
+def _list_calls(module: Any) -> list[Node]:
+    if not isinstance(module, torch.fx.GraphModule):
+        return []
+    return [node for node in module.graph.nodes if node.target in (ATTENTION, _SUBTRACT_FROM)]
+
+
+def _convert_first(node: Node, edit: GraphEditor) -> None:
+    """Convert the tensor of a call to the type of its result."""
+    edit.origin = node
+    values, _ = bind_arguments(node)
+    dtype = node.meta["val"].dtype
+    if values["self"].meta["val"].dtype != dtype:
+        node.args = (edit.emit(ATEN.to.dtype, values["self"], dtype), *node.args[1:])
