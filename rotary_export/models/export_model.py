@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,9 @@ def export_model(
     kept = None if keep_failed is None else find_out(keep_failed)
     if kept is not None:
         check_out(kept, force)
+    options = ProofOptions(quick, seed)
+    if kept is not None:
+        options = replace(options, outcome=f"the rejected bundle is {kept}")
     with write_bundle(path, force) as staging:
         try:
             manifest, report = _build(
@@ -121,7 +124,7 @@ def export_model(
                 formats=formats,
                 max_inline_bytes=max_inline_bytes,
                 float32_tables=float32_tables,
-                options=ProofOptions(quick, seed),
+                options=options,
                 progress=progress,
             )
         except RejectedError as error:

@@ -142,10 +142,15 @@ def check_report(report: Report) -> None:
         raise CheckFailedError(describe_failure(row))
 
 
-def describe_failure(row: Row) -> str:
-    """Return in one sentence what differs, where, by how much, and what is allowed."""
+def describe_failure(row: Row, outcome: str = "nothing was written") -> str:
+    """Return in one sentence what differs, where, by how much, and what is allowed.
+
+    Args:
+        row: That is out of its tolerances.
+        outcome: What became of the bundle.
+    """
     if row.runtime == FORMULA:
-        return f"nothing was written: {row.case}"
+        return f"{outcome}: {row.case}"
     if row.oracle_tolerance is None:
         details = (
             f" ({row.eager_allowed:.3g} are allowed, the model's own rounding noise is "
@@ -154,7 +159,7 @@ def describe_failure(row: Row) -> str:
     else:
         details = f" and from the oracle by {row.oracle.max_ulp:.3g} ulp at {row.oracle.worst}"
     return (
-        f"the export is not equal to eager, nothing was written: {row.graph}.{row.output} by "
+        f"the export is not equal to eager, {outcome}: {row.graph}.{row.output} by "
         f"{row.runtime} differs from eager by {row.eager.max_ulp:.3g} ulp at {row.eager.worst}"
         f"{details}"
     )

@@ -74,3 +74,10 @@ def test_float32_is_left_as_it_is():
     with Float32Tables([x]):
         got = by_einsum(x, INV_FREQ.float())
     assert torch.equal(got, by_einsum(x, INV_FREQ.float()))
+
+
+def test_the_inputs_are_unmarked_afterwards():
+    x = torch.randn(1, 3, 8).half()
+    with Float32Tables([x]):
+        by_product(x, INV_FREQ)
+    assert vars(x) == {}

@@ -43,11 +43,13 @@ class ProofOptions:
         quick: Fewer cases, none of them far or long.
         seed: Of the values of the cases.
         case: Name of the one case to run; None: all.
+        outcome: What becomes of a rejected bundle, for the message.
     """
 
     quick: bool = False
     seed: int = 0
     case: str | None = None
+    outcome: str = "nothing was written"
 
 
 class RejectedError(CheckFailedError):
@@ -139,7 +141,7 @@ def prove(
             row = report.find_failure()
             if row is None:
                 return manifest, report
-            failure, case = describe_failure(row), row.case
+            failure, case = describe_failure(row, options.outcome), row.case
             if (found := _find_measured(measured, case)) is not None:
                 where = find_difference(
                     analysis.flat.model, reference.run, analysis.found, traced, names, found.case

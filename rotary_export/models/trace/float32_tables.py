@@ -46,9 +46,20 @@ class Float32Tables(TorchFunctionMode):
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        for value in inputs:
-            if value.is_floating_point():
-                setattr(value, _KIND, _ACTIVATION)
+        self._activations = [value for value in inputs if value.is_floating_point()]
+
+    def __enter__(self) -> Float32Tables:
+        """Mark the inputs."""
+        for value in self._activations:
+            setattr(value, _KIND, _ACTIVATION)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Unmark them: they are the caller's."""
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        for value in self._activations:
+            vars(value).pop(_KIND, None)
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

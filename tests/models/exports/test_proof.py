@@ -160,6 +160,7 @@ def test_a_failure_names_the_layer_and_is_repeated(llama, tmp_path):
             rotary_export.export_model(
                 llama, inputs, tmp_path / "b", keep_failed=tmp_path / "kept", **options
             )
+        assert f"the rejected bundle is {tmp_path / 'kept'}" in str(caught.value)
         case = caught.value.case
         with pytest.raises(RejectedError, match="rotary call 3 of 4"):
             module.prove_case(llama, inputs, case, **options)
