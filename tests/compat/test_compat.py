@@ -12,7 +12,7 @@ from torch import nn
 from rotary_export.compat import inductor, modules, programs, pytree, script, sizes
 from rotary_export.compat import transformers as transformers_names
 from rotary_export.compat import x_transformers as x_transformers_names
-from rotary_export.compat.dispatch import DispatchMode
+from rotary_export.compat.dispatch import DispatchMode, is_in_place
 from rotary_export.compat.export_dims import GivenDim, read_dim
 from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_loaders, quiet_torch
@@ -61,6 +61,12 @@ def test_translations_are_read_once_and_custom_ones_stay_in_their_registry():
     assert (second.opset_version, other.opset_version) == (20, 18)
     expected = ONNXRegistry.from_torchlib(opset_version=20)
     assert second.functions.keys() == expected.functions.keys()
+
+
+def test_operators_in_place():
+    aten = torch.ops.aten
+    found = [is_in_place(each) for each in (aten.add_.Tensor, aten.add.out, aten.add.Tensor)]
+    assert found == [True, True, False]
 
 
 def test_a_dispatch_mode_sees_every_operator():

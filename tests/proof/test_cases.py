@@ -195,3 +195,20 @@ def test_a_square_mask_hides_padding():
     assert case.keep.tolist() == [[True] * 3 + [False], [True] * 2 + [False] * 2]
     assert case.tensors[0][0, 0].tolist() == [[True] * 3 + [False]] * 3 + [[True] * 4]
     assert make_square(SEEN).tensors[0].all()
+
+
+WHOLE = {
+    "coordinates": ("img_ids", [[0.0, 2.0], [1.0, 0.0]], (0, 2)),
+    "zeros-of-coordinates": ("txt_ids", [[0.0, 0.0]], (0, 0)),
+    "flags": ("visible", [[1.0, 0.0]], (0, 1)),
+    "fractions": ("img_ids", [[0.0, 0.5]], None),
+    "a-placeholder": ("hidden_states", [[1.0, 1.0]], None),
+    "infinity": ("bias", [[0.0, -np.inf]], None),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_floats_that_are_whole_numbers_stay_so(case):
+    name, value, limits = WHOLE[case]
+    source = choose(name, value, (1, "n"))
+    assert (source.role, source.limits) == (("ids", limits) if limits else ("values", (0, 0)))

@@ -34,13 +34,13 @@ class Scale(nn.Module):
         return x.to(self.inside or x.dtype).mul(self.factor).to(x.dtype)
 
 
-def measure(model, x, keep=None):
+def measure(model, x, keep=None, **options):
     def run(tensors):
         return {"y": model(*tensors)}
 
     case = Case("case", (x,), keep)
     eager = {name: to_comparable(value) for name, value in run(case.tensors).items()}
-    return NoiseMeter(model, run).measure(case, eager)["y"]
+    return NoiseMeter(model, run).measure(case, eager, **options)["y"]
 
 
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)
@@ -143,3 +143,40 @@ def test_a_case_in_which_rounding_hides_an_error_is_left_out():
     assert (row.case, row.eager.max_ulp, row.passed) == ("1", 3, True)
     with pytest.raises(CheckFailedError, match=r"model\.y can't be compared: rounding alone moves"):
         compare_two([0], [hidden])
+
+
+class Angles(nn.Module):
+    """Sines of large angles: what a rounding inside moves is not seen from outside."""
+
+    def forward(self, x):
+        return (x * 1000.0).sin()
+
+
+class Masked(nn.Module):
+    """Changes a tensor in place, and has the smallest number of its type."""
+
+    def forward(self, x):
+        scores = x.clone()
+        scores[0] = torch.finfo(x.dtype).min
+        return scores.add_(0.0).softmax(0) + torch.stack((x, -x)).sum()
+
+
+def test_operators_round_inside_of_modules():
+    x = torch.full((300,), 1.5)
+    outside = measure(Angles(), x)
+    inside = measure(Angles(), x, every_operator=True)
+    assert outside <= 2.0**-23
+    assert 50 * 2.0**-23 < inside < 1500 * 2.0**-23
+
+
+def test_operators_that_move_numbers_do_not_round():
+    class Moves(nn.Module):
+        def forward(self, x):
+            return torch.cat((-x[2:], x.flip(0)[None].repeat(1, 1)[0])).float()
+
+    assert measure(Moves(), torch.randn(300), every_operator=True) == 0.0
+
+
+def test_the_smallest_number_stays():
+    noise = measure(Masked(), torch.randn(300), every_operator=True)
+    assert 0.0 < noise < 1e-3

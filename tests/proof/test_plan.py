@@ -87,3 +87,9 @@ def test_no_size_is_smaller_than_it_may_be():
     specs = plan_cases(Plan(MOVED, TRACED, min_size={"seq_len": 6}))
     assert min(spec.length for spec in specs) == 6
     assert min(spec.sizes["batch_size"] for spec in specs) == 1
+
+
+def test_no_two_cases_have_one_name():
+    for traced in ({"rows": 4, "columns": 5}, TRACED, {"batch_size": 2, "rows": 3}):
+        names = list_names(traced=traced)
+        assert len(names) == len(set(names))

@@ -14,6 +14,7 @@ from rotary_export.bundle.dims import SEQ, TOTAL, is_past
 
 _MASKED = 1e4  # numbers as large as that stand for infinity in a mask
 _MOST_ROWS = 16  # of an example, along each dimension that may vary
+_COORDINATES = re.compile(r"(^|[_.])(ids?|pos|positions?|coords?|coordinates|grid)($|[_.])")
 _TABLES = re.compile(r"cos|sin(?!g)|freq|rotary|rope|angle", re.IGNORECASE)
 
 
@@ -22,10 +23,10 @@ class InputValues:
     """Where the values of an input come from.
 
     Attributes:
-        role: "ids" (any in `limits`), "position_ids" (moved at will), "counted" (positions from 0
-            on), "mask" (1: a real position), "square_mask" (what each token sees), "past" (what the
-            model returns for earlier tokens), "values" (normal, as `spread`), "rows" (the
-            example's own, repeated or cut).
+        role: "ids" (whole numbers, any in `limits`), "position_ids" (moved at will), "counted"
+            (positions from 0 on), "mask" (1: a real position), "square_mask" (what each token
+            sees), "past" (what the model returns for earlier tokens), "values" (normal, as
+            `spread`), "rows" (the example's own, repeated or cut).
         limits: Smallest and largest id.
         value: Of "rows": the example's values, nested lists. Of "square_mask": the value of what
             is seen, that of what is hidden, and whether later tokens are hidden.
@@ -65,6 +66,8 @@ def choose_values(
         return InputValues("mask")
     if "mask" in name and value.dim() > 1 and value.numel() and _is_square(dims):
         return InputValues("square_mask", value=_read_square_mask(value))
+    if value.is_floating_point() and _holds_whole_numbers(name, value):
+        return InputValues("ids", (int(value.min()), int(value.max())))
     if value.is_floating_point() and not _holds_tables(name, value):
         return InputValues("values", spread=_measure_spread(value))
     if not value.is_floating_point() and value.dim() == 2 and value.numel() and "grid" not in name:
@@ -91,6 +94,17 @@ def _read_square_mask(value: Tensor) -> list[Any]:
         return [0.0, torch.finfo(value.dtype).min, hides_later]
     own = value.diagonal(value.shape[-1] - value.shape[-2], -2, -1)
     return [0, 1, hides_later] if not own.any() else [1, 0, hides_later]
+
+
+def _holds_whole_numbers(name: str, value: Tensor) -> bool:
+    """Return whether a floating-point input contains coordinates or flags: fractions are none.
+
+    An example of one number, such as zeros, is a placeholder, unless its name says otherwise.
+    """
+    known = value.numel() > 0 and bool(value.isfinite().all())
+    if not known or not torch.equal(value, value.round()) or value.abs().max() >= _MASKED:
+        return False
+    return bool((value != value.flatten()[0]).any()) or bool(_COORDINATES.search(name))
 
 
 def _holds_tables(name: str, value: Tensor) -> bool:

@@ -78,7 +78,10 @@ class Plan:
 
 
 def plan_cases(plan: Plan) -> list[CaseSpec]:
-    """Choose the cases: sizes, padding, moved positions, thresholds, branches, long sequences."""
+    """Choose the cases: sizes, padding, moved positions, thresholds, branches, long sequences.
+
+    A name is that of one case: of several that differ in their seed alone, the first is kept.
+    """
     if not plan.traced:
         specs = [CaseSpec(seed=1)]
     else:
@@ -86,7 +89,9 @@ def plan_cases(plan: Plan) -> list[CaseSpec]:
         if not plan.quick:
             specs += _plan_moved(plan) + _plan_long(plan)
         specs += _plan_thresholds(plan) + _plan_branches(plan)
-    return [replace(spec, seed=spec.seed + 10_000 * plan.seed) for spec in specs]
+    named = {spec.name: spec for spec in reversed(specs)}
+    kept = [spec for spec in specs if named[spec.name] is spec]
+    return [replace(spec, seed=spec.seed + 10_000 * plan.seed) for spec in kept]
 
 
 def _plan_small(plan: Plan) -> list[CaseSpec]:

@@ -22,7 +22,7 @@ from rotary_export.types import Array, Progress
 MOST_NOISE = 0.05  # of the largest magnitude: past that, a case can't tell an error from rounding
 _DRAWS = 3  # of the values of a case that can't
 _LONGEST_RUN = 60.0  # seconds
-_MORE_RUNS = 16  # that measure the noise of a case whose error is not within it
+_MORE_RUNS = 32  # that measure the noise of a case whose error is not within it
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,18 @@ class Reference:
         return measured
 
     def measure_again(self, measured: Measured) -> Measured:
-        """Measure the noise of a case by more runs: a model may amplify few roundings, but far."""
+        """Measure the noise of a case by more runs: a model may amplify few roundings, but far.
+
+        Modules are perturbed in half of them, operators in the other half.
+        """
         assert measured.eager is not None
         runs = _MORE_RUNS // 4 if measured.case.spec and measured.case.spec.is_long else _MORE_RUNS
-        found = self._meter.measure(measured.case, measured.eager, runs)
-        noise = {name: max(moved, found[name]) for name, moved in measured.noise.items()}
+        noise = dict(measured.noise)
+        for every_operator in (False, True):
+            found = self._meter.measure(
+                measured.case, measured.eager, runs // 2, every_operator=every_operator
+            )
+            noise = {name: max(moved, found[name]) for name, moved in noise.items()}
         return replace(measured, noise=noise)
 
     def _measure_case(self, case: Case | CaseSpec) -> Measured | None:
