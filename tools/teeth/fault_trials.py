@@ -77,6 +77,7 @@ class Proof:
         inputs: Its example inputs.
         formats: As of `export_model`.
         progress: Called with the current step.
+        quick: Use the quick proof: whatever that refuses, the whole proof refuses, too.
     """
 
     def __init__(
@@ -85,7 +86,9 @@ class Proof:
         inputs: Mapping[str, Any],
         formats: Sequence[str],
         progress: Progress = ignore_progress,
+        quick: bool = False,
     ) -> None:
+        self._quick = quick
         self._model, self._inputs, self._formats = model, inputs, formats
         self._progress = progress
         self._measured: dict[tuple[str, ...], tuple[list[Measured], dict[str, str]]] = {}
@@ -130,6 +133,7 @@ class Proof:
                 self._inputs,
                 Path(folder) / "bundle",
                 formats=self._formats,
+                quick=self._quick,
                 progress=self._progress,
             )
 

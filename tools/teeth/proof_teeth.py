@@ -61,7 +61,8 @@ def try_faults(
             continue
         where = f"{weights}, {subject}"
         progress(f"{where}: without a fault")
-        proof = Proof(*make_subject(subject, weights, options.model), (options.format,))
+        made = make_subject(subject, weights, options.model)
+        proof = Proof(*made, (options.format,), quick=options.quick)
         for fault in chosen:
             progress(f"{where}: {fault.name}")
             row = make_row(fault, weights, try_fault(proof, fault, options.rungs))
@@ -120,6 +121,9 @@ def read_options() -> argparse.Namespace:
         type=Path,
         default=ROOT / "build" / "real" / "smollm2",
         help="the folder of the trained model",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="use the quick proof; the whole one refuses no less"
     )
     parser.add_argument("--json", type=Path, help="write the outcomes to this file")
     return parser.parse_args()
