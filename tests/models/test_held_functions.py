@@ -9,6 +9,7 @@ from helpers import rotary_styles as styles
 from torch import nn
 
 from rotary_export import register_rotary
+from rotary_export.compat.script import get_source
 from rotary_export.models.find.names import is_rotary_name
 from rotary_export.models.find.redirect import Place, redirect_calls
 from rotary_export.models.find.replace import replace_calls
@@ -150,6 +151,18 @@ class Processed(nn.Module):
         return self.options["processor"](self, x, cos, sin)
 
 
+class ApplyRotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return styles.rope_half(x, x, cos, sin)[0]
+
+
+class CallsAutograd(nn.Module):
+    def forward(self, x, cos, sin):
+        return ApplyRotary.apply(x, cos, sin)
+
+
 MODELS = {
     "function in an attribute": Calls(apply_rope),
     "scripted": CallsScripted(),
@@ -161,6 +174,7 @@ MODELS = {
     "nested": Nested(),
     "nested, reads outer variables": Captures(),
     "nested, in a decorated method": DecoratedForward(),
+    "of autograd": CallsAutograd(),
     "method of a processor": Processed(RotaryProcessor()),
     "nested, in a processor": Processed(Processor()),
 }
@@ -196,17 +210,42 @@ def test_the_name_of_a_nested_function_says_where_it_is():
     assert finding.function == f"{__name__}.apply_rope_scripted"
 
 
-def test_a_scripted_function_of_another_name_is_registered(monkeypatch):
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr("rotary_export.models.find.candidates._registered", found := [])
+    return found
+
+
+@pytest.mark.parametrize(
+    "function", [spin_scripted, get_source(spin_scripted)], ids=["it", "its source"]
+)
+def test_a_scripted_function_of_another_name_is_registered(registered, function):
     class Spins(nn.Module):
         def forward(self, x, cos, sin):
             return spin_scripted(x, cos, sin)
 
-    monkeypatch.setattr("rotary_export.models.find.candidates._registered", [])
     model = Spins()
     assert find_replacement(model, lambda: model(X, COS, SIN)).findings == []
-    assert register_rotary(spin_scripted) is spin_scripted
+    assert register_rotary(function) is function
     found = find_replacement(model, lambda: model(X, COS, SIN))
     assert (found.calls, found.fused) == (1, 1)
+
+
+def test_a_nested_function_of_another_name_is_registered(registered):
+    class Spins(nn.Module):
+        def forward(self, x, cos, sin):
+            @register_rotary
+            def spin(x):
+                return styles.rope_half(x, x, cos, sin)[0]
+
+            return spin(x)
+
+    model = Spins()
+    model(X, COS, SIN)
+    found = find_replacement(model, lambda: model(X, COS, SIN))
+    with replace_calls(found) as counts:
+        model(X, COS, SIN)
+    assert (found.calls, found.fused, sum(counts.values()), len(registered)) == (1, 1, 1, 1)
 
 
 def test_functions_come_back_after_an_error():
