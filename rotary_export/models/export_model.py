@@ -20,7 +20,7 @@ from rotary_export.bundle.manifest import (
     Manifest,
     hash_file,
 )
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.exporters.export import (
     Bundle,
     check_formats,
@@ -31,7 +31,12 @@ from rotary_export.exporters.export import (
 )
 from rotary_export.exporters.onnx import check_opset, minimum_onnxruntime
 from rotary_export.graphs.config import DTYPES
-from rotary_export.models.analyze import Analysis, analyze_model, check_found
+from rotary_export.models.analyze import (
+    Analysis,
+    analyze_model,
+    check_found,
+    describe_missing,
+)
 from rotary_export.models.arguments import check_arguments
 from rotary_export.models.convert import convert_model
 from rotary_export.models.prove.prove import ProofOptions, RejectedError, prove
@@ -218,9 +223,20 @@ def _build(
             model, example_inputs, dynamic_shapes, snapshot, progress, float32_tables
         )
         check_found(model, analysis.found, formats)
-        written = write_graph(
-            analysis, snapshot, folder, formats, opset, max_inline_bytes, progress
-        )
+        try:
+            written = write_graph(
+                analysis, snapshot, folder, formats, opset, max_inline_bytes, progress
+            )
+        except CheckFailedError:
+            raise
+        except RotaryExportError as error:
+            if analysis.found.fused:
+                raise
+            missing = describe_missing(model, analysis.found)
+            raise CheckFailedError(
+                f"{missing}; whether it applies one inline is not known, as its graph can't be "
+                f"searched: {error}"
+            ) from error
 
         def make_manifest(
             limited: GraphInfo, measured: Sequence[Measured], left_out: dict[str, str]

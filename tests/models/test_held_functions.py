@@ -81,6 +81,15 @@ class Calls(nn.Module):
         return self.rotate(x, cos, sin)
 
 
+class CallsOther(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.spin = function
+
+    def forward(self, x, cos, sin):
+        return self.spin(x, cos, sin)
+
+
 class CallsScripted(nn.Module):
     def forward(self, x, cos, sin):
         return apply_rope_scripted(x, cos, sin)
@@ -167,6 +176,7 @@ MODELS = {
     "function in an attribute": Calls(apply_rope),
     "scripted": CallsScripted(),
     "scripted, in an attribute": Calls(apply_rope_scripted),
+    "in an attribute of another name": CallsOther(apply_rope_scripted),
     "traced": Calls(apply_rope_traced),
     "cached": Calls(apply_rope_cached),
     "decorated": Calls(apply_rope_decorated),

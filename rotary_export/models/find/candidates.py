@@ -93,7 +93,8 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
         outermost = _resolve(value)
         if outermost is None or not is_own(_get_module(outermost)):
             continue
-        if is_rotary_name(name) or get_source(outermost) in registered:
+        named = is_rotary_name(name) or is_rotary_name(get_name(outermost))
+        if named or get_source(outermost) in registered:
             add(outermost, getattr(outermost, "__code__", None))
         for function in _list_functions(outermost):
             for code in _list_nested(function.__code__):
@@ -105,9 +106,9 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
 
 
 def _make_candidate(function: Any, code: CodeType | None) -> Candidate:
-    name = get_name(function) if code is None else code.co_qualname
-    if code is not None and code is function.__code__:
-        name = function.__qualname__
+    name = get_name(function)
+    if code is not None:  # a decorator's code has the decorator's name
+        name = function.__qualname__ if code is function.__code__ else code.co_qualname
     return Candidate(f"{_get_module(function)}.{name}", Place(function, code))
 
 

@@ -259,6 +259,11 @@ class Straight(Attention):
         return x * 2
 
 
+class Counted(Straight):
+    def forward(self, x):
+        return super().forward(x) * int(x.shape[1])
+
+
 class Masked(Attention):
     def turn(self, x, angles):
         return rotate_masked(x, angles)
@@ -276,4 +281,7 @@ def test_the_message_says_what_was_found(tmp_path):
     masked = r"none of the 2 rotary calls of Masked .*rotate_masked: in no layout.*; nor does its"
     with pytest.raises(CheckFailedError, match=masked):
         export_model(Masked().eval(), tokens(2, 6), tmp_path / "none", formats=["onnx"])
+    counted = r"Counted applies no .* inline is not known, .*: tracing specialises seq_len"
+    with pytest.raises(CheckFailedError, match=counted):
+        export_model(Counted().eval(), tokens(2, 6), tmp_path / "none", formats=["onnx"])
     assert not list(tmp_path.iterdir())
