@@ -120,6 +120,30 @@ class Captures(nn.Module):
         return apply_rotary(x)
 
 
+class CapturesNumber(nn.Module):
+    """The function reads a number from outside."""
+
+    def forward(self, x, cos, sin):
+        scale = 1.0
+
+        def apply_rotary(x, cos, sin):
+            return styles.rope_half(x, x, cos, sin)[0] * scale
+
+        x = apply_rotary(x, cos, sin)
+        scale = 2.0
+        return apply_rotary(x, cos, sin)
+
+
+class CapturesAll(nn.Module):
+    """The function has no arguments."""
+
+    def forward(self, x, cos, sin):
+        def apply_rotary():
+            return styles.rope_half(x, x, cos, sin)[0]
+
+        return apply_rotary()
+
+
 class DecoratedForward(nn.Module):
     @without_gradients
     def forward(self, x, cos, sin):
@@ -183,6 +207,8 @@ MODELS = {
     "partial": Calls(lambda x, cos, sin: Calls.partial(x, cos=cos, sin=sin)),
     "nested": Nested(),
     "nested, reads outer variables": Captures(),
+    "nested, reads an outer number": CapturesNumber(),
+    "nested, without arguments": CapturesAll(),
     "nested, in a decorated method": DecoratedForward(),
     "of autograd": CallsAutograd(),
     "method of a processor": Processed(RotaryProcessor()),
@@ -196,7 +222,7 @@ def test_is_replaced_wherever_it_is_held(model):
     want = model(X, COS, SIN)
     apply_rope_cached.cache_clear()
     found = find_replacement(model, lambda: model(X, COS, SIN))
-    assert found.calls == found.fused == (2 if isinstance(model, Captures) else 1)
+    assert found.calls == found.fused == (2 if isinstance(model, (Captures, CapturesNumber)) else 1)
     y, angle = torch.randn(3, N, 9, H), torch.cat((styles.make_angles(9, H // 2, 3),) * 2, -1)
     again = model(y, angle.cos(), angle.sin())
     apply_rope_cached.cache_clear()
