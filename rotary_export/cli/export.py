@@ -254,7 +254,8 @@ def _list_rotary_calls(terminal: Terminal, source: str, dtype: str | None) -> No
     rotary = [asdict(finding) for finding in found.findings]
     _print_findings(terminal, loaded.note, rotary)
     name = type(loaded.model).__name__
-    terminal.line(f"{name}: {found.fused} of {found.calls} rotary calls would be fused")
+    inline = "" if found.fused else "; an export looks for inline ones in its ONNX graph"
+    terminal.line(f"{name}: {found.fused} of {found.calls} rotary calls would be fused{inline}")
     terminal.finish(
         {
             "model": name,

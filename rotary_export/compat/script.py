@@ -21,8 +21,9 @@ def get_source(function: Any) -> Callable[..., Any] | None:
 
 
 def get_name(function: Any) -> str:
-    """Return the name of a compiled function; its `__name__` is that of its type."""
-    return str(getattr(get_source(function), "__qualname__", function.name))
+    """Return the name of a function; the `__name__` of a compiled one is that of its type."""
+    source = get_source(function) or function
+    return str(source.name if isinstance(source, ScriptFunction) else source.__name__)
 
 
 @contextmanager

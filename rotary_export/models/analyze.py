@@ -267,22 +267,29 @@ def find_rotary_calls(
         return analyze_model(model, example_inputs, "auto", snapshot, lambda _: None).found
 
 
-def check_found(model: nn.Module, found: Replacement) -> None:
-    """Check that the op replaces at least one call of a model.
+def check_found(model: nn.Module, found: Replacement, formats: Sequence[str]) -> None:
+    """Check that the op replaces a call of a model, or that one may be found in its ONNX graph.
 
     Raises:
-        CheckFailedError: It replaces none; the message contains the reason.
+        CheckFailedError: It replaces none, and ONNX is not written; the message has the reason.
     """
-    if found.fused:
-        return
+    if not found.fused and "onnx" not in formats:
+        raise CheckFailedError(
+            f"{describe_missing(model, found)}; a rotary embedding that is written inline can be "
+            f"found in an ONNX graph alone: add 'onnx' to formats, got {', '.join(formats)}"
+        )
+
+
+def describe_missing(model: nn.Module, found: Replacement) -> str:
+    """Say why the op replaces no call of a model."""
     name = type(model).__name__
     if not found.findings:
-        raise CheckFailedError(
+        return (
             f"{name} applies no rotary embedding (no function with such a name, or registered by "
             "register_rotary, returns a tensor rotated by its position)"
         )
     finding = found.findings[0]
-    raise CheckFailedError(
+    return (
         f"none of the {found.calls} rotary calls of {name} can be replaced: {finding.function}: "
         f"{finding.reason}"
     )

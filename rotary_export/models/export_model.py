@@ -21,7 +21,7 @@ from rotary_export.bundle.manifest import (
     Manifest,
     hash_file,
 )
-from rotary_export.errors import RotaryExportError, UsageWarning
+from rotary_export.errors import CheckFailedError, RotaryExportError, UsageWarning
 from rotary_export.exporters.export import (
     Bundle,
     check_formats,
@@ -32,14 +32,18 @@ from rotary_export.exporters.export import (
 )
 from rotary_export.exporters.onnx import check_opset, minimum_onnxruntime
 from rotary_export.graphs.config import DTYPES
-from rotary_export.models.analyze import Analysis, analyze_model, check_found
+from rotary_export.models.analyze import (
+    Analysis,
+    analyze_model,
+    check_found,
+    describe_missing,
+)
 from rotary_export.models.arguments import check_arguments, complete_inputs
 from rotary_export.models.configs import find_length_thresholds
 from rotary_export.models.convert import convert_model
 from rotary_export.models.prove.prove import ProofOptions, RejectedError, prove
-from rotary_export.models.trace.size_limits import SizeConstraints
 from rotary_export.models.trace.snapshot import take_snapshot
-from rotary_export.models.write_graph import write_graph
+from rotary_export.models.write_graph import Written, write_graph
 from rotary_export.models.write_onnx import MAX_INLINE_BYTES
 from rotary_export.package import __version__, find_versions
 from rotary_export.proof.models.compare import GRAPH
@@ -71,7 +75,9 @@ def export_model(
     """Export a model as a bundle of one graph, `model`, with its rotary embeddings fused.
 
     The functions by which the model applies a rotary embedding are found by calling them. The op
-    replaces them while the model is traced; then the model is restored.
+    replaces them while the model is traced; then the model is restored. If no function does,
+    rotary embeddings are looked for in the ONNX graph, as `fuse` does: the other formats then
+    contain the model's own operators.
 
     Args:
         model: Any module whose forward accepts keyword arguments.
@@ -222,22 +228,33 @@ def _build(
         analysis = analyze_model(
             model, example_inputs, dynamic_shapes, snapshot, progress, float32_tables
         )
-        check_found(model, analysis.found)
-        graph, constraints, traced = write_graph(
-            analysis, snapshot, folder, formats, opset, max_inline_bytes, progress
-        )
+        check_found(model, analysis.found, formats)
+        try:
+            written = write_graph(
+                analysis, snapshot, folder, formats, opset, max_inline_bytes, progress
+            )
+        except CheckFailedError:
+            raise
+        except RotaryExportError as error:
+            if analysis.found.fused:
+                raise
+            missing = describe_missing(model, analysis.found)
+            raise CheckFailedError(
+                f"{missing}; whether it applies one inline is not known, as its graph can't be "
+                f"searched: {error}"
+            ) from error
 
         def make_manifest(
             limited: GraphInfo, measured: Sequence[Measured], left_out: dict[str, str]
         ) -> Manifest:
-            config = _make_config(analysis, constraints, measured, left_out, options)
+            config = _make_config(analysis, written, measured, left_out, options)
             return _make_manifest(name, model, config, limited, opset, folder)
 
         manifest, report = prove(
             analysis,
-            graph,
-            constraints,
-            traced,
+            written.graph,
+            written.constraints,
+            written.traced,
             snapshot,
             folder,
             make_manifest,
@@ -272,7 +289,7 @@ def _keep(staging: Path, path: Path, manifest: Manifest, force: bool) -> None:
 
 def _make_config(
     analysis: Analysis,
-    constraints: SizeConstraints,
+    written: Written,
     measured: Sequence[Measured],
     left_out: Mapping[str, str],
     options: ProofOptions,
@@ -284,16 +301,16 @@ def _make_config(
         "length_thresholds": analysis.length_thresholds,
         "max_positions": analysis.max_positions,
         "last_position": analysis.last,
-        "sizes_to_verify": constraints.sizes_to_verify,
-        "unverified": constraints.unverified,
-        "mismatched": constraints.mismatched,
+        "sizes_to_verify": written.constraints.sizes_to_verify,
+        "unverified": written.constraints.unverified,
+        "mismatched": written.constraints.mismatched,
         "left_out": dict(left_out),
         "float32_tables": analysis.flat.float32_tables,
         "quick": options.quick,
         "seed": options.seed,
         "input_values": write_input_values(analysis.input_values),
         "cases": [each.to_dict() for each in measured],
-        "rotary": [asdict(finding) for finding in analysis.found.findings],
+        "rotary": [asdict(each) for each in (*analysis.found.findings, *written.inline)],
     }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.exporters.aoti import compile_program
 from rotary_export.exporters.program import save_program
 from rotary_export.exporters.torchscript import save_traced
-from rotary_export.models.analyze import Analysis
+from rotary_export.fusion.result import NothingFusedError
+from rotary_export.models.analyze import Analysis, describe_missing
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.find.replace import replace_calls
+from rotary_export.models.find.replacement import Finding
 from rotary_export.models.trace.guards import read_conditions
 from rotary_export.models.trace.program import (
     get_inputs,
@@ -35,6 +38,23 @@ from rotary_export.proof.models.compare import GRAPH
 from rotary_export.types import Progress, name_dtype
 
 
+@dataclass(frozen=True)
+class Written:
+    """A model's graph, written in every format.
+
+    Attributes:
+        graph: Its inputs, outputs and files.
+        constraints: The sizes at which it equals the model.
+        traced: Computes its rotary nodes and their tables.
+        inline: Rotary embeddings that no function applies, found in the ONNX graph.
+    """
+
+    graph: GraphInfo
+    constraints: SizeConstraints
+    traced: TracedRotary
+    inline: list[Finding]
+
+
 def write_graph(
     analysis: Analysis,
     snapshot: Snapshot,
@@ -43,7 +63,7 @@ def write_graph(
     opset: int,
     max_inline_bytes: int,
     report_progress: Progress,
-) -> tuple[GraphInfo, SizeConstraints, TracedRotary]:
+) -> Written:
     """Trace a model and write it in every format.
 
     Args:
@@ -55,13 +75,12 @@ def write_graph(
         max_inline_bytes: As `export_model`.
         report_progress: Called with the current step.
 
-    Returns:
-        The graph, the sizes at which it equals the model, and what computes its rotary nodes.
-
     Raises:
         RotaryExportError: The model can't be traced, a format can't be written, or angles are
             computed in a half type, which ONNX Runtime does not reproduce.
+        CheckFailedError: No function applies a rotary embedding, and the ONNX graph has none.
     """
+    inline: list[Finding] = []
     files = {kind: f"{GRAPH}{SUFFIXES[kind]}" for kind in formats}
     report_progress("trace")
     graph, constraints, program, symbols = _trace(analysis, snapshot, files)
@@ -79,7 +98,19 @@ def write_graph(
             continue  # compiled once the program is written
         report_progress(f"export {file}")
         if kind == "onnx":
-            signatures = write_onnx(program, graph, symbols, folder / file, opset, max_inline_bytes)
+            fuse_inline = not analysis.found.fused
+            try:
+                signatures, fused = write_onnx(
+                    program, graph, symbols, folder / file, opset, max_inline_bytes, fuse_inline
+                )
+            except NothingFusedError as error:
+                raise CheckFailedError(
+                    f"{describe_missing(analysis.flat.model, analysis.found)}; nor does its ONNX "
+                    f"graph: {error}"
+                ) from error
+            if fuse_inline:
+                graph = replace(graph, rotary_nodes=len(signatures))
+                inline = _list_inline(fused, file)
             if all(signature.is_native for signature in signatures):
                 graph = replace(graph, function_body="native")
         elif kind == "program":
@@ -92,7 +123,13 @@ def write_graph(
         compile_program(
             folder / files["program"], tuple(analysis.traced.tensors), folder / files["aoti"]
         )
-    return graph, constraints, traced
+    return Written(graph, constraints, traced, inline)
+
+
+def _list_inline(fused: Mapping[str, str], file: str) -> list[Finding]:
+    """Describe what `fuse` replaced in the ONNX file, by how it was written there."""
+    place = f"no function; inline, in {file} alone"
+    return [Finding(place, count, count, was) for was, count in Counter(fused.values()).items()]
 
 
 def _trace(

@@ -17,6 +17,7 @@ from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.onnx import strip_metadata, translate_op
 from rotary_export.exporters.onnx_file import take_weights, write_model
+from rotary_export.fusion.fuse import replace_rotations
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.trace.onnx_program import adapt_program
 from rotary_export.op.onnx_function import add_functions
@@ -35,7 +36,8 @@ def write_onnx(
     path: Path,
     opset: int,
     max_inline_bytes: int,
-) -> list[FunctionSignature]:
+    fuse_inline: bool = False,
+) -> tuple[list[FunctionSignature], dict[str, str]]:
     """Write a traced model as ONNX.
 
     Args:
@@ -45,11 +47,14 @@ def write_onnx(
         path: The file to write.
         opset: Of ai.onnx.
         max_inline_bytes: If the weights are larger, they are written to `PATH.data`.
+        fuse_inline: Find rotary embeddings in the graph, as `fuse` does.
 
     Returns:
-        The function signatures of its rotary nodes.
+        The function signatures of its rotary nodes; and what `fuse` replaced: how it was written,
+        by the name of its output.
 
     Raises:
+        NothingFusedError: With `fuse_inline`: nothing was replaced.
         RotaryExportError: An operator has no translation, or the file is not valid ONNX.
     """
     register_schema()
@@ -76,6 +81,7 @@ def write_onnx(
         optimizer.optimize_ir(model, output_size_limit=_FOLD_LIMIT)
     _rename(model, info, symbols)
     strip_metadata(model)
+    fused = dict(replace_rotations(model, ()).fused) if fuse_inline else {}
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     is_external = size > max_inline_bytes
     if is_external:
@@ -92,7 +98,7 @@ def write_onnx(
         raise RotaryExportError(
             f"torch.onnx wrote a model that is not valid: {describe_error(error)}"
         ) from error
-    return signatures
+    return signatures, fused
 
 
 def _rename(model: ir.Model, info: GraphInfo, symbols: Mapping[str, str]) -> None:

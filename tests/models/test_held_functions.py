@@ -9,6 +9,7 @@ from helpers import rotary_styles as styles
 from torch import nn
 
 from rotary_export import register_rotary
+from rotary_export.compat.script import get_source
 from rotary_export.models.find.names import is_rotary_name
 from rotary_export.models.find.redirect import Place, redirect_calls
 from rotary_export.models.find.replace import replace_calls
@@ -80,6 +81,15 @@ class Calls(nn.Module):
         return self.rotate(x, cos, sin)
 
 
+class CallsOther(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.spin = function
+
+    def forward(self, x, cos, sin):
+        return self.spin(x, cos, sin)
+
+
 class CallsScripted(nn.Module):
     def forward(self, x, cos, sin):
         return apply_rope_scripted(x, cos, sin)
@@ -108,6 +118,30 @@ class Captures(nn.Module):
         x = apply_rotary(x)
         cos, sin = sin, cos
         return apply_rotary(x)
+
+
+class CapturesNumber(nn.Module):
+    """The function reads a number from outside."""
+
+    def forward(self, x, cos, sin):
+        scale = 1.0
+
+        def apply_rotary(x, cos, sin):
+            return styles.rope_half(x, x, cos, sin)[0] * scale
+
+        x = apply_rotary(x, cos, sin)
+        scale = 2.0
+        return apply_rotary(x, cos, sin)
+
+
+class CapturesAll(nn.Module):
+    """The function has no arguments."""
+
+    def forward(self, x, cos, sin):
+        def apply_rotary():
+            return styles.rope_half(x, x, cos, sin)[0]
+
+        return apply_rotary()
 
 
 class DecoratedForward(nn.Module):
@@ -150,17 +184,33 @@ class Processed(nn.Module):
         return self.options["processor"](self, x, cos, sin)
 
 
+class ApplyRotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return styles.rope_half(x, x, cos, sin)[0]
+
+
+class CallsAutograd(nn.Module):
+    def forward(self, x, cos, sin):
+        return ApplyRotary.apply(x, cos, sin)
+
+
 MODELS = {
     "function in an attribute": Calls(apply_rope),
     "scripted": CallsScripted(),
     "scripted, in an attribute": Calls(apply_rope_scripted),
+    "in an attribute of another name": CallsOther(apply_rope_scripted),
     "traced": Calls(apply_rope_traced),
     "cached": Calls(apply_rope_cached),
     "decorated": Calls(apply_rope_decorated),
     "partial": Calls(lambda x, cos, sin: Calls.partial(x, cos=cos, sin=sin)),
     "nested": Nested(),
     "nested, reads outer variables": Captures(),
+    "nested, reads an outer number": CapturesNumber(),
+    "nested, without arguments": CapturesAll(),
     "nested, in a decorated method": DecoratedForward(),
+    "of autograd": CallsAutograd(),
     "method of a processor": Processed(RotaryProcessor()),
     "nested, in a processor": Processed(Processor()),
 }
@@ -172,7 +222,7 @@ def test_is_replaced_wherever_it_is_held(model):
     want = model(X, COS, SIN)
     apply_rope_cached.cache_clear()
     found = find_replacement(model, lambda: model(X, COS, SIN))
-    assert found.calls == found.fused == (2 if isinstance(model, Captures) else 1)
+    assert found.calls == found.fused == (2 if isinstance(model, (Captures, CapturesNumber)) else 1)
     y, angle = torch.randn(3, N, 9, H), torch.cat((styles.make_angles(9, H // 2, 3),) * 2, -1)
     again = model(y, angle.cos(), angle.sin())
     apply_rope_cached.cache_clear()
@@ -196,17 +246,42 @@ def test_the_name_of_a_nested_function_says_where_it_is():
     assert finding.function == f"{__name__}.apply_rope_scripted"
 
 
-def test_a_scripted_function_of_another_name_is_registered(monkeypatch):
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr("rotary_export.models.find.candidates._registered", found := [])
+    return found
+
+
+@pytest.mark.parametrize(
+    "function", [spin_scripted, get_source(spin_scripted)], ids=["it", "its source"]
+)
+def test_a_scripted_function_of_another_name_is_registered(registered, function):
     class Spins(nn.Module):
         def forward(self, x, cos, sin):
             return spin_scripted(x, cos, sin)
 
-    monkeypatch.setattr("rotary_export.models.find.candidates._registered", [])
     model = Spins()
     assert find_replacement(model, lambda: model(X, COS, SIN)).findings == []
-    assert register_rotary(spin_scripted) is spin_scripted
+    assert register_rotary(function) is function
     found = find_replacement(model, lambda: model(X, COS, SIN))
     assert (found.calls, found.fused) == (1, 1)
+
+
+def test_a_nested_function_of_another_name_is_registered(registered):
+    class Spins(nn.Module):
+        def forward(self, x, cos, sin):
+            @register_rotary
+            def spin(x):
+                return styles.rope_half(x, x, cos, sin)[0]
+
+            return spin(x)
+
+    model = Spins()
+    model(X, COS, SIN)
+    found = find_replacement(model, lambda: model(X, COS, SIN))
+    with replace_calls(found) as counts:
+        model(X, COS, SIN)
+    assert (found.calls, found.fused, sum(counts.values()), len(registered)) == (1, 1, 1, 1)
 
 
 def test_functions_come_back_after_an_error():

@@ -199,12 +199,12 @@ def test_no_call_that_can_be_replaced_is_an_error():
     model = Model(lambda q, k, cos, sin: (q, k), 1)
     found = find_rotary_calls(model, {"q": Q, "k": K})
     with pytest.raises(CheckFailedError, match="Model applies no rotary embedding"):
-        check_found(model, found)
+        check_found(model, found, ["program"])
     model = Model(lambda *args: rotate_wrongly(*args), 1)
     found = find_rotary_calls(model, {"q": Q, "k": K})
     message = r"none of the 1 rotary calls of Model can be replaced: .*rotate_wrongly: in no layout"
     with pytest.raises(CheckFailedError, match=message):
-        check_found(model, found)
+        check_found(model, found, ["program"])
 
 
 def rotate_wrongly(q, k, cos, sin):

@@ -29,7 +29,7 @@ def register_rotary(function: Function) -> Function:
     """Register a function or method by which models apply a rotary embedding.
 
     Only needed for a name that does not contain "rotary", "rotate", "rope" or the word "rot";
-    usable as a decorator, also above and below torch.jit.script. The function is called with small
+    usable as a decorator, also above or below torch.jit.script. The function is called with small
     tensors to find out what it computes. It is replaced only where the op computes the same.
 
     Args:
@@ -47,9 +47,15 @@ def register_rotary(function: Function) -> Function:
         raise RotaryExportError(
             f"register_rotary requires a function or a method of a class, got {function!r}"
         )
-    if function not in _registered:
+    if not any(_is_same(function, other) for other in _registered):
         _registered.append(function)
     return function
+
+
+def _is_same(function: Any, other: Any) -> bool:
+    """Return whether functions are one, or one that is defined anew in each call of another."""
+    names = [(each.__module__, each.__qualname__) for each in (function, other)]
+    return function is other or ("<locals>" in names[0][1] and names[0] == names[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,26 +87,28 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
         if code is None or can_redirect(code):
             found.setdefault((id(function), id(code)), _make_candidate(function, code))
 
+    registered = [_resolve(value) for value in _registered]
+    codes = {id(function.__code__) for function in registered if isinstance(function, FunctionType)}
     for name, value in _list_named_values(model):
         outermost = _resolve(value)
         if outermost is None or not is_own(_get_module(outermost)):
             continue
-        if is_rotary_name(name):
+        named = is_rotary_name(name) or is_rotary_name(get_name(outermost))
+        if named or get_source(outermost) in registered:
             add(outermost, getattr(outermost, "__code__", None))
         for function in _list_functions(outermost):
             for code in _list_nested(function.__code__):
-                if is_rotary_name(code.co_name):
+                if is_rotary_name(code.co_name) or id(code) in codes:
                     add(function, code)
-    for value in _registered:
-        function = _resolve(value)
+    for function in registered:
         add(function, getattr(function, "__code__", None))
     return list(found.values())
 
 
 def _make_candidate(function: Any, code: CodeType | None) -> Candidate:
-    name = get_name(function) if code is None else code.co_qualname
-    if code is not None and code is function.__code__:
-        name = function.__qualname__
+    name = get_name(function)
+    if code is not None:  # a decorator's code has the decorator's name
+        name = function.__qualname__ if code is function.__code__ else code.co_qualname
     return Candidate(f"{_get_module(function)}.{name}", Place(function, code))
 
 
@@ -108,7 +116,10 @@ def _list_named_values(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield what may be a function, with its name: of modules, of classes, of what modules hold."""
     classes = find_classes(model)
     for module in find_modules(model, classes):
-        yield from tuple(vars(module).items())
+        for name, value in tuple(vars(module).items()):
+            yield name, value
+            if isinstance(value, type) and is_rotary_name(name) and is_own(value.__module__):
+                classes.add(value)  # as a torch.autograd.Function
     for cls in sorted(classes, key=lambda c: c.__qualname__):
         for name, value in vars(cls).items():
             if name in ("forward", "__call__"):

@@ -56,6 +56,8 @@ def trace_program(
             program = torch.export.export(
                 module, tuple(tensors), dynamic_shapes=(shapes,), strict=False
             )
+            if any(_is_opaque(node) for node in program.graph.nodes):
+                program = program.run_decompositions({})
     except (Exception, SystemExit) as error:  # what the model and torch's tracer raise
         raise RotaryExportError(
             f"torch.export can't trace the model: {describe_error(error)}"
@@ -71,6 +73,17 @@ def trace_program(
                 )
     _allow_small_sizes(program, infos, min_size or {})
     return program
+
+
+def _is_opaque(node: Any) -> bool:
+    """Return whether a node hides from which others a value is computed.
+
+    1. It runs a graph of its own: under autocast, or with gradients.
+    2. It writes into a tensor, as where channels are assigned to slices.
+    """
+    name = getattr(node.target, "__name__", "")
+    contexts = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+    return name in contexts or name.partition(".")[0].endswith("_")
 
 
 def _allow_small_sizes(

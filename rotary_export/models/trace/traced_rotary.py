@@ -25,12 +25,14 @@ class TracedRotary:
 
     Attributes:
         inputs: Names of the inputs that the tables depend on.
+        has_nodes: Whether the program has rotary nodes.
     """
 
     def __init__(self, program: Any, names: Sequence[str]) -> None:
         op = torch.ops.rotary_export.rotary_embedding.default
         self._program = program
         self._rotary = [node for node in program.graph.nodes if node.target == op]
+        self.has_nodes = bool(self._rotary)
         self._tables = [_find_tables(node) for node in self._rotary]
         wanted = [node for tables in self._tables for node in tables.values()]
         self._nodes = _list_ancestors(program.graph, wanted)
