@@ -15,6 +15,7 @@ TOOLS = ("bench", "coverage", "real", "targets", "teeth")
 sys.path += [str(ROOT / "tools" / folder) for folder in TOOLS]
 
 import coverage_report
+import libraries_report
 import measure_real
 import performance_section
 import targets
@@ -124,6 +125,21 @@ def write_coverage() -> str:
 def write_families() -> str:
     """One line per family, from tools/results/coverage.json."""
     return format_table(*coverage_report.tabulate_families(_read_result("coverage")["rows"]))
+
+
+def write_libraries() -> str:
+    """What tools/coverage/libraries.py found, from tools/results/libraries.json."""
+    return libraries_report.describe_summary(_read_result("libraries"))
+
+
+def write_library_models() -> str:
+    """One line per model of another library, from tools/results/libraries.json."""
+    return format_table(*libraries_report.tabulate(_read_result("libraries")["rows"]))
+
+
+def write_library_refusals() -> str:
+    """What was not exported and why, from tools/results/libraries.json."""
+    return format_table(*libraries_report.tabulate_refusals(_read_result("libraries")["rows"]))
 
 
 def write_kits() -> str:
@@ -310,6 +326,9 @@ DOCUMENTS = {
     },
     "tools/coverage/README.md": {
         "coverage": write_coverage,
+        "libraries": write_libraries,
+        "libraries_models": write_library_models,
+        "libraries_refusals": write_library_refusals,
         "coverage_families": write_families,
     },
     "tools/real/README.md": {"real_weights": write_real_weights},

@@ -15,14 +15,11 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import multiprocessing
-import os
 import re
 import shutil
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -34,17 +31,16 @@ import torch
 import transformers
 from coverage_configs import VARIANTS, make_tiny_config
 from coverage_report import describe_summary, summarize, write_json
+from runs import CLOSE, describe_error, measure_error, open_session, run_guarded
 from torch import nn
 
 import rotary_export
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import CheckFailedError
-from rotary_export.op import library as op_library
 
 OPSET = 23
 TRACED = (2, 6)
 UNTRACED = ((3, 11), (1, 1), (2, 40))
-CLOSE = 2e-4  # of the largest magnitude of the outputs, float32
 _APPLY = re.compile(r"^(apply|_apply|rotate|forward)_.*(rotary|rope)|^apply_rotary")
 
 
@@ -166,7 +162,7 @@ def try_a(family: str) -> dict[str, Any]:
     try:
         model, _ = build(family)
     except Exception as error:  # whatever a family's code raises
-        return {"status": "no model", "reason": describe(error)}
+        return {"status": "no model", "reason": describe_error(error)}
     inputs = {"input_ids": make_ids(TRACED, seed=1)}
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -176,9 +172,9 @@ def try_a(family: str) -> dict[str, Any]:
         except CheckFailedError as error:
             reasons = {"is not equal to eager": "wrong", "applies no rotary": "no rotary"}
             status = next((s for words, s in reasons.items() if words in str(error)), "left")
-            return {"status": status, "reason": describe(error)}
+            return {"status": status, "reason": describe_error(error)}
         except rotary_export.RotaryExportError as error:
-            return {"status": "no export", "reason": describe(error)}
+            return {"status": "no export", "reason": describe_error(error)}
     found = bundle.manifest.config["rotary"]
     calls, fused = (sum(finding[key] for finding in found) for key in ("calls", "fused"))
     return {
@@ -210,7 +206,7 @@ def try_b(family: str, keep: Path | None = None) -> dict[str, Any]:
             model(ids)
             row["calls"] = calls()
     except Exception as error:  # whatever a family's code raises
-        return row | {"status": "no model", "reason": describe(error)}
+        return row | {"status": "no model", "reason": describe_error(error)}
     row |= {"rope_type": describe_rope(config), "model": type(model.model).__name__}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
@@ -222,7 +218,7 @@ def try_b(family: str, keep: Path | None = None) -> dict[str, Any]:
                 model.model.set_attn_implementation("eager")
                 export(model, ids, file)
         except Exception as error:  # whatever torch's exporter raises
-            return row | {"status": "no export", "reason": describe(error)}
+            return row | {"status": "no export", "reason": describe_error(error)}
         if keep is not None:
             shutil.copyfile(file, keep / f"{family}.onnx")
         row["export_seconds"] = round(time.perf_counter() - start, 2)
@@ -235,7 +231,7 @@ def fuse_and_compare(model: Logits, file: Path) -> dict[str, Any]:
     try:
         result = rotary_export.fuse(file)
     except rotary_export.RotaryExportError as error:
-        return {"status": "left", "fused": 0, "reason": describe(error)}
+        return {"status": "left", "fused": 0, "reason": describe_error(error)}
     row["fuse_seconds"] = round(time.perf_counter() - start, 2)
     left = [f"{found.node}: {found.reason}" for found in result.why]
     row |= {
@@ -276,14 +272,7 @@ def make_ids(shape: tuple[int, int], seed: int) -> torch.Tensor:
 
 def compare(model: Logits, file: Path, library: bool) -> list[float]:
     """Return the error at each untraced shape, relative to the largest output; inf: it fails."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    if library:
-        options.register_custom_ops_library(str(op_library.op_library_path()))
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = open_session(file, library)
     errors = []
     for seed, shape in enumerate(UNTRACED):
         ids = make_ids(shape, seed + 10)
@@ -294,8 +283,7 @@ def compare(model: Logits, file: Path, library: bool) -> list[float]:
             continue
         with torch.no_grad():
             want = model(ids).numpy()
-        same = got.shape == want.shape
-        errors.append(float(np.abs(got - want).max() / np.abs(want).max()) if same else np.inf)
+        errors.append(measure_error(got, want))
     return errors
 
 
@@ -308,48 +296,7 @@ def describe_rope(config: Any) -> str:
     return ", ".join(sorted(kinds)) or "own"
 
 
-def describe(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (
-        text
-        if isinstance(error, rotary_export.RotaryExportError)
-        else f"{type(error).__name__}: {text[:200]}"
-    )
-
-
 # ---- all of them
-
-
-def run_one(way: Callable[[str], dict[str, Any]], family: str, sender: Any) -> None:
-    silence = os.open(os.devnull, os.O_WRONLY)  # torch's exporter prints graphs when it fails
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    sender.send(way(family))
-
-
-def run_guarded(
-    way: Callable[[str], dict[str, Any]], family: str, seconds: float
-) -> dict[str, Any]:
-    """Run one family one way in a process of its own."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=run_one, args=(way, family, sender), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        if receiver.poll(seconds):
-            return receiver.recv()
-        return {"status": "no export", "reason": f"took over {seconds:g} s"}
-    except EOFError:
-        process.join()
-        return {"status": "crashed", "reason": f"exit code {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
 
 
 def main() -> None:
@@ -368,10 +315,10 @@ def main() -> None:
     for index, family in enumerate(families, 1):
         row = known.get(family)
         if row is None:
-            b = run_guarded(partial(try_b, keep=arguments.keep), family, arguments.timeout)
-            row = {"family": family} | b
+            b = partial(try_b, family, keep=arguments.keep)
+            row = {"family": family} | run_guarded(b, arguments.timeout)
         if row.get("a", {}).get("status", "not tried") == "not tried":
-            row["a"] = run_guarded(try_a, family, arguments.timeout)
+            row["a"] = run_guarded(partial(try_a, family), arguments.timeout)
         rows.append(row)
         found = [
             f"{name} {way['status']} {way.get('reason', '')[:160]}"
