@@ -21,7 +21,6 @@ class Case(ABC):
         library: The distribution that contains the class.
         sizes: Arguments of `inputs`; the first are traced, the others are not.
         dims: `dynamic_shapes` of `export_model`.
-        effect: Whether leaving the rotations out changes the output; no, where all positions are 0.
     """
 
     name: ClassVar[str]
