@@ -43,6 +43,7 @@ CONDITIONS = {
         {"seq_len": 300},
         at(256),
     ),
+    "but-at-many-up-to": ([lambda s: s <= 64, lambda s: s % 4 > 0], {"seq_len": 64}, at(4, 8, 64)),
     "but-in-a-range": ([lambda s: s // 10 != 3], {}, at(30, 39)),
     "from-the-middle": ([lambda s: s >= 30], {}, at(2, 29)),
     "too-long-to-verify": ([lambda s: (s + 255) // 256 != 8], {"seq_len": 1792}, []),

@@ -142,8 +142,9 @@ def _limit_size(
         return [(condition, fails)]
     longest = min(LONGEST_CASE, max_run_size.get(name, _UNLIMITED))
     limit = _find_limit(condition.holds, fails, longest)
-    below = [size for size in fails if size <= min(limit, _DENSE)]
-    if limit < 2 or 2 * len(below) > min(limit, high, _DENSE):
+    largest = min(limit, high, _DENSE)
+    below = [size for size in fails if size <= largest]
+    if limit < 2 or 2 * len(below) > largest:
         after = [size for size in fails if size > traced.get(name, 0)]
         raise OtherBranchError(
             f"the model takes another branch where not {condition.text}; give {name} a fixed "

@@ -198,6 +198,21 @@ class TwoLayers(Inline):
         return super().forward(super().forward(x))
 
 
+class Windows(Attention):
+    """Attention in windows of 4 tokens: positions start anew in each, tables are constants."""
+
+    def find_angles(self, rows):
+        return super().find_angles(4)
+
+    def turn(self, x, angles):
+        return apply_rot_embed(x, angles)
+
+    def forward(self, x):
+        rows = x.shape[1]
+        x = nn.functional.pad(x, (0, 0, 0, -rows % 4)).unflatten(1, (-1, 4))
+        return super().forward(x.flatten(0, 1)).reshape(x.shape).flatten(1, 2)[:, :rows]
+
+
 class Video(nn.Module):
     """x (B, frames, rows, columns, N*H), rotated by frame, row and column, heads before them."""
 
@@ -259,6 +274,16 @@ def test_is_fused_and_equal_to_eager(tmp_path, kind):
         getattr(model, "dtype", dtype), 1e-5
     )
     compare(bundle, model, tokens(3, 23, dtype), tolerance)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_constant_tables_of_windows(tmp_path):
+    model = Windows().eval()
+    bundle = export_model(model, tokens(2, 6), tmp_path / "bundle", formats=["onnx"])
+    assert "tables" in {row.graph for row in bundle.report.rows}
+    x = tokens(3, 23)["x"]
+    got = load(bundle, "model")(x=x)["output"]
+    torch.testing.assert_close(got, model(x).detach(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
