@@ -5,7 +5,7 @@ import torch
 from helpers.traced_onnx import Function, count, run, trace, write
 from torch.nn.functional import scaled_dot_product_attention
 
-from rotary_export.models.trace.onnx_program import adapt_program
+from rotary_export.models.trace.adapt.adapt_program import adapt_program
 
 H = 8
 # Sizes by name: traced, and others.

@@ -121,7 +121,7 @@ def _limit_size(
     below = [size for size in fails if size <= min(limit, _DENSE)]
     if limit < 2 or 2 * len(below) > min(limit, high, _DENSE):
         raise RotaryExportError(
-            f"the model takes another branch where not {condition.text}; give {name} a fixed "
+            f"the model takes the traced branch only where {condition.text}; give {name} a fixed "
             "size with dynamic_shapes, or change the model there"
         )
     if limit < _SIZES[-1]:

@@ -8,8 +8,9 @@ import torch
 from torch.fx import Node
 
 from rotary_export.compat.programs import bind_arguments, copy_program, get_fake_mode
-from rotary_export.models.trace.attention import ATTENTION, adapt_attention
-from rotary_export.models.trace.graph_edit import ATEN, GraphEditor
+from rotary_export.models.trace.adapt.attention import ATTENTION, adapt_attention
+from rotary_export.models.trace.adapt.complex_pairs import pair_complex
+from rotary_export.models.trace.adapt.graph_edit import ATEN, GraphEditor
 
 _SUBTRACT_FROM = ATEN.rsub.Scalar
 
@@ -17,8 +18,9 @@ _SUBTRACT_FROM = ATEN.rsub.Scalar
 def adapt_program(program: Any, opset: int) -> Any:
     """Change what torch.onnx can't write, or writes as ONNX Runtime can't run it.
 
-    1. Attention: see `attention.py`.
-    2. A number minus an integer tensor: torch.onnx promotes the number, which is no tensor.
+    1. Complex numbers: see `complex_pairs.py`.
+    2. Attention: see `attention.py`.
+    3. A number minus an integer tensor: torch.onnx promotes the number, which is no tensor.
 
     Args:
         program: A `torch.export.ExportedProgram`; it is not changed.
@@ -27,9 +29,11 @@ def adapt_program(program: Any, opset: int) -> Any:
     Returns:
         The program, or a changed copy.
     """
+    own, program = program, pair_complex(program)
     if not any(map(_list_calls, program.graph_module.modules())):
         return program
-    program = copy_program(program)
+    if program is own:
+        program = copy_program(program)
     fake_mode = get_fake_mode(program)
     for module in program.graph_module.modules():
         for node in _list_calls(module):
@@ -52,5 +56,5 @@ def _convert_first(node: Node, edit: GraphEditor) -> None:
     edit.origin = node
     values, _ = bind_arguments(node)
     dtype = node.meta["val"].dtype
-    if values["self"].meta["val"].dtype != dtype:
+    if edit.compute(values["self"]).dtype != dtype:
         node.args = (edit.emit(ATEN.to.dtype, values["self"], dtype), *node.args[1:])
