@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rotary_export.compat.einx import broadcast_with_symbols
 from rotary_export.compat.transformers import BATCHED, EXPERTS, GROUPED
 from rotary_export.models.configs import get_field, list_configs
 from rotary_export.models.find.names import is_rotary_name
@@ -22,7 +23,8 @@ def patch_for_tracing(model: nn.Module) -> Iterator[None]:
     1. Rotary modules of transformers that remember lengths (dynamic, longrope): stateless ones.
     2. Caches of rotary-embedding-torch, which compare lengths: off.
     3. `len(tensor)` in the modules of rotary classes, which must be a number: the tensor's size.
-    4. transformers' grouped matrix product of experts, an operator of its own: batched products.
+    4. Elementwise functions of einx, which turn sizes into numbers: broadcasting.
+    5. transformers' grouped matrix product of experts, an operator of its own: batched products.
 
     Args:
         model: It is restored when the context ends.
@@ -32,6 +34,7 @@ def patch_for_tracing(model: nn.Module) -> Iterator[None]:
         rotary = [m for m in model.modules() if is_rotary_name(type(m).__name__)]
         _disable_caches(rotary, stack)
         _replace_len(rotary, stack)
+        stack.enter_context(broadcast_with_symbols())
         _use_batched_experts(model, stack)
         yield
 
