@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from rotary_export.models.trace.adapt.complex_pairs import pair_complex
 from rotary_export.models.trace.adapt.graph_edit import ATEN, GraphEditor
 
 _SUBTRACT_FROM = ATEN.rsub.Scalar
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def adapt_program(program: Any, opset: int) -> Any:
@@ -21,6 +23,8 @@ def adapt_program(program: Any, opset: int) -> Any:
     1. Complex numbers: see `complex_pairs.py`.
     2. Attention: see `attention.py`.
     3. A number minus an integer tensor: torch.onnx promotes the number, which is no tensor.
+    4. Numbers out of float32's range, such as the smallest float64 in a mask: torch.onnx writes
+       them as float32, so that they become infinite. The end of that range takes their place.
 
     Args:
         program: A `torch.export.ExportedProgram`; it is not changed.
@@ -40,15 +44,28 @@ def adapt_program(program: Any, opset: int) -> Any:
             edit = GraphEditor(module.graph, fake_mode)
             if node.target == ATTENTION:
                 adapt_attention(node, edit, opset)
-            else:
+            elif node.target == _SUBTRACT_FROM:
                 _convert_first(node, edit)
+            else:
+                node.args = tuple(map(_limit_number, node.args))
     return program
 
 
 def _list_calls(module: Any) -> list[Node]:
     if not isinstance(module, torch.fx.GraphModule):
         return []
-    return [node for node in module.graph.nodes if node.target in (ATTENTION, _SUBTRACT_FROM)]
+    return [
+        node
+        for node in module.graph.nodes
+        if node.target in (ATTENTION, _SUBTRACT_FROM)
+        or any(_limit_number(value) is not value for value in node.args)
+    ]
+
+
+def _limit_number(value: Any) -> Any:
+    """Return the end of float32's range in place of a finite number out of it."""
+    out = type(value) is float and _LARGEST < abs(value) < math.inf
+    return math.copysign(_LARGEST, value) if out else value
 
 
 def _convert_first(node: Node, edit: GraphEditor) -> None:

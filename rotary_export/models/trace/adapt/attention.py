@@ -6,11 +6,14 @@ the axes of the batch and the heads; heads of the key only in groups; nothing el
 
 1. tensors that are not (B, N, S, H) are brought into that form;
 2. keys and values of one batch row or of one head for all are expanded, or marked as one group;
-3. the axes of queries and keys of a mask that are 1 are expanded to their sizes.
+3. the axes of queries and keys of a mask that are 1 are expanded to their sizes;
+4. a bool mask of float64 queries, for which ONNX Runtime has no kernel, becomes one that is added.
+   The function body of ONNX hides by infinity, so that a row that sees nothing would be NaN.
 """
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from rotary_export.compat.programs import bind_arguments
@@ -41,6 +44,9 @@ def adapt_attention(node: Node, edit: GraphEditor, opset: int) -> None:
         tensors, grouped = _match_heads(edit, tensors, grouped)
     if mask is not None and opset > _NEWEST_WITHOUT_NODE:
         mask = _expand_mask(edit, mask, tensors)
+        if {edit.compute(mask).dtype, edit.compute(query).dtype} == {torch.bool, torch.float64}:
+            added = edit.emit(ATEN.where.Scalar, mask, 0.0, torch.finfo(torch.float32).min)
+            mask = edit.emit(ATEN.to.dtype, added, torch.float64)
     if leading != 2:
         if mask is not None and len(edit.shape_of(mask)) > 2:
             mask = _flatten_mask(edit, _pad_rank(edit, mask, leading + 2), tensors[0])
