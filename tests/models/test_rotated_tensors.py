@@ -95,6 +95,74 @@ def test_tensors_of_any_number_of_dimensions(case):
     assert find_and_compare(function, x, angles).axes == axes
 
 
+def split_and(turn_heads, heads):
+    """Return a function that splits the last dimension in heads, turns them, and merges them."""
+
+    def split(x, *tables):
+        return turn_heads(x.unflatten(-1, (heads, -1)), *tables).flatten(-2)
+
+    return split
+
+
+def turn_both(q, k, angles):
+    """Rotate query and key, which split their heads inside."""
+    return split_and(turn, 6)(q, angles), split_and(turn, 6)(k, angles)
+
+
+def turn_with_factor(x, angles):
+    """Rotate halves, the second ones of twice the length."""
+    return turn(x, angles) * torch.tensor([1.0, 2.0]).repeat_interleave(H // 2)
+
+
+PACKED = 6 * H
+HEADS_INSIDE = {
+    "after the sequence": (
+        split_and(turn, 6), rand(2, 7, PACKED), angles_of(7)[:, None],
+        "half, channels 0 to 16, BS(NH)"
+    ),
+    "sequence first": (
+        split_and(turn, 6), rand(7, 2, PACKED), angles_of(7)[:, None, None],
+        "half, channels 0 to 16, SB(NH)"
+    ),
+    "a part of each head": (
+        split_and(turn_leading, 6), rand(2, 7, PACKED),
+        angles_of(7, half=3)[:, None].expand(2, 7, 6, 6),
+        "half, channels 0 to 6, BS(NH)",
+    ),
+    "frames and rows": (
+        split_and(turn, 6), rand(2, 3, 4, PACKED), angles_of(3, 4)[:, :, None],
+        "half, channels 0 to 16, BSS(NH)"
+    ),
+    "times a factor": (
+        split_and(turn_with_factor, 6), rand(2, 7, PACKED), angles_of(7)[:, None],
+        "half, channels 0 to 16, BS(NH), times a factor of each channel",
+    ),
+    "rows differ": (
+        split_and(turn, 6), rand(2, 7, PACKED), angles_of(2, 7)[:, :, None],
+        "half, channels 0 to 16, BS(NH)"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADS_INSIDE.values(), ids=HEADS_INSIDE.keys())
+def test_heads_that_the_function_splits(case):
+    function, x, angles, found = case
+    assert str(find_and_compare(function, x, angles)) == found
+
+
+def test_query_and_key_that_split_their_heads_are_one_node():
+    found = find_and_compare(
+        turn_both, rand(2, 7, PACKED), rand(2, 7, PACKED), angles_of(7)[:, None]
+    )
+    assert (found.axes, found.head_dim, found.joined) == ("BSNH", H, True)
+
+
+def test_heads_that_turn_unlike_are_not_split():
+    angles = angles_of(7)[:, None] * torch.tensor([1, 1, 1, 1, 1, 2.0])[:, None]
+    with pytest.raises(NotReplacedError, match="in no layout"):
+        find_lowering(record(split_and(turn, 6), rand(2, 7, PACKED), angles))
+
+
 def test_query_and_key_of_other_heads_are_one_node():
     def turn_both(q, k, angles):
         return turn(q, angles), turn(k, angles)

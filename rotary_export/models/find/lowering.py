@@ -56,6 +56,8 @@ class Lowering:
         joined: Both slots have the same tables: one node rotates query and key.
         polar: Index of a complex argument whose parts are the tables; None: a probe returns them.
         has_factor: The rotated tensors are multiplied by a factor that differs in a pair.
+        head_dim: The function splits the heads itself: the last dimension is N * head_dim. `axes`
+            names these two apart. None: the last dimension is that of one head.
     """
 
     slots: tuple[Slot, ...]
@@ -67,11 +69,28 @@ class Lowering:
     joined: bool
     polar: int | None = None
     has_factor: bool = False
+    head_dim: int | None = None
 
     def __str__(self) -> str:
         channels = f"channels {self.start} to {self.start + self.rotary_dim}"
+        axes = self.axes if self.head_dim is None else f"{self.axes[:-2]}({self.axes[-2:]})"
         factor = ", times a factor of each channel" if self.has_factor else ""
-        return f"{self.layout}, {channels}, {self.axes}{factor}"
+        return f"{self.layout}, {channels}, {axes}{factor}"
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """Return x, or a result, with the dimensions that `axes` names."""
+        return x if self.head_dim is None else x.unflatten(-1, (-1, self.head_dim))
+
+    def merge_heads(self, y: Tensor) -> Tensor:
+        """Undo `split_heads`."""
+        return y if self.head_dim is None else y.flatten(-2)
+
+    def list_sizes(self, x: Tensor) -> list[tuple[str, Any]]:
+        """Return the names of the dimensions of x, with its sizes."""
+        sizes = list(x.shape)
+        if self.head_dim is not None:
+            sizes[-1:] = [x.shape[-1] // self.head_dim, self.head_dim]
+        return list(zip(self.axes, sizes, strict=True))
 
 
 @dataclass(frozen=True)
@@ -97,22 +116,23 @@ def make_probe(x: Tensor, lowering: Lowering, *, second: bool = False) -> Tensor
 
     Returns:
         1 in the first member of each pair, 0 elsewhere; with `second`, the reverse. Sizes are
-        those of x, but with one head and, unless `whole_batch`, a batch of 1. Float32, or x's
-        float64.
+        those of x, but with one head and, unless `whole_batch`, a batch of 1. Heads that the
+        function splits itself are all there. Float32, or x's float64.
     """
     first = range(lowering.start, lowering.start + lowering.rotary_dim // 2)
     if lowering.layout != "half":
         first = range(lowering.start, lowering.start + lowering.rotary_dim, 2)
+    head_dim = x.shape[-1] if lowering.head_dim is None else lowering.head_dim
     unit = torch.tensor(
-        [float((channel in first) != second) for channel in range(x.shape[-1])],
+        [float((channel % head_dim in first) != second) for channel in range(x.shape[-1])],
         dtype=torch.promote_types(x.dtype, torch.float32),
         device=x.device,
     )
     sizes = []
-    for axis, name in enumerate(lowering.axes):
+    for size, name in zip(x.shape[:-1], lowering.axes, strict=False):
         one = name == "N" or (name == "B" and not lowering.whole_batch)
-        sizes.append(1 if one else x.shape[axis])
-    return unit.expand(sizes)
+        sizes.append(1 if one else size)
+    return unit.expand(*sizes, -1)
 
 
 def compute_tables(
@@ -158,6 +178,7 @@ def compute_tables(
 
 def _split_pairs(turned: Tensor, lowering: Lowering) -> Tables:
     """Return the first and the second members of the pairs, (..., R/2) each."""
+    turned = lowering.split_heads(turned)
     turned = turned[..., lowering.start : lowering.start + lowering.rotary_dim]
     if lowering.layout == "interleaved":
         return turned[..., 0::2], turned[..., 1::2]
@@ -167,12 +188,15 @@ def _split_pairs(turned: Tensor, lowering: Lowering) -> Tables:
 
 def _fill_factor(ratio: Tensor, turned: Tensor, lowering: Lowering) -> Tensor:
     """Return the factor of every channel (..., H): 1, the ratio in a pair, that of the others."""
+    turned = lowering.split_heads(turned)
     parts = (torch.ones_like(ratio), ratio)
     both = torch.cat(parts, -1)
     if lowering.layout == "interleaved":
         both = torch.stack(parts, -1).flatten(-2)
     end = lowering.start + lowering.rotary_dim
-    return torch.cat((turned[..., : lowering.start], both, turned[..., end:]), -1)
+    return lowering.merge_heads(
+        torch.cat((turned[..., : lowering.start], both, turned[..., end:]), -1)
+    )
 
 
 def read_polar(turns: Tensor) -> Tables:
@@ -240,7 +264,7 @@ def _rotate(
     """Rotate one tensor, or query and key."""
     inputs = [x] if key is None else [x, key]
     parts = [bring_to_op(value, lowering) for value in inputs]
-    heads = [count_heads(value, lowering.axes) for value in inputs] + [0]
+    heads = [count_heads(lowering.split_heads(value), lowering.axes) for value in inputs] + [0]
     rotated = rotary_embedding(
         parts[0],
         *tables,
@@ -264,6 +288,7 @@ def _is_sliced(x: Tensor, lowering: Lowering) -> bool:
 
 def bring_to_op(x: Tensor, lowering: Lowering) -> Tensor:
     """Bring x into a form of the op."""
+    x = lowering.split_heads(x)
     if _is_sliced(x, lowering):
         x = x[..., lowering.start : lowering.start + lowering.rotary_dim]
     if lowering.layout == "deinterleaved":
@@ -273,8 +298,9 @@ def bring_to_op(x: Tensor, lowering: Lowering) -> Tensor:
 
 def _from_op(y: Tensor, x: Tensor, lowering: Lowering) -> Tensor:
     """Undo `bring_to_op`, except for the order of the channels of a pair."""
+    x = lowering.split_heads(x)
     y = from_op(y, x, lowering.axes)
     if _is_sliced(x, lowering):
         end = lowering.start + lowering.rotary_dim
         y = torch.cat((x[..., : lowering.start], y, x[..., end:]), dim=-1)
-    return y
+    return lowering.merge_heads(y)

@@ -172,6 +172,23 @@ class _ProbedCall:
             for axis in range(outputs[0].dim() - 1)
         ]
 
+    def find_head_dim(self) -> int | None:
+        """Return the width of the heads that the function splits itself; None: it splits none.
+
+        All heads turn alike: where the heads of x change places, those of the result do so, too.
+        """
+        width = self.inputs[0].shape[-1]
+        for head_dim in range(2, width // 2 + 1, 2):
+            if width % head_dim == 0 and self._commutes_with_roll(head_dim):
+                return head_dim
+        return None
+
+    def _commutes_with_roll(self, channels: int) -> bool:
+        rolled = self._run([x.roll(channels, -1) for x in self.inputs])
+        return all(
+            is_close(got, y.roll(channels, -1)) for got, y in zip(rolled, self.outputs, strict=True)
+        )
+
     def find_tables(self, lowering: Lowering) -> list[Tables] | None:
         """Return the tables with which the op equals the function; None if it does not."""
         leaves = self._fill(self.inputs)
@@ -181,7 +198,10 @@ class _ProbedCall:
                 got = rotate_call(self.inputs, found, lowering, rotate_slots)
         except Exception:  # a hypothesis with which the function or the op can't be called
             return None
-        fits = all(is_close(y, want) for y, want in zip(got, self.outputs, strict=True))
+        fits = all(
+            is_close(lowering.split_heads(y), lowering.split_heads(want))
+            for y, want in zip(got, self.outputs, strict=True)
+        )
         return found.tables if fits else None
 
 
@@ -201,13 +221,32 @@ def _is_constant(table: Tensor) -> bool:
 def _make_hypotheses(
     call: RecordedCall, slots: tuple[Slot, ...], probed: _ProbedCall, varies: Sequence[bool]
 ) -> Iterator[Lowering]:
-    """Yield hypotheses: first without a factor, and with the usual dimensions."""
+    """Yield hypotheses: first without a factor, and with the usual dimensions.
+
+    Last, those of a function that splits the heads itself.
+    """
     x = call.leaves[slots[0].source]
     if len({(call.leaves[s.source].dim(), call.leaves[s.source].shape[-1]) for s in slots}) > 1:
         return
-    usual = AXES.get(x.dim(), ())
-    derived = derive_axes(varies)
-    slices = _list_slices(call, slots, probed)
+    usual, derived = AXES.get(x.dim(), ()), derive_axes(varies)
+    slices = _list_slices(call, slots, probed, x.shape[-1])
+    yield from _combine(slots, usual, derived, slices)
+    head_dim = probed.find_head_dim()
+    if head_dim is not None:
+        packed = [_add_heads(axes) for axes in usual if "N" not in axes]
+        slices = _list_slices(call, slots, probed, head_dim)
+        for each in _combine(slots, packed, _add_heads(derived), slices):
+            yield replace(each, head_dim=head_dim)
+
+
+def _add_heads(axes: str) -> str:
+    """Name the heads that the last dimension contains, too."""
+    return f"{axes[:-1]}NH"
+
+
+def _combine(
+    slots: tuple[Slot, ...], usual: Sequence[str], derived: str, slices: Sequence[tuple[int, int]]
+) -> Iterator[Lowering]:
     for has_factor, dimensions in product((False, True), (usual, (derived,))):
         for (start, rotary_dim), whole_batch, axes, layout in product(
             slices, (False, True), dimensions, LAYOUTS
@@ -226,10 +265,9 @@ def _make_hypotheses(
 
 
 def _list_slices(
-    call: RecordedCall, slots: tuple[Slot, ...], probed: _ProbedCall
+    call: RecordedCall, slots: tuple[Slot, ...], probed: _ProbedCall, head_dim: int
 ) -> list[tuple[int, int]]:
     """List (start, rotary_dim): as wide as the tables are, all channels, those that change."""
-    head_dim = call.leaves[slots[0].source].shape[-1]
     sources = {slot.source for slot in slots}
     tables = [
         leaf.shape[-1]
@@ -238,7 +276,8 @@ def _list_slices(
     ]
     widths = [w for width in dict.fromkeys(tables) for w in (width, 2 * width, width // 2)]
     found = [(start, width) for width in widths for start in (0, head_dim - width)]
-    changed = (probed.inputs[0] != probed.outputs[0]).flatten(0, -2).any(0).nonzero().flatten()
+    differs = (probed.inputs[0] != probed.outputs[0]).unflatten(-1, (-1, head_dim))
+    changed = differs.flatten(0, -2).any(0).nonzero().flatten()
     first, last = int(changed[0]), int(changed[-1]) + 1  # something does: it is not the identity
     # Channels that don't change may be those of a frequency of zero, which are rotated, too.
     own = [(first, last - first)]
@@ -263,11 +302,7 @@ def _find_polar(call: RecordedCall, tables: list[Tables]) -> int | None:
 def _join(lowering: Lowering, call: RecordedCall, tables: list[Tables]) -> Lowering:
     """Let one node rotate query and key, if they have the same tables."""
     query, key = (
-        [
-            size
-            for name, size in zip(lowering.axes, call.leaves[slot.source].shape, strict=True)
-            if name != "N"
-        ]
+        [size for name, size in lowering.list_sizes(call.leaves[slot.source]) if name != "N"]
         for slot in lowering.slots
     )
     same = all(torch.equal(a, b) for a, b in zip(*tables, strict=True))

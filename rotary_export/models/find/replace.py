@@ -125,7 +125,7 @@ def _check_rotated(
     candidate: Candidate, lowering: Lowering, output: list[Any], rotated: list[Tensor]
 ) -> None:
     for slot, ours in zip(lowering.slots, rotated, strict=True):
-        if not is_close(ours, output[slot.result]):
+        if not is_close(*map(lowering.split_heads, (ours, output[slot.result]))):
             difference = (ours - output[slot.result]).abs().max()
             raise CheckFailedError(
                 f"the op differs from {candidate.name} by {float(difference):.3g} for a tensor of "
@@ -152,9 +152,8 @@ def _identify_tables(leaves: list[Any], sources: list[int], lowering: Lowering) 
             else:
                 yield leaf if isinstance(leaf, (int, float, str)) else id(leaf)
             continue
-        for axis, name in enumerate(lowering.axes):
+        for name, size in lowering.list_sizes(leaf):
             if name in "SH" or (name == "B" and lowering.whole_batch):
-                size = leaf.shape[axis]
                 yield str(size) if isinstance(size, torch.SymInt) else int(size)
         yield leaf.dtype
 

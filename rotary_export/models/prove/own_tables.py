@@ -69,8 +69,7 @@ class TableRecorder:
         def keep(call: CheckedCall) -> None:
             rotated = call.ys[:1] if call.lowering.joined else call.ys  # one node rotates both
             for tables, y in zip(call.tables, rotated, strict=False):
-                axes = zip(call.lowering.axes, y.shape, strict=True)
-                last = max(size for name, size in axes if name in "BS")
+                last = max(s for name, s in call.lowering.list_sizes(y) if name in "BS")
                 found.append(OwnTables(*tables, y.dtype, last))
 
         with replace_calls(self._found, check=True, record=keep):

@@ -147,6 +147,31 @@ class Assigned(Attention):
         return apply_rotary(x)
 
 
+class Packed(Attention):
+    """Heads are split inside the function."""
+
+    def turn(self, x, angles):
+        rotated = rotate_packed(x.transpose(1, 2).flatten(2), angles)
+        return rotated.unflatten(-1, (HEADS, H)).transpose(1, 2)
+
+
+def rotate_packed(x, angles):
+    """Rotate x (B, S, N*H), the sequence first."""
+    heads = x.view(x.shape[0], x.shape[1], HEADS, H).transpose(0, 1)
+    heads = apply_rot_embed(heads, angles[:, None, None])
+    return heads.transpose(0, 1).reshape(x.shape)
+
+
+class OfHeads(Attention):
+    """Angles differ from head to head."""
+
+    def find_angles(self, rows):
+        return super().find_angles(rows) * torch.tensor([1.0, 1.5])[:, None, None]
+
+    def turn(self, x, angles):
+        return apply_rot_embed(x, angles)
+
+
 class Autocast(Attention):
     def __init__(self, dtype):
         super().__init__()
@@ -190,6 +215,8 @@ KINDS = {
     "promoted": (Promoted, "half, channels 0 to 8, BNSH"),
     "scaled": (Scaled, "interleaved, channels 0 to 8, BNSH, times a factor of each channel"),
     "assigned to slices": (Assigned, "interleaved, channels 0 to 8, BNSH"),
+    "heads split inside": (Packed, "half, channels 0 to 8, BS(NH)"),
+    "angles of each head": (OfHeads, "half, channels 0 to 8, BSSH"),
     "autocast": (lambda: Autocast(torch.float16), "half, channels 0 to 8, BNSH"),
     "autocast, bfloat16": (lambda: Autocast(torch.bfloat16), "half, channels 0 to 8, BNSH"),
     "inline": (Inline, "primitives, half"),
