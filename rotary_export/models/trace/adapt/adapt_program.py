@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from rotary_export.compat.programs import bind_arguments, copy_program, get_fake_mode
 from rotary_export.models.trace.adapt.attention import ATTENTION, adapt_attention
+from rotary_export.models.trace.adapt.bools import adapt_bools, is_bool_call
 from rotary_export.models.trace.adapt.complex_pairs import pair_complex
 from rotary_export.models.trace.adapt.graph_edit import ATEN, GraphEditor
 
@@ -25,6 +26,7 @@ def adapt_program(program: Any, opset: int) -> Any:
     3. A number minus an integer tensor: torch.onnx promotes the number, which is no tensor.
     4. Numbers out of float32's range, such as the smallest float64 in a mask: torch.onnx writes
        them as float32, so that they become infinite. The end of that range takes their place.
+    5. Operators on bools: see `bools.py`.
 
     Args:
         program: A `torch.export.ExportedProgram`; it is not changed.
@@ -46,6 +48,8 @@ def adapt_program(program: Any, opset: int) -> Any:
                 adapt_attention(node, edit, opset)
             elif node.target == _SUBTRACT_FROM:
                 _convert_first(node, edit)
+            elif is_bool_call(node):
+                adapt_bools(node, edit)
             else:
                 node.args = tuple(map(_limit_number, node.args))
     return program
@@ -58,6 +62,7 @@ def _list_calls(module: Any) -> list[Node]:
         node
         for node in module.graph.nodes
         if node.target in (ATTENTION, _SUBTRACT_FROM)
+        or is_bool_call(node)
         or any(_limit_number(value) is not value for value in node.args)
     ]
 
