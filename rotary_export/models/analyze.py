@@ -46,6 +46,7 @@ class Analysis:
         input_values: Where their values come from, when a case is made.
         traced_sizes: The sizes that it is traced at.
         example: The user's own inputs.
+        example_sizes: Their sizes.
         traced: The inputs that it is traced with.
         found: What will be replaced.
         length_thresholds: Lengths at which its angles change.
@@ -58,6 +59,7 @@ class Analysis:
     input_values: dict[str, InputValues]
     traced_sizes: dict[str, int]
     example: Case
+    example_sizes: dict[str, int]
     traced: Case
     found: Replacement
     length_thresholds: list[int]
@@ -100,6 +102,7 @@ def analyze_model(
     snapshot: Snapshot,
     report_progress: Progress,
     float32_tables: bool = False,
+    trace_at: Mapping[str, int] | None = None,
 ) -> Analysis:
     """Read the inputs, run the model, and find what will be replaced.
 
@@ -110,6 +113,7 @@ def analyze_model(
         snapshot: Of the model, restored after each run.
         report_progress: Called with the current step.
         float32_tables: As `export_model`.
+        trace_at: By name, sizes to trace at; the others are chosen.
 
     Raises:
         RotaryExportError: An argument is wrong, or the model fails on its example inputs, or at
@@ -125,7 +129,7 @@ def analyze_model(
     named = _narrow_sizes(flat, tensors, named, snapshot)
     inputs, input_values = _describe_inputs(model, tensors, named)
     own_sizes = read_sizes(tensors, named.dims)
-    sizes = _choose_traced_sizes(own_sizes, inputs, input_values, named)
+    sizes = _choose_traced_sizes(own_sizes, inputs, input_values, named, trace_at)
     spec = CaseSpec(sizes, stagger=True)
     candidates = [(make_case(inputs, input_values, spec), input_values)]
     if any(source.role == "position_ids" for source in input_values.values()):
@@ -144,6 +148,7 @@ def analyze_model(
         input_values=dict(sources),
         traced_sizes=dict(traced.spec.sizes) if traced.spec else {},
         example=example,
+        example_sizes=own_sizes,
         traced=traced,
         found=found,
         length_thresholds=find_length_thresholds(model),
@@ -311,10 +316,16 @@ def _choose_traced_sizes(
     inputs: Sequence[TensorInfo],
     input_values: Mapping[str, InputValues],
     named: NamedDims,
+    wanted: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """Choose small sizes, all different; the example's own where values may depend on them."""
-    sizes: dict[str, int] = {}
+    """Choose small sizes, all different; the example's own where values may depend on them.
+
+    Those that are wanted are taken as they are.
+    """
+    sizes = dict(wanted or {})
     for name, size in example.items():
+        if name in sizes:
+            continue
         held = [i for i in inputs if name in list_names(i.shape)]
         free = all(input_values[i.name].role not in ("values", "rows") for i in held)
         chosen = TRACED.get(name, max(size, 2)) if free or size < 2 else size

@@ -21,7 +21,7 @@ from rotary_export.bundle.manifest import (
     Manifest,
     hash_file,
 )
-from rotary_export.errors import CheckFailedError, RotaryExportError, UsageWarning
+from rotary_export.errors import RotaryExportError, UsageWarning
 from rotary_export.exporters.export import (
     Bundle,
     check_formats,
@@ -36,14 +36,13 @@ from rotary_export.models.analyze import (
     Analysis,
     analyze_model,
     check_found,
-    describe_missing,
 )
 from rotary_export.models.arguments import check_arguments, complete_inputs
 from rotary_export.models.configs import find_length_thresholds
 from rotary_export.models.convert import convert_model
 from rotary_export.models.prove.prove import ProofOptions, RejectedError, prove
 from rotary_export.models.trace.snapshot import take_snapshot
-from rotary_export.models.write_graph import Written, write_graph
+from rotary_export.models.write_graph import Written, write_covering, write_graph
 from rotary_export.models.write_onnx import MAX_INLINE_BYTES
 from rotary_export.package import __version__, find_versions
 from rotary_export.proof.models.compare import GRAPH
@@ -225,24 +224,20 @@ def _build(
         formula = Report()
         formula.add(*compare_frequencies(model))
         check_report(formula)
-        analysis = analyze_model(
-            model, example_inputs, dynamic_shapes, snapshot, progress, float32_tables
-        )
-        check_found(model, analysis.found, formats)
-        try:
-            written = write_graph(
+
+        def analyze(trace_at: Mapping[str, int]) -> Analysis:
+            analysis = analyze_model(
+                model, example_inputs, dynamic_shapes, snapshot, progress, float32_tables, trace_at
+            )
+            check_found(model, analysis.found, formats)
+            return analysis
+
+        def write(analysis: Analysis) -> Written:
+            return write_graph(
                 analysis, snapshot, folder, formats, opset, max_inline_bytes, progress
             )
-        except CheckFailedError:
-            raise
-        except RotaryExportError as error:
-            if analysis.found.fused:
-                raise
-            missing = describe_missing(model, analysis.found)
-            raise CheckFailedError(
-                f"{missing}; whether it applies one inline is not known, as its graph can't be "
-                f"searched: {error}"
-            ) from error
+
+        analysis, written = write_covering(analyze, write)
 
         def make_manifest(
             limited: GraphInfo, measured: Sequence[Measured], left_out: dict[str, str]

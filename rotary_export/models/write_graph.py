@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,19 @@ from rotary_export.models.trace.program import (
     name_symbols,
     trace_program,
 )
-from rotary_export.models.trace.size_limits import SizeConstraints, find_size_constraints
+from rotary_export.models.trace.size_limits import (
+    OtherBranchError,
+    SizeConstraints,
+    find_size_constraints,
+)
 from rotary_export.models.trace.snapshot import Snapshot
 from rotary_export.models.trace.trace_patches import patch_for_tracing
 from rotary_export.models.trace.traced_rotary import TracedRotary
 from rotary_export.models.write_onnx import write_onnx
 from rotary_export.proof.models.compare import GRAPH
 from rotary_export.types import Progress, name_dtype
+
+_MAX_TRACES = 4
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,43 @@ class Written:
     constraints: SizeConstraints
     traced: TracedRotary
     inline: list[Finding]
+
+
+def write_covering(
+    analyze: Callable[[Mapping[str, int]], Analysis], write: Callable[[Analysis], Written]
+) -> tuple[Analysis, Written]:
+    """Write a graph that covers the example: of another branch, if that of the first trace fails.
+
+    Args:
+        analyze: Analyses the model, to be traced at such sizes by name; the others are chosen.
+        write: As `write_graph`.
+
+    Raises:
+        RotaryExportError: As `write_graph`, of the first trace.
+    """
+    trace_at: dict[str, int] = {}
+    analysis = analyze(trace_at)
+    first: RotaryExportError | None = None
+    for _ in range(_MAX_TRACES):
+        try:
+            if first is not None:
+                analysis = analyze(trace_at)
+            return analysis, write(analysis)
+        except CheckFailedError:
+            raise
+        except RotaryExportError as error:
+            first = first or error
+            other = error.sizes if isinstance(error, OtherBranchError) else {}
+            if trace_at.items() >= other.items():
+                break
+            trace_at |= other
+    assert first is not None
+    if analysis.found.fused:
+        raise first
+    raise CheckFailedError(
+        f"{describe_missing(analysis.flat.model, analysis.found)}; whether it applies one inline "
+        f"is not known, as its graph can't be searched: {first}"
+    ) from first
 
 
 def write_graph(
@@ -76,6 +119,7 @@ def write_graph(
         report_progress: Called with the current step.
 
     Raises:
+        OtherBranchError: It takes another branch than the traced one at too many sizes.
         RotaryExportError: The model can't be traced, a format can't be written, or angles are
             computed in a half type, which ONNX Runtime does not reproduce.
         CheckFailedError: No function applies a rotary embedding, and the ONNX graph has none.
@@ -100,7 +144,7 @@ def write_graph(
         if kind == "onnx":
             fuse_inline = not analysis.found.fused
             try:
-                signatures, fused = write_onnx(
+                onnx_file = write_onnx(
                     program, graph, symbols, folder / file, opset, max_inline_bytes, fuse_inline
                 )
             except NothingFusedError as error:
@@ -109,9 +153,9 @@ def write_graph(
                     f"graph: {error}"
                 ) from error
             if fuse_inline:
-                graph = replace(graph, rotary_nodes=len(signatures))
-                inline = _list_inline(fused, file)
-            if all(signature.is_native for signature in signatures):
+                graph = replace(graph, rotary_nodes=onnx_file.nodes)
+                inline = _list_inline(onnx_file.fused, file)
+            if all(signature.is_native for signature in onnx_file.signatures):
                 graph = replace(graph, function_body="native")
         elif kind == "program":
             _write_program(program, folder / file)
@@ -147,6 +191,8 @@ def _trace(
         analysis.max_run_size,
         analysis.named.min_size,
         analysis.named.max_size,
+        analysis.example_sizes,
+        analysis.traced_sizes,
     )
     symbols = name_symbols(program, analysis.inputs)
     outputs = tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import torch
@@ -23,10 +23,25 @@ from rotary_export.models.trace.adapt.adapt_program import adapt_program
 from rotary_export.op.onnx_function import add_functions
 from rotary_export.op.onnx_schema import register_schema
 from rotary_export.op.onnx_signature import FunctionSignature
+from rotary_export.op.spec import DOMAIN, OP_TYPE
 
 # One file of protobuf ends at 2 GiB; the graph itself needs some of it.
 MAX_INLINE_BYTES = 1_800_000_000
 _FOLD_LIMIT = 64  # elements of a constant that folding may write into the graph
+
+
+class OnnxFile(NamedTuple):
+    """What a file contains.
+
+    Attributes:
+        signatures: Of the functions of its rotary nodes, each once.
+        nodes: Number of its rotary nodes.
+        fused: What `fuse` replaced: how it was written, by the name of its output.
+    """
+
+    signatures: list[FunctionSignature]
+    nodes: int
+    fused: dict[str, str]
 
 
 def write_onnx(
@@ -37,7 +52,7 @@ def write_onnx(
     opset: int,
     max_inline_bytes: int,
     fuse_inline: bool = False,
-) -> tuple[list[FunctionSignature], dict[str, str]]:
+) -> OnnxFile:
     """Write a traced model as ONNX.
 
     Args:
@@ -50,8 +65,7 @@ def write_onnx(
         fuse_inline: Find rotary embeddings in the graph, as `fuse` does.
 
     Returns:
-        The function signatures of its rotary nodes; and what `fuse` replaced: how it was written,
-        by the name of its output.
+        What it contains.
 
     Raises:
         NothingFusedError: With `fuse_inline`: nothing was replaced.
@@ -89,7 +103,8 @@ def write_onnx(
         raise RotaryExportError(
             f"torch.onnx wrote a model that is not valid: {describe_error(error)}"
         ) from error
-    return signatures, fused
+    nodes = sum((n.domain, n.op_type) == (DOMAIN, OP_TYPE) for n in proto.graph.node)
+    return OnnxFile(signatures, nodes, fused)
 
 
 def _translate(program: Any, opset: int) -> Any:

@@ -11,6 +11,7 @@ CASES = {
     "fill-true": lambda a, b: a.masked_fill(b[:1], True),
     "fill-tensor": lambda a, b: a.masked_fill(b, a.any()),
     "choice": lambda a, b: torch.where(a, b, a[:, :1]),
+    "einsum-of-both": lambda a, b: torch.einsum("bs,bt->bst", a, b.float() * 2.0),
     "einsum": lambda a, b: torch.einsum("bs,bt->bst", a, b),
 }
 

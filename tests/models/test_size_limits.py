@@ -7,7 +7,11 @@ from rotary_export.bundle.dims import TOTAL
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.trace.guards import Condition
-from rotary_export.models.trace.size_limits import SizeConstraints, find_size_constraints
+from rotary_export.models.trace.size_limits import (
+    OtherBranchError,
+    SizeConstraints,
+    find_size_constraints,
+)
 from rotary_export.runtime.session import check_session_inputs
 
 
@@ -84,24 +88,48 @@ def test_a_condition_that_rarely_holds_is_refused(condition):
         find(condition)
 
 
+def find_branch(condition, example, traced):
+    """Return where to trace instead, and the message."""
+    made = Condition(("seq_len",), condition, "it, line 3")
+    with pytest.raises(OtherBranchError) as caught:
+        find_size_constraints([made], {}, None, None, {"seq_len": example}, {"seq_len": traced})
+    return caught.value.sizes, str(caught.value)
+
+
+def test_a_branch_of_few_sizes_is_traced_elsewhere():
+    assert find_branch(lambda s: s % 4 == 0, 8, 8)[0] == {"seq_len": 9}
+    assert find_branch(lambda s: s == 7, 16, 7)[0] == {"seq_len": 8}
+    assert find_branch(lambda s: s < 2, 1, 1)[0] == {"seq_len": 2}
+
+
+def test_a_branch_that_excludes_the_example_is_traced_at_the_example():
+    sizes, message = find_branch(lambda s: s <= 8, 16, 7)
+    assert sizes == {"seq_len": 16}
+    assert message == (
+        "the model takes another branch where not it, line 3: that limits seq_len to 8, and the "
+        "example has 16; give seq_len a fixed size with dynamic_shapes, or change the model there"
+    )
+
+
 def test_bounds_become_limits_only_when_tightened():
     maximum = Condition(("seq_len",), lambda s: s <= 31, "Eq(Max(1, s - 30), 1)", is_guard=False)
     constraints = find_size_constraints([maximum], {})
     assert constraints.max_size == {}
     assert constraints.bounds == {"seq_len": (31, maximum.text)}
     assert constraints.sizes_to_verify == at(32, 128, 1024)
-    assert constraints.tighten()
+    assert not constraints.tighten({"seq_len": 32})
+    assert constraints.tighten({"seq_len": 31})
     assert constraints.max_size == {"seq_len": 31}
     assert constraints.mismatched == [maximum.text]
     assert (constraints.sizes_to_verify, constraints.conditions) == ([], [])
-    assert not constraints.tighten()
+    assert not constraints.tighten({})
 
 
 def test_tightening_keeps_the_sizes_up_to_the_bound():
     constraints = SizeConstraints(bounds={"seq_len": (31, "b")})
     constraints.add("a", at(31))
     constraints.add("b", at(31, 32))
-    assert constraints.tighten()
+    assert constraints.tighten({})
     assert constraints.sizes_to_verify == at(31)
     assert constraints.conditions == ["a"]
 

@@ -18,6 +18,7 @@ from rotary_export.models.prove.find_difference import find_difference
 from rotary_export.models.prove.own_tables import TableRecorder
 from rotary_export.models.trace.size_limits import SizeConstraints
 from rotary_export.models.trace.snapshot import Snapshot
+from rotary_export.models.trace.trace_patches import disable_caches
 from rotary_export.models.trace.traced_rotary import TracedRotary
 from rotary_export.proof.models.cases import Case, CaseSpec, Run
 from rotary_export.proof.models.compare import GRAPH, compare_model
@@ -74,7 +75,7 @@ def make_run(flat: FlatModel, snapshot: Snapshot) -> Run:
 
     def run(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         snapshot.restore_state()
-        with torch.no_grad():
+        with torch.no_grad(), disable_caches(flat.model):
             return flat.run_named(tensors)
 
     return run
@@ -148,7 +149,9 @@ def prove(
                     analysis.flat.model, reference.run, analysis.found, traced, names, found.case
                 )
                 failure = f"{failure}; {where}"
-        if constraints.tighten():  # as when the largest few of many are taken, with ties
+        if constraints.tighten(
+            analysis.example_sizes
+        ):  # as when the largest few of many are taken, with ties
             progress("limit the sizes: past them the graph differs from the model")
             continue
         if constraints.conditions:

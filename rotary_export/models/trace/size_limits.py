@@ -31,6 +31,18 @@ _UNLIMITED = 1 << 30
 Sizes = dict[str, int]  # by name
 
 
+class OtherBranchError(RotaryExportError):
+    """The model takes another branch than the traced one, where the graph must equal it.
+
+    Attributes:
+        sizes: Where it takes the other branch: a trace there may cover more sizes.
+    """
+
+    def __init__(self, message: str, sizes: Sizes) -> None:
+        super().__init__(message)
+        self.sizes = sizes
+
+
 @dataclass
 class SizeConstraints:
     """The sizes at which a graph equals its model.
@@ -63,8 +75,10 @@ class SizeConstraints:
         """Lower the largest size of a name, unless it is lower."""
         self.max_size[name] = min(size, self.max_size.get(name, size))
 
-    def tighten(self) -> bool:
-        """Limit sizes to their bounds; return whether there was one."""
+    def tighten(self, example: Mapping[str, int]) -> bool:
+        """Limit sizes to their bounds; return whether there was one, and none excludes these."""
+        if any(largest < example.get(name, 0) for name, (largest, _) in self.bounds.items()):
+            return False
         bounds, self.bounds = self.bounds, {}
         for name, (largest, condition) in bounds.items():
             self.limit(name, largest)
@@ -79,6 +93,8 @@ def find_size_constraints(
     max_run_size: Mapping[str, int],
     min_size: Mapping[str, int] | None = None,
     max_size: Mapping[str, int] | None = None,
+    example: Mapping[str, int] | None = None,
+    traced: Mapping[str, int] | None = None,
 ) -> SizeConstraints:
     """Find the sizes at which a model takes the branch that was traced.
 
@@ -88,15 +104,19 @@ def find_size_constraints(
             it is known.
         min_size: By name of a size, the smallest that is legal.
         max_size: The largest.
+        example: By name of a size, that of the example inputs.
+        traced: The one that was traced.
 
     Raises:
-        RotaryExportError: A condition fails at most sizes; the message names the source line.
+        OtherBranchError: A condition fails at most sizes, or at the example's; the message names
+            the source line.
     """
+    known = dict(example or {}), dict(traced or {})
     constraints = SizeConstraints(dict(max_size or {}), min_size=dict(min_size or {}))
     failing: list[tuple[Condition, list[int]]] = []
     for condition in conditions:
         if len(condition.names) == 1:
-            failing += _limit_size(condition, constraints, max_run_size)
+            failing += _limit_size(condition, constraints, max_run_size, *known)
     for condition, sizes in failing:
         _verify_size(condition, sizes, constraints, max_run_size)
     for condition in conditions:
@@ -106,7 +126,11 @@ def find_size_constraints(
 
 
 def _limit_size(
-    condition: Condition, constraints: SizeConstraints, max_run_size: Mapping[str, int]
+    condition: Condition,
+    constraints: SizeConstraints,
+    max_run_size: Mapping[str, int],
+    example: Sizes,
+    traced: Sizes,
 ) -> list[tuple[Condition, list[int]]]:
     """Limit a size to where a guard can hold; return the sizes below at which it fails, if any."""
     (name,) = condition.names
@@ -120,9 +144,18 @@ def _limit_size(
     limit = _find_limit(condition.holds, fails, longest)
     below = [size for size in fails if size <= min(limit, _DENSE)]
     if limit < 2 or 2 * len(below) > min(limit, high, _DENSE):
-        raise RotaryExportError(
+        after = [size for size in fails if size > traced.get(name, 0)]
+        raise OtherBranchError(
             f"the model takes the traced branch only where {condition.text}; give {name} a fixed "
-            "size with dynamic_shapes, or change the model there"
+            "size with dynamic_shapes, or change the model there",
+            {name: after[0]} if after and after[0] <= longest else {},
+        )
+    if limit < (own := example.get(name, 0)):
+        raise OtherBranchError(
+            f"the model takes the traced branch only where {condition.text}: that limits {name} to "
+            f"{limit}, and the example has {own}; give {name} a fixed size with dynamic_shapes, "
+            "or change the model there",
+            {name: own},
         )
     if limit < _SIZES[-1]:
         constraints.limit(name, limit)

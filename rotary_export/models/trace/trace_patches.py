@@ -15,6 +15,8 @@ from rotary_export.models.configs import get_field, list_configs
 from rotary_export.models.find.names import is_rotary_name
 from rotary_export.rope.stateless import replace_stateful
 
+_CACHES = "cache_if_possible"
+
 
 @contextmanager
 def patch_for_tracing(model: nn.Module) -> Iterator[None]:
@@ -31,12 +33,34 @@ def patch_for_tracing(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         _replace_stateful_modules(model, stack)
-        rotary = [m for m in model.modules() if is_rotary_name(type(m).__name__)]
-        _disable_caches(rotary, stack)
-        _replace_len(rotary, stack)
+        stack.enter_context(disable_caches(model))
+        _replace_len(_list_rotary(model), stack)
         stack.enter_context(broadcast_with_symbols())
         _use_batched_experts(model, stack)
         yield
+
+
+@contextmanager
+def disable_caches(model: nn.Module) -> Iterator[None]:
+    """Turn off caches of rotary-embedding-torch: each call computes what a first one does.
+
+    Scales of xPos depend on the length. A cached one is that of a longer, earlier call.
+
+    Args:
+        model: It is restored when the context ends.
+    """
+    caching = [m for m in _list_rotary(model) if getattr(m, _CACHES, False)]
+    try:
+        for module in caching:
+            setattr(module, _CACHES, False)
+        yield
+    finally:
+        for module in caching:
+            setattr(module, _CACHES, True)
+
+
+def _list_rotary(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if is_rotary_name(type(m).__name__)]
 
 
 def _replace_stateful_modules(model: nn.Module, stack: ExitStack) -> None:
@@ -46,13 +70,6 @@ def _replace_stateful_modules(model: nn.Module, stack: ExitStack) -> None:
             if stateless is not None:
                 stack.callback(setattr, parent, name, child)
                 setattr(parent, name, stateless.eval())
-
-
-def _disable_caches(rotary: list[nn.Module], stack: ExitStack) -> None:
-    for module in rotary:
-        if getattr(module, "cache_if_possible", False):
-            stack.callback(setattr, module, "cache_if_possible", True)
-            setattr(module, "cache_if_possible", False)  # noqa: B010 (no attribute to mypy)
 
 
 def _replace_len(rotary: list[nn.Module], stack: ExitStack) -> None:

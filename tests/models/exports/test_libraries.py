@@ -80,6 +80,17 @@ def test_fused_and_equal_to_eager(tmp_path, request, case):
     assert model.training is False
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_scales_that_an_earlier_call_cached_are_not_used(tmp_path):
+    model, inputs = library.make_rotary_embedding_torch(use_xpos=True)
+    with torch.no_grad():
+        model(torch.arange(80).reshape(2, 40) % 96)
+    assert model.rope.cached_scales_seq_len == 40
+    bundle = export_model(model, inputs, tmp_path / "bundle", formats=["onnx"], quick=True)
+    assert "tables" in {row.graph for row in bundle.report.rows}
+    assert (model.rope.cached_scales_seq_len, model.rope.cache_if_possible) == (40, True)
+
+
 class Table(nn.Module):
     """Rows of a table that ends."""
 

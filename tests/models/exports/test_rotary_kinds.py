@@ -191,6 +191,13 @@ class Inline(Attention):
         return x * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
 
 
+class TwoLayers(Inline):
+    """Rotates twice, and the second time what the first attention returned."""
+
+    def forward(self, x):
+        return super().forward(super().forward(x))
+
+
 class Video(nn.Module):
     """x (B, frames, rows, columns, N*H), rotated by frame, row and column, heads before them."""
 
@@ -252,6 +259,15 @@ def test_is_fused_and_equal_to_eager(tmp_path, kind):
         getattr(model, "dtype", dtype), 1e-5
     )
     compare(bundle, model, tokens(3, 23, dtype), tolerance)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_inline_nodes_are_counted_one_by_one(tmp_path):
+    model = TwoLayers().eval()
+    path = tmp_path / "bundle"
+    bundle = export_model(model, tokens(2, 6), path, formats=["onnx"], quick=True)
+    nodes = [n.op_type for n in onnx.load(path / "model.onnx").graph.node]
+    assert bundle.manifest.graphs["model"].rotary_nodes == nodes.count("RotaryEmbedding") == 2
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -48,6 +48,51 @@ def test_another_branch_of_the_same_values_is_verified(tmp_path):
     )
 
 
+def sum_windows(y, b, n):
+    """Sum windows of 8: padded, and each with the one before it, where there are several."""
+    added = -n % 8
+    y = nn.functional.pad(y, (0, 0, 0, added)) if added else y
+    windows = y.unflatten(1, (-1, 8))
+    if n > 8:
+        before = nn.functional.pad(windows, (0, 0, 0, 0, 1, 0))[:, :-1]
+        windows = windows + before
+    return windows.flatten(1, 2)[:, :n]
+
+
+# The first trace covers too little: few sizes are a multiple; 7 is one window.
+@pytest.mark.parametrize("name", ["x", "input_ids"])
+def test_a_branch_that_covers_the_example_is_traced(tmp_path, name):
+    class Windows(nn.Module):
+        def forward(self, **inputs):
+            x = inputs[name]
+            x = x if name == "x" else nn.functional.one_hot(x, 16).float()
+            return sum_windows(rope_of(x), *x.shape[:2])
+
+    example = torch.randn(2, 16, 16) if name == "x" else torch.arange(32).reshape(2, 16) % 16
+    bundle = export_model(Windows(), {name: example}, tmp_path / "b", formats=["onnx"])
+    assert bundle.manifest.graphs["model"].max_size == {}
+    assert bundle.manifest.config["traced_sizes"]["seq_len"] == 17
+    session = load(bundle, "model")
+    for size in (5, 8, 24, 39):
+        value = (
+            torch.randn(3, size, 16) if name == "x" else torch.arange(3 * size).reshape(3, -1) % 16
+        )
+        want = Windows()(**{name: value})
+        torch.testing.assert_close(session(**{name: value})["output"], want, rtol=0, atol=1e-5)
+
+
+def test_a_branch_that_excludes_the_example_is_refused(tmp_path):
+    class Short(nn.Module):
+        def forward(self, input_ids):
+            x = nn.functional.one_hot(input_ids, 16).float()
+            return rope_of(x) * (2 if x.shape[1] > 8 else 1)
+
+    ids = torch.arange(32).reshape(2, 16) % 16
+    with pytest.raises(CheckFailedError, match="not equal to eager") as caught:
+        export_model(Short(), {"input_ids": ids}, tmp_path / "b", formats=["onnx"])
+    assert "test_size_limits.py, line" in str(caught.value)
+
+
 def bounded(y, b, n):
     return y * max(1, n - 30)
 

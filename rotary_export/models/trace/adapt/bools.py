@@ -18,9 +18,11 @@ _CALLS = (*_FILLS, ATEN.where.self, ATEN.einsum.default)
 
 
 def is_bool_call(node: Node) -> bool:
-    """Return whether a node is one of these operators, and its result is of bools."""
-    value = node.meta.get("val")
-    return node.target in _CALLS and isinstance(value, torch.Tensor) and value.dtype == torch.bool
+    """Return whether a node is one of these operators, and its result or an operand is of bools."""
+    if node.target not in _CALLS:
+        return False
+    nodes = [node, *(node.all_input_nodes if node.target == ATEN.einsum.default else ())]
+    return any(each.meta["val"].dtype == torch.bool for each in nodes)
 
 
 def adapt_bools(node: Node, edit: GraphEditor) -> None:
@@ -33,9 +35,12 @@ def adapt_bools(node: Node, edit: GraphEditor) -> None:
     edit.origin = node
     values, _ = bind_arguments(node)
     if node.target == ATEN.einsum.default:
-        numbers = [edit.emit(ATEN.to.dtype, each, torch.float32) for each in values["tensors"]]
+        dtype = node.meta["val"].dtype
+        is_bool = dtype == torch.bool
+        wide = torch.float32 if is_bool else dtype
+        numbers = [edit.emit(ATEN.to.dtype, each, wide) for each in values["tensors"]]
         product = edit.emit(ATEN.einsum.default, values["equation"], numbers)
-        edit.replace(node, edit.emit(ATEN.gt.Scalar, product, 0.0))
+        edit.replace(node, edit.emit(ATEN.gt.Scalar, product, 0.0) if is_bool else product)
         return
     if node.target == ATEN.where.self:
         condition, chosen, other = (values[name] for name in ("condition", "self", "other"))
