@@ -23,6 +23,9 @@ _OF_VALUES = re.compile(
     re.IGNORECASE,
 )
 
+# What Python says of a symbolic size where a number is needed, as in a set.
+_OF_SIZES = re.compile(r"\b(non-nested )?Sym(Int|Bool|Float)\b|symbolic (size|shape)")
+
 
 def describe_error(error: BaseException) -> str:
     """Return the type and message of an error in one line, with its place in the model."""
@@ -36,8 +39,15 @@ def describe_error(error: BaseException) -> str:
 
 def explain_trace_error(error: BaseException) -> str:
     """Return why torch.export can't trace a model, and a way out, as the end of a sentence."""
-    if not _OF_VALUES.search(f"{type(error).__name__} {error}"):
-        return describe_error(error)
+    text = f"{type(error).__name__} {error}"
+    if not _OF_VALUES.search(text):
+        reason = describe_error(error)
+        if _OF_SIZES.search(text):
+            reason = f"a dynamic size is no plain number{find_location(error)}"
+        return (
+            f"{reason}; change the model there, or give it fixed sizes with dynamic_shapes "
+            "(None: all of them)"
+        )
     return (
         "the model decides, or chooses a size, by the values of its tensors"
         f"{find_location(error)}; choose between results with torch.where there, or pass the value "

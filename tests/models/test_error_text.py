@@ -48,6 +48,10 @@ def decompose(x, ids):
     return x * torch.linalg.svd(x)[1].sum()
 
 
+def collect(x, ids):
+    return x * len({x.shape[1]})
+
+
 def roll(x, ids):
     return x.roll(x.shape[1], 1)
 
@@ -57,6 +61,8 @@ REFUSED = {
     decide: VALUES + r"\S+test_error_text\.py:\d+, decide\); choose .* torch.where",
     repeat: VALUES + r"\S+test_error_text\.py:\d+, repeat\); choose",
     leave_torch: VALUES + r"\S+test_error_text\.py:\d+, leave_torch\); choose",
+    collect: r"trace the model: a dynamic size is no plain number \(at \S+test_error_text\.py:\d+, "
+    r"collect\); change the model there, or give it fixed sizes with dynamic_shapes",
     count: r"specialises seq_len .*test_error_text\.py, line \d+ in count; .* dynamic_shapes",
     decompose: r"torch.onnx can't write the model: it has no translation of aten\._linalg_svd\S+ "
     r"\(at \S+test_error_text\.py:\d+, forward\); use other operators there, or leave 'onnx' out",
