@@ -85,11 +85,13 @@ def _is_opaque(node: Any) -> bool:
     """Return whether a node hides from which others a value is computed.
 
     1. It runs a graph of its own: under autocast, or with gradients.
-    2. It writes into a tensor, as where channels are assigned to slices.
+    2. It writes into a tensor, as where channels are assigned to slices. `detach_`, which torch
+       inserts for each constant, writes nothing.
     """
-    name = getattr(node.target, "__name__", "")
-    contexts = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
-    return name in contexts or name.partition(".")[0].endswith("_")
+    name = getattr(node.target, "__name__", "").partition(".")[0]
+    if name in ("wrap_with_autocast", "wrap_with_set_grad_enabled"):
+        return True
+    return bool(name.endswith("_")) and name != "detach_"
 
 
 def _allow_small_sizes(
