@@ -11,6 +11,7 @@ inductor.py           AOTInductor: compile, package, load
 modules.py            the registries of torch.nn.Module
 script.py             functions compiled by torch.jit.script: their source, and their calls
 transformers.py       model classes of a config, the kernel of experts
+einx.py               elementwise functions of einx, with symbolic sizes
 x_transformers.py     the cache of its decoders
 mlserver.py           the HTTP application of an MLServer
 ray.py                settings of ray.init that are not public

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from torch.fx import Node
 
 _registries: dict[tuple[Any, ...], Any] = {}  # by the arguments they were made with
 
@@ -39,3 +42,21 @@ def reuse_translations() -> Iterator[None]:
         yield
     finally:
         registry_class.from_torchlib = of_class
+
+
+def find_failing_node(error: BaseException) -> Node | None:
+    """Return the node of the traced graph that torch.onnx could not translate.
+
+    Its errors contain the node as text only; the functions that raised them have it.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        named = re.match(r"Error when translating node %(\w+)", str(cause))
+        trace = cause.__traceback__
+        while named and trace is not None:
+            for value in trace.tb_frame.f_locals.values():
+                if isinstance(value, Node) and value.name == named[1]:
+                    return value
+            trace = trace.tb_next
+        cause = cause.__cause__
+    return None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
 from torch.utils._sympy.functions import Max, Min
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -60,6 +62,28 @@ def _format_location(location: Any) -> str:
     place = str(location.maybe_user_loc or location.framework_loc or "")
     place = place.removeprefix("<FrameSummary file ").removesuffix(">")
     return place.rpartition("site-packages/")[2]
+
+
+class _Files(frozenset[str]):
+    """The files that torch skips when it looks for the line of a guard, and others."""
+
+    skip: Callable[[str], bool]
+
+    def __contains__(self, file: object) -> bool:
+        return super().__contains__(file) or self.skip(str(file))
+
+
+@contextmanager
+def locate_guards(skip: Callable[[str], bool]) -> Iterator[None]:
+    """Let guards name the innermost line whose file is not to be skipped."""
+    listed = symbolic_shapes.uninteresting_files
+    files = _Files(listed())
+    files.skip = skip
+    symbolic_shapes.uninteresting_files = lambda: files  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        symbolic_shapes.uninteresting_files = listed
 
 
 def get_expression(size: torch.SymInt) -> Any:

@@ -38,9 +38,13 @@ class SizeRule(pattern.RewriteRuleClassBase):
         self, context: Any, x: ir.Value, shape: ir.Value, index: ir.Value, size: ir.Value
     ) -> Result:
         dims, at, node = read_dims(x), read_constant(index), shape.producer()
-        if dims is None or at is None or at.ndim or node is None or node.attributes:
+        if dims is None or at is None or at.ndim or node is None:
             return pattern.MatchResult().fail("not one size of a shape", size)
-        self.size = dims[int(at)]
+        start, end = read_int_attribute(node, "start"), read_int_attribute(node, "end", len(dims))
+        sizes = dims[start:end]
+        if not -len(sizes) <= int(at) < len(sizes):
+            return pattern.MatchResult().fail("the shape has no such size", index)
+        self.size = sizes[int(at)]
         if not isinstance(self.size, int):
             return pattern.MatchResult().fail("the size is not static", x)
         return pattern.MatchResult()
@@ -98,6 +102,60 @@ class RepeatRule(pattern.RewriteRuleClassBase):
         return value
 
 
+class ScatterRule(pattern.RewriteRuleClassBase):
+    """Channels that are assigned to slices, as torch's newer exporter writes it.
+
+    It brings the channels to the front, writes rows with ScatterND and moves them back. Once the
+    rows are known, that is one Gather of the old channels and the new ones.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(remove_nodes=False)
+
+    def pattern(self, op: Op, data: Any, rows: Any, new: Any) -> Any:
+        front = op.Transpose(data, _outputs=["front"])
+        update = op.Transpose(new, _outputs=["update"])
+        return op.Transpose(op.ScatterND(front, rows, update, _outputs=["mixed"]), _outputs=["out"])
+
+    def check(
+        self,
+        context: Any,
+        data: ir.Value,
+        rows: ir.Value,
+        front: ir.Value,
+        update: ir.Value,
+        mixed: ir.Value,
+        out: ir.Value,
+        **_: Any,
+    ) -> Result:
+        dims, indices, scatter = read_dims(data), read_constant(rows), mixed.producer()
+        assert scatter is not None
+        if dims is None or not isinstance(dims[-1], int) or indices is None or indices.ndim != 2:
+            return pattern.MatchResult().fail("the rows are not known", rows)
+        perms = [
+            list(node.attributes["perm"].as_ints())
+            for value in (front, update, out)
+            if (node := value.producer()) is not None and "perm" in node.attributes
+        ]
+        moves_back = len(perms) == 3 and [perms[0][axis] for axis in perms[2]] == [
+            *range(len(dims))
+        ]
+        if not moves_back or perms[0] != perms[1] or perms[0][0] != len(dims) - 1:
+            return pattern.MatchResult().fail("it is not the channels that are assigned", out)
+        reduction = scatter.attributes.get("reduction")
+        if indices.shape[1] != 1 or (reduction is not None and reduction.as_string() != "none"):
+            return pattern.MatchResult().fail("it assigns no whole channels", mixed)
+        self.channels = [*range(dims[-1])]
+        for row, index in enumerate(indices[:, 0]):
+            self.channels[int(index)] = dims[-1] + row
+        return pattern.MatchResult()
+
+    def rewrite(self, op: Op, data: ir.Value, new: ir.Value, **_: Any) -> ir.Value:
+        both = op.Concat(data, new, axis=-1)
+        value: ir.Value = op.Gather(both, op.Constant(value_ints=self.channels), axis=-1)
+        return value
+
+
 def _is_short_filling(node: ir.Node) -> bool | None:
     """Fold what onnxscript would keep: a vector of a few equal numbers is part of a shape."""
     if node.op_type != "ConstantOfShape" or node.domain:
@@ -118,7 +176,7 @@ def normalize(model: ir.Model) -> None:
         clear_generated_dims(model)
         passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
         changed = fill_shapes(model)
-        for rule in (SizeRule, RepeatRule):
+        for rule in (SizeRule, RepeatRule, ScatterRule):
             changed |= rule.rule().apply_to_model(model) > 0
         optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_is_short_filling)
         if step and not changed:

@@ -18,8 +18,8 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.onnx import strip_metadata, translate_op
 from rotary_export.exporters.onnx_file import take_weights, write_model
 from rotary_export.fusion.fuse import replace_rotations
-from rotary_export.models.error_text import describe_error
-from rotary_export.models.trace.onnx_program import adapt_program
+from rotary_export.models.error_text import describe_error, explain_onnx_error
+from rotary_export.models.trace.adapt.adapt_program import adapt_program
 from rotary_export.op.onnx_function import add_functions
 from rotary_export.op.onnx_schema import register_schema
 from rotary_export.op.onnx_signature import FunctionSignature
@@ -72,23 +72,14 @@ def write_onnx(
         RotaryExportError: An operator has no translation, or the file is not valid ONNX.
     """
     register_schema()
-    op = torch.ops.rotary_export.rotary_embedding.default
     try:
-        # Without gradients: the op has none for tables, which learned frequencies require.
-        with quiet_torch(), reuse_translations(), torch.no_grad():
-            exported: Any = torch.onnx.export(
-                adapt_program(program, opset),
-                (),
-                dynamo=True,
-                opset_version=opset,
-                custom_translation_table={op: translate_op},
-                optimize=False,
-                verbose=False,
-            )
+        exported = _translate(program, opset)
+    except RotaryExportError:
+        raise
     except Exception as error:  # what torch's exporter raises
-        cause = error.__cause__ or error
         raise RotaryExportError(
-            f"torch.onnx can't write the model: {describe_error(cause)}"
+            f"torch.onnx can't write the model: {explain_onnx_error(error)}; "
+            f"{_find_way_out(program, opset)}"
         ) from error
     model = exported.model
     with quiet_torch():
@@ -114,6 +105,32 @@ def write_onnx(
         ) from error
     nodes = sum((n.domain, n.op_type) == (DOMAIN, OP_TYPE) for n in proto.graph.node)
     return OnnxFile(signatures, nodes, fused)
+
+
+def _translate(program: Any, opset: int) -> Any:
+    """Translate a program by torch.onnx."""
+    op = torch.ops.rotary_export.rotary_embedding.default
+    # Without gradients: the op has none for tables, which learned frequencies require.
+    with quiet_torch(), reuse_translations(), torch.no_grad():
+        return torch.onnx.export(
+            adapt_program(program, opset),
+            (),
+            dynamo=True,
+            opset_version=opset,
+            custom_translation_table={op: translate_op},
+            optimize=False,
+            verbose=False,
+        )
+
+
+def _find_way_out(program: Any, opset: int) -> str:
+    """Return what to do where torch.onnx fails: another opset, if one works."""
+    other = 22 if opset > 22 else 23
+    try:
+        _translate(program, other)
+    except Exception:  # as at the opset that was asked for
+        return "use other operators there, or leave 'onnx' out of formats"
+    return f"it can with opset={other} (--opset {other})"
 
 
 def _rename(model: ir.Model, info: GraphInfo, symbols: Mapping[str, str]) -> None:

@@ -13,6 +13,7 @@ from rotary_export.compat import inductor, modules, programs, pytree, script, si
 from rotary_export.compat import transformers as transformers_names
 from rotary_export.compat import x_transformers as x_transformers_names
 from rotary_export.compat.dispatch import DispatchMode, is_in_place
+from rotary_export.compat.einx import broadcast_with_symbols
 from rotary_export.compat.export_dims import GivenDim, read_dim
 from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_loaders, quiet_torch
@@ -254,3 +255,55 @@ def test_compiled_functions_have_a_source_and_a_name_and_can_be_redirected():
     with script.redirect_scripts({id(compiled): lambda run, args, kwargs: 3 * run(*args)}):
         assert torch.equal(compiled(x), 6 * x)
     assert torch.equal(compiled(x), 2 * x)
+
+
+EINX = {
+    "where": ("b n, b n d, -> b n d", lambda: (torch.rand(2, 3) > 0.5, torch.randn(2, 3, 4), 0.0)),
+    "add": ("b n d, n -> b n d", lambda: (torch.randn(2, 3, 4), torch.randn(3))),
+    "subtract": ("j, i -> 1 1 i j", lambda: (torch.randn(4), torch.randn(3))),
+    "multiply": (
+        "b n h, b h n d -> b h n d",
+        lambda: (torch.randn(2, 3, 5), torch.randn(2, 5, 3, 4)),
+    ),
+    "less": ("i, j -> i j", lambda: (torch.randn(4), torch.randn(3))),
+}
+
+
+@pytest.mark.parametrize("name", EINX)
+def test_elementwise_functions_of_einx(name):
+    import einx
+
+    pattern, make = EINX[name]
+    operands = make()
+    want, original = getattr(einx, name)(pattern, *operands), getattr(einx, name)
+    with broadcast_with_symbols():
+        ours = getattr(einx, name)
+        assert ours is not original
+        assert torch.equal(ours(pattern, *operands), want)
+    assert getattr(einx, name) is original
+
+
+@pytest.mark.parametrize("pattern", ["b n d, s d -> (b s) n d", "... j, ... i -> ... i j"])
+def test_other_patterns_go_to_einx(pattern):
+    import einx
+
+    operands = torch.randn(2, 3, 4), torch.randn(2, 4) if "(" in pattern else torch.randn(2, 3, 5)
+    want = einx.add(pattern, *operands)
+    with broadcast_with_symbols():
+        assert torch.equal(einx.add(pattern, *operands), want)
+
+
+def test_sizes_stay_symbols_in_einx():
+    import einx
+
+    class Masked(nn.Module):
+        def forward(self, x, mask):
+            return einx.where("b n, b n d, -> b n d", mask, x, 0.0)
+
+    size = torch.export.Dim.DYNAMIC
+    inputs = torch.randn(3, 4, 5), torch.ones(3, 4, dtype=torch.bool)
+    with broadcast_with_symbols():
+        program = torch.export.export(
+            Masked(), inputs, dynamic_shapes=({0: size, 1: size}, {0: size, 1: size})
+        )
+    assert program.module()(torch.ones(6, 7, 5), torch.zeros(6, 7) > 1).sum() == 0

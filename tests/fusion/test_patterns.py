@@ -114,6 +114,37 @@ def stored_tables(g: Graph, tiling: str = "half") -> None:
         g.output(add_products(g, x, cos, turn(g, x), sin), f"{x}_out")
 
 
+def matrix(g: Graph, layout: str = "half") -> None:
+    """The halves, or the members of pairs, are exchanged by a product with a signed permutation."""
+    swap = np.zeros((H, H), np.float32)
+    for i in range(H // 2):
+        a, b = (i, i + H // 2) if layout == "half" else (2 * i, 2 * i + 1)
+        swap[b, a], swap[a, b] = -1.0, 1.0
+    cos, sin = write_tables(g, "half" if layout == "half" else "repeat")
+    for x in add_query_key(g):
+        g.output(add_products(g, x, cos, g.op("MatMul", x, g.const(swap)), sin), f"{x}_out")
+
+
+def assign(g: Graph, x: str, part: str, first: int) -> str:
+    """x[..., first::2] = part, as torch's newer exporter writes it."""
+    size = g.op("Gather", g.op("Shape", x, start=0), g.const(np.int64(3)), axis=0)
+    rows = g.op("Range", g.const(np.int64(0)), size, g.const(np.int64(1)))
+    rows = g.unsqueeze(g.cut(rows, first, 2**63 - 1, 2, axis=0), -1)
+    front, update = (g.op("Transpose", v, perm=[3, 1, 2, 0]) for v in (x, part))
+    mixed = g.op("ScatterND", front, rows, update, reduction="none")
+    return g.op("Transpose", mixed, perm=[3, 1, 2, 0])
+
+
+def assigned_slices(g: Graph) -> None:
+    """Even and odd channels are assigned to an empty tensor."""
+    cos, sin = write_tables(g, "none")
+    for x in add_query_key(g):
+        a, b = g.cut(x, 0, 2**63 - 1, 2), g.cut(x, 1, 2**63 - 1, 2)
+        out = g.op("Expand", g.const(np.float32(0.0)), g.op("Shape", x, start=0))
+        out = assign(g, out, add_products(g, a, cos, b, sin, "Sub"), 0)
+        g.output(assign(g, out, add_products(g, b, cos, a, sin), 1), f"{x}_out")
+
+
 PATTERNS = {
     "half": (half, 0, 0),
     "half-split": (lambda g: half(g, "split"), 0, 0),
@@ -124,6 +155,9 @@ PATTERNS = {
     "half-partial": (partial, 0, 4),
     "half-trailing": (trailing, 0, 0),
     "half-stored-tables": (stored_tables, 0, 0),
+    "half-matrix": (matrix, 0, 0),
+    "interleaved-matrix": (lambda g: matrix(g, "pairs"), 1, 0),
+    "interleaved-assigned": (assigned_slices, 1, 0),
     "interleaved": (pairs, 1, 0),
     "interleaved-stacked": (pairs_stacked, 1, 0),
     "interleaved-to-halves": (pairs_in_halves_out, 1, 0),
@@ -302,3 +336,32 @@ def test_bfloat16_is_checked_by_onnx_reference_where_ort_does_not_run_it():
     result = rotary_export.fuse(g.model())
     assert result.nodes == 1
     assert {row.run_mode for row in result.check.comparisons} == {"by onnx.reference"}
+
+
+@pytest.mark.parametrize("entry", [2.0, 0.0], ids=["scaled", "no-channel"])
+def test_another_matrix_is_no_rotation(entry):
+    g = Graph()
+    swap = np.roll(np.eye(H, dtype=np.float32), H // 2, axis=1)
+    swap[: H // 2] *= -1.0
+    swap[H // 2, 0] = entry
+    cos, sin = write_tables(g)
+    for x in add_query_key(g):
+        g.output(add_products(g, x, cos, g.op("MatMul", x, g.const(swap)), sin), f"{x}_out")
+    with pytest.raises(rotary_export.RotaryExportError, match=r"could be replaced|recognises"):
+        rotary_export.fuse(g.model())
+
+
+@pytest.mark.parametrize("wrong", ["added", "same-twice"])
+def test_other_assignments_are_no_rotation(wrong):
+    g = Graph()
+    cos, sin = write_tables(g, "none")
+    for x in add_query_key(g):
+        a, b = g.cut(x, 0, 2**63 - 1, 2), g.cut(x, 1, 2**63 - 1, 2)
+        out = g.op("Expand", g.const(np.float32(0.0)), g.op("Shape", x, start=0))
+        out = assign(g, out, add_products(g, a, cos, b, sin, "Sub"), 0)
+        if wrong == "added":
+            g.nodes[-2].attribute[0].s = b"add"
+        first = 1 if wrong == "added" else 0
+        g.output(assign(g, out, add_products(g, b, cos, a, sin), first), f"{x}_out")
+    with pytest.raises(rotary_export.RotaryExportError, match="could be replaced"):
+        rotary_export.fuse(g.model())

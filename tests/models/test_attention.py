@@ -5,7 +5,7 @@ import torch
 from helpers.traced_onnx import Function, count, run, trace, write
 from torch.nn.functional import scaled_dot_product_attention
 
-from rotary_export.models.trace.onnx_program import adapt_program
+from rotary_export.models.trace.adapt.adapt_program import adapt_program
 
 H = 8
 # Sizes by name: traced, and others.
@@ -170,3 +170,16 @@ def test_a_number_minus_an_integer_tensor():
     model = write(adapt_program(program, 23))
     mask = torch.randint(0, 2, (3, 7))
     assert torch.equal(run(model, [mask])[0], (1.0 - mask) * -1e4)
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_the_smallest_float64_stays_finite(opset):
+    def hide(x, mask):
+        return (x * 0.5).masked_fill(mask == 0.0, torch.finfo(torch.float64).min).softmax(-1)
+
+    x, mask = torch.randn(3, 5, dtype=torch.float64), torch.ones(3, 5)
+    mask[0], mask[1, 2:] = 0.0, 0.0
+    dims = [("b", "s"), ("b", "s")]
+    model = write(adapt_program(trace(Function(hide), [x[:2], mask[:2]], dims), opset), opset)
+    (got,) = run(model, [x, mask])
+    torch.testing.assert_close(got, hide(x, mask), rtol=0, atol=1e-12)

@@ -1,6 +1,8 @@
 """Rotary functions are found and replaced wherever a model holds them."""
 
 import functools
+import importlib
+import sys
 import warnings
 
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 
 from rotary_export import register_rotary
 from rotary_export.compat.script import get_source
+from rotary_export.models.find.candidates import find_candidates
 from rotary_export.models.find.names import is_rotary_name
 from rotary_export.models.find.redirect import Place, redirect_calls
 from rotary_export.models.find.replace import replace_calls
@@ -300,6 +303,55 @@ def test_functions_come_back_after_an_error():
     assert apply_rope.__code__ is code
     assert torch.jit.ScriptFunction.__call__ is call
     assert torch.equal(apply_rope(X, COS, SIN), apply_rope_scripted(X, COS, SIN))
+
+
+PACKAGE = {
+    "__init__": "",
+    "turns": """
+import torch
+def apply_rotary(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+""",
+    "compiled": """
+import torch
+@torch.jit.script
+def apply_rotary_scripted(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+""",
+    "others": "from helpers.rotary_styles import rope_pairs as rotate_elsewhere",
+    "model": """
+import torch
+class Late(torch.nn.Module):
+    def forward(self, x, cos, sin):
+        from late_imports.compiled import apply_rotary_scripted
+        from late_imports.turns import apply_rotary
+        return apply_rotary_scripted(apply_rotary(x, cos, sin), cos, sin)
+""",
+}
+
+
+def test_what_is_imported_where_it_is_called(tmp_path, monkeypatch):
+    folder = tmp_path / "late_imports"
+    folder.mkdir()
+    for name, text in PACKAGE.items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        for name in PACKAGE:
+            importlib.import_module(f"late_imports.{name}")
+    model = sys.modules["late_imports.model"].Late()
+    found = find_replacement(model, lambda: model(X, COS, SIN))
+    assert (found.calls, found.fused) == (2, 2)
+    names = {candidate.name for candidate in find_candidates(model)}
+    assert names == {
+        "late_imports.turns.apply_rotary",
+        "late_imports.compiled.apply_rotary_scripted",
+    }
+    for name in list(sys.modules):
+        if name.startswith("late_imports"):
+            del sys.modules[name]
 
 
 class Keeps(nn.Module):

@@ -222,9 +222,12 @@ def test_a_wider_result_is_rounded_where_the_model_does():
     model = Promotes()
     found = find_replacement(model, lambda: model(HALF, TABLES))
     assert found.fused == 1
-    with replace_calls(found, check=True), replace_calls(found):
-        got = model(HALF, TABLES)
-    assert torch.equal(got, model(HALF, TABLES))
+    want = model(HALF, TABLES)
+    with replace_calls(found) as counts:
+        assert torch.equal(model(HALF, TABLES), want)
+    assert sum(counts.values()) == 1
+    with replace_calls(found, check=True):
+        assert torch.equal(model(HALF, TABLES), want)
 
 
 def test_a_wider_result_under_autocast():

@@ -84,7 +84,7 @@ RARE = {"one": lambda s: s == 7, "a-third": lambda s: s % 3 == 1, "none": lambda
 
 @pytest.mark.parametrize("condition", RARE.values(), ids=RARE)
 def test_a_condition_that_rarely_holds_is_refused(condition):
-    words = r"another branch where not it, line 0; give seq_len a fixed size"
+    words = r"the traced branch only where it, line 0; give seq_len a fixed size"
     with pytest.raises(RotaryExportError, match=words):
         find(condition)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.tiny_models import make_inputs, make_model
+from torch import nn
 
 import rotary_export
 from rotary_export.models.prove import prove as module
-from rotary_export.models.trace.traced_rotary import _find_tables
+from rotary_export.models.trace.traced_rotary import TracedRotary, _find_tables
+from rotary_export.op.torch_op import rotary_embedding
 from rotary_export.proof.models.far_tables import compare_far_tables, plan_far
 from rotary_export.proof.models.input_values import InputValues
 from rotary_export.proof.models.plan import Plan
@@ -85,3 +87,21 @@ def test_a_scale_is_read_from_its_own_argument():
     assert _find_tables(graph.call_function(torch.mul, (x, cos, sin, ids))) == {
         name: found[name] for name in ("cos_cache", "sin_cache")
     }
+
+
+class Turns(nn.Module):
+    """Rotates x (B, S, H) by angles (S, R) of its own columns, flattened and split again."""
+
+    def forward(self, x, columns):
+        angles = (columns.view(-1) / 7).view(*columns.shape)
+        return rotary_embedding(x, angles.cos()[None], angles.sin()[None], num_heads=1)[0]
+
+
+def test_tensors_of_other_strides_are_computed():
+    x, columns = torch.randn(1, 5, 8), torch.randn(5, 4)
+    traced = TracedRotary(torch.export.export(Turns(), (x, columns)), ["x", "columns"])
+    assert traced.has_nodes
+    assert traced.inputs == {"columns"}
+    turned = torch.randn(4, 5).T  # which no view flattens
+    (tables,) = traced.compute_tables({"columns": turned})
+    torch.testing.assert_close(tables["cos_cache"], (turned / 7).cos()[None])

@@ -68,6 +68,7 @@ def check_proof(manifest, name):
 def test_the_command_exports_it(name, folder, tmp_path):
     out = tmp_path / "bundle"
     arguments = ["export-model", str(folder), "--format", "onnx", "--out", str(out), "--json"]
+    arguments.append("--quick")  # tools/real/measure_real.py has the whole proof
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["parity"]["passed"]

@@ -11,7 +11,7 @@ from rotary_export.fusion.rules.base import Findings, Rule
 from rotary_export.fusion.rules.casts import CastRule
 from rotary_export.fusion.rules.join import join_query_key
 from rotary_export.fusion.rules.join_channels import ConcatRule
-from rotary_export.fusion.rules.merge_pairs import ReshapeRule
+from rotary_export.fusion.rules.merge_pairs import GatherRule, ReshapeRule
 from rotary_export.fusion.rules.microsoft_node import MicrosoftRule
 from rotary_export.fusion.rules.onnx_node import OnnxRule
 from rotary_export.fusion.rules.partial import PartialRule
@@ -21,7 +21,7 @@ from rotary_export.op import spec
 STEPS: tuple[tuple[type[Rule], ...], ...] = (
     (OnnxRule, MicrosoftRule),
     (ConcatRule,),
-    (ReshapeRule,),
+    (ReshapeRule, GatherRule),
     (SumRule, DifferenceRule),
     (PartialRule,),
     (CastRule,),

@@ -11,7 +11,7 @@ from rotary_export.fusion.rules.build import Plan, plan_rotation, write_node
 from rotary_export.fusion.symbolic.refusal import Refusal
 from rotary_export.fusion.values import is_sum_of_products, read_dims
 
-_MOVES = {"Concat", "Reshape", "Unsqueeze", "Cast", "Identity", "Squeeze", "Flatten"}
+_MOVES = {"Concat", "Gather", "Reshape", "Unsqueeze", "Cast", "Identity", "Squeeze", "Flatten"}
 _MAX_MOVES = 5
 
 

@@ -11,6 +11,7 @@ from rotary_export.fusion.symbolic.handler import Shape, Tracer, make_head, read
 from rotary_export.fusion.symbolic.polynomials import (
     Channels,
     fill,
+    scale,
     symbol,
     trailing_shape,
     wrap_leading,
@@ -22,6 +23,8 @@ from rotary_export.fusion.values import (
     read_int_attribute,
     read_ints,
 )
+
+_SIGN = np.frompyfunc(scale, 2, 1)
 
 
 def _trace_leading(
@@ -218,3 +221,21 @@ def trace_tile(
     if leading < 0 or any(r != 1 for r in repeats[:leading]):
         return None
     return np.tile(tracer.trace(data, rank), repeats[leading:])
+
+
+def trace_matmul(
+    tracer: Tracer, node: ir.Node, value: ir.Value, rank: int, shape: Shape
+) -> Channels | None:
+    """MatMul by a constant matrix that moves channels, with signs: one 1 or -1 in each column."""
+    data, matrix = node.inputs
+    constant = read_constant(matrix)
+    if data is None or constant is None or constant.ndim != 2 or rank < 1 or read_rank(data) < 2:
+        return None
+    entries = constant.astype(np.float64)
+    is_signed = np.isin(entries, (-1.0, 0.0, 1.0)).all()
+    if not is_signed or (np.count_nonzero(entries, axis=0) != 1).any():
+        return None
+    sources = np.abs(entries).argmax(axis=0)
+    channels = tracer.trace(data, rank)[..., sources]
+    signs = entries[sources, np.arange(len(sources))]
+    return np.asarray(_SIGN(channels, signs), object).reshape(shape)

@@ -28,4 +28,5 @@ HANDLERS: dict[str, Handler] = {
     "Transpose": movement.trace_transpose,
     "Expand": movement.trace_expand,
     "Tile": movement.trace_tile,
+    "MatMul": movement.trace_matmul,
 }

@@ -18,7 +18,7 @@ from torch import nn
 from rotary_export.compat.script import ScriptFunction, get_name, get_source
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.find.names import is_own, is_rotary_name
-from rotary_export.models.find.reachable import find_classes, find_modules, list_held
+from rotary_export.models.find.reachable import find_classes, list_held, list_module_values
 from rotary_export.models.find.redirect import Place, can_redirect
 
 Function = Callable[..., Any]
@@ -115,11 +115,10 @@ def _make_candidate(function: Any, code: CodeType | None) -> Candidate:
 def _list_named_values(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield what may be a function, with its name: of modules, of classes, of what modules hold."""
     classes = find_classes(model)
-    for module in find_modules(model, classes):
-        for name, value in tuple(vars(module).items()):
-            yield name, value
-            if isinstance(value, type) and is_rotary_name(name) and is_own(value.__module__):
-                classes.add(value)  # as a torch.autograd.Function
+    for name, value in list_module_values(model, classes):
+        yield name, value
+        if isinstance(value, type) and is_rotary_name(name) and is_own(value.__module__):
+            classes.add(value)  # as a torch.autograd.Function
     for cls in sorted(classes, key=lambda c: c.__qualname__):
         for name, value in vars(cls).items():
             if name in ("forward", "__call__"):

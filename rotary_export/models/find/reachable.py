@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rotary_export.compat.script import ScriptFunction, get_source
 from rotary_export.models.find.names import is_own, is_rotary_name
 
 _OWN = __name__.partition(".")[0]
@@ -26,25 +27,30 @@ def find_classes(model: nn.Module) -> set[type]:
     return {cls for cls in classes if is_own(cls.__module__)}
 
 
-def find_modules(model: nn.Module, classes: set[type]) -> list[ModuleType]:
-    """Return the Python modules in which a model's functions may be.
+def list_module_values(model: nn.Module, classes: set[type]) -> Iterator[tuple[str, Any]]:
+    """Yield what the Python modules contain in which a model's functions may be, with its name.
 
-    They are those of its classes, the others of the same packages, as functions may be imported
-    only where they are called, and those of rotary functions that these import.
+    1. All of the modules of its classes, of functions that it holds, and of rotary functions that
+       these import.
+    2. What the others of these packages define: it may be imported only where it is called.
     """
-    names = {cls.__module__ for cls in classes}
-    names |= {value.__module__ for _, value in list_held(model) if isinstance(value, FunctionType)}
-    packages = {name.partition(".")[0] for name in names} - {_OWN, "__main__"}
-    names |= {name for name in tuple(sys.modules) if name.partition(".")[0] in packages}
-    for name in tuple(names):
-        for value in tuple(vars(sys.modules[name]).values()) if name in sys.modules else ():
-            if isinstance(value, FunctionType) and is_rotary_name(value.__name__):
-                names.add(value.__module__)
-    return [
-        module
-        for name in sorted(names)
-        if is_own(name) and isinstance(module := sys.modules.get(name), ModuleType)
-    ]
+    near = {cls.__module__ for cls in classes}
+    near |= {value.__module__ for _, value in list_held(model) if isinstance(value, FunctionType)}
+    near |= {
+        value.__module__
+        for name in near & sys.modules.keys()
+        for value in tuple(vars(sys.modules[name]).values())
+        if isinstance(value, FunctionType) and is_rotary_name(value.__name__)
+    }
+    packages = {name.partition(".")[0] for name in near} - {_OWN, "__main__"}
+    far = {name for name in tuple(sys.modules) if name.partition(".")[0] in packages} - near
+    for name in sorted(near | far):
+        module = sys.modules.get(name)
+        if is_own(name) and isinstance(module, ModuleType):
+            for key, value in tuple(vars(module).items()):
+                source = get_source(value) if isinstance(value, ScriptFunction) else value
+                if name in near or getattr(source, "__module__", None) == name:
+                    yield key, value
 
 
 def list_held(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -91,6 +91,8 @@ class Place:
 def redirect_calls(wrappers: Sequence[tuple[Place, Wrapper]]) -> Iterator[None]:
     """Call wrappers in the place of functions; the functions come back, after an error too.
 
+    A function that is redirected already is not redirected again.
+
     Args:
         wrappers: Functions, and what is called instead with the function and its arguments.
     """

@@ -156,7 +156,7 @@ def prove(
             continue
         if constraints.conditions:
             failure += (
-                "; the model takes another branch where not "
+                "; the model takes the traced branch only where "
                 f"{'; '.join(constraints.conditions)}: give that size a fixed one with "
                 "dynamic_shapes, or change the model there"
             )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -21,6 +21,10 @@ from rotary_export.compat.sizes import (
     is_maximum,
     list_bounds,
 )
+from rotary_export.models.trace.condition_text import describe_condition
+
+# What torch.export itself assumes has no line of the model; this is the caller's.
+_TRACER = str(Path(__file__).with_name("program.py")).rpartition("site-packages/")[2]
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,7 @@ def read_conditions(
         known = [name for name, symbol in names.items() if symbol in expression.free_symbols]
         if not known or len(known) != len(expression.free_symbols):
             return  # always true, or of sizes that depend on values
-        text = str(expression)
-        for name in known:
-            text = re.sub(rf"\b{names[name]}\b", name, text)
+        text = describe_condition(expression, {symbol: name for name, symbol in names.items()})
         holds = compile_condition(expression, [names[name] for name in known])
         found.setdefault(expression, Condition(tuple(known), holds, text + location, is_guard))
 
@@ -95,4 +97,5 @@ def read_conditions(
 
 def format_location(guard: Guard) -> str:
     """Return the line of the model that a guard is from, as the end of a sentence."""
-    return f", at {guard.location}" if guard.location else ""
+    known = guard.location and not guard.location.startswith(_TRACER)
+    return f", at {guard.location}" if known else ""

@@ -18,10 +18,11 @@ from rotary_export.compat.sizes import (
     Environment,
     get_constant,
     get_lower_bound,
+    locate_guards,
     set_lower_bound,
 )
 from rotary_export.errors import RotaryExportError
-from rotary_export.models.error_text import describe_error
+from rotary_export.models.error_text import explain_trace_error, is_library
 from rotary_export.models.trace.guards import format_location
 
 
@@ -52,7 +53,12 @@ def trace_program(
     )
     try:
         # torch.export prints the whole graph where it fails; the error contains the reason.
-        with quiet_torch(), torch.no_grad(), redirect_stderr(io.StringIO()):
+        with (
+            quiet_torch(),
+            torch.no_grad(),
+            redirect_stderr(io.StringIO()),
+            locate_guards(lambda file: file != __file__ and is_library(file)),
+        ):
             program = torch.export.export(
                 module, tuple(tensors), dynamic_shapes=(shapes,), strict=False
             )
@@ -60,7 +66,7 @@ def trace_program(
                 program = program.run_decompositions({})
     except (Exception, SystemExit) as error:  # what the model and torch's tracer raise
         raise RotaryExportError(
-            f"torch.export can't trace the model: {describe_error(error)}"
+            f"torch.export can't trace the model: {explain_trace_error(error)}"
         ) from error
     for info, value in zip(infos, get_inputs(program), strict=True):
         for axis, (dim, size) in enumerate(zip(info.shape, value.shape, strict=True)):
@@ -79,11 +85,13 @@ def _is_opaque(node: Any) -> bool:
     """Return whether a node hides from which others a value is computed.
 
     1. It runs a graph of its own: under autocast, or with gradients.
-    2. It writes into a tensor, as where channels are assigned to slices.
+    2. It writes into a tensor, as where channels are assigned to slices. `detach_`, which torch
+       inserts for each constant, writes nothing.
     """
-    name = getattr(node.target, "__name__", "")
-    contexts = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
-    return name in contexts or name.partition(".")[0].endswith("_")
+    name = getattr(node.target, "__name__", "").partition(".")[0]
+    if name in ("wrap_with_autocast", "wrap_with_set_grad_enabled"):
+        return True
+    return bool(name.endswith("_")) and name != "detach_"
 
 
 def _allow_small_sizes(

@@ -147,13 +147,13 @@ def _limit_size(
     if limit < 2 or 2 * len(below) > largest:
         after = [size for size in fails if size > traced.get(name, 0)]
         raise OtherBranchError(
-            f"the model takes another branch where not {condition.text}; give {name} a fixed "
+            f"the model takes the traced branch only where {condition.text}; give {name} a fixed "
             "size with dynamic_shapes, or change the model there",
             {name: after[0]} if after and after[0] <= longest else {},
         )
     if limit < (own := example.get(name, 0)):
         raise OtherBranchError(
-            f"the model takes another branch where not {condition.text}: that limits {name} to "
+            f"the model takes the traced branch only where {condition.text}: that limits {name} to "
             f"{limit}, and the example has {own}; give {name} a fixed size with dynamic_shapes, "
             "or change the model there",
             {name: own},

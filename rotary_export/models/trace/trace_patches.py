@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rotary_export.compat.einx import broadcast_with_symbols
 from rotary_export.compat.transformers import BATCHED, EXPERTS, GROUPED
 from rotary_export.models.configs import get_field, list_configs
 from rotary_export.models.find.names import is_rotary_name
@@ -24,7 +25,8 @@ def patch_for_tracing(model: nn.Module) -> Iterator[None]:
     1. Rotary modules of transformers that remember lengths (dynamic, longrope): stateless ones.
     2. Caches of rotary-embedding-torch, which compare lengths: off.
     3. `len(tensor)` in the modules of rotary classes, which must be a number: the tensor's size.
-    4. transformers' grouped matrix product of experts, an operator of its own: batched products.
+    4. Elementwise functions of einx, which turn sizes into numbers: broadcasting.
+    5. transformers' grouped matrix product of experts, an operator of its own: batched products.
 
     Args:
         model: It is restored when the context ends.
@@ -33,6 +35,7 @@ def patch_for_tracing(model: nn.Module) -> Iterator[None]:
         _replace_stateful_modules(model, stack)
         stack.enter_context(disable_caches(model))
         _replace_len(_list_rotary(model), stack)
+        stack.enter_context(broadcast_with_symbols())
         _use_batched_experts(model, stack)
         yield
 

@@ -74,8 +74,11 @@ class TracedRotary:
                 values[node] = _get_attribute(self._program.graph_module, str(node.target))
             else:
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                # What was decomposed has views where the traced tensor was contiguous.
+                view = torch.ops.aten.view.default
+                target: Any = torch.reshape if node.target == view else node.target
                 with torch.no_grad():
-                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    values[node] = target(*args, **kwargs)
         return values
 
     def find_half_angles(self) -> str | None:

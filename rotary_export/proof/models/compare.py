@@ -185,11 +185,12 @@ def list_unverified(manifest: Manifest) -> dict[str, str]:
     return {
         **config.get("left_out", {}),
         **{
-            f"sizes where not {text}": "too large to be run"
+            f"sizes other than {text}": "too large to be run"
             for text in config.get("unverified", [])
         },
         **{
-            f"sizes where not {text}": "not equal: a limit" for text in config.get("mismatched", [])
+            f"sizes other than {text}": "not equal: a limit"
+            for text in config.get("mismatched", [])
         },
         **{f"other values of {name}": "its meaning is not known" for name in rows},
     }

@@ -97,11 +97,10 @@ def compare_far_tables(
             session = OrtSession(path, "tables", graph, [CPU], False, False, minimum_onnxruntime)
             rows: dict[str, Row] = {}
             for spec in specs:
-                case = make_case(infos, plan.sources, spec)
-                tensors = {i.name: t for i, t in zip(infos, case.tensors, strict=True)}
+                spec, tensors, want = _compute_farthest(spec, infos, plan, compute, left_out)
                 # Constant tables depend on no input: a session returns arrays then.
                 got = {n: to_torch(value) for n, value in session(**tensors).items()}
-                _compare_tables(rows, spec, compute(tensors), got, names)
+                _compare_tables(rows, spec, want, got, names)
     except RotaryExportError as error:
         raise CheckFailedError(f"the tables of {file.name} can't be computed: {error}") from error
     return list(rows.values()), left_out
@@ -121,6 +120,46 @@ def _fit(
             spec = replace(spec, sizes={**spec.sizes, SEQ: length})
         fitted.append(spec)
     return fitted, left_out
+
+
+def _compute_farthest(
+    spec: CaseSpec,
+    infos: Sequence[TensorInfo],
+    plan: Plan,
+    compute: ComputeTables,
+    left_out: dict[str, str],
+) -> tuple[CaseSpec, dict[str, Tensor], Sequence[Tables]]:
+    """Compute tables as far as a model's own end; a table that it gathers from has an end."""
+
+    def run(spec: CaseSpec) -> tuple[CaseSpec, dict[str, Tensor], Sequence[Tables]]:
+        case = make_case(infos, plan.sources, spec)
+        tensors = {i.name: t for i, t in zip(infos, case.tensors, strict=True)}
+        return spec, tensors, compute(tensors)
+
+    def move(place: int) -> CaseSpec:
+        if plan.moves:
+            return replace(spec, offset=place)
+        return replace(spec, sizes={**spec.sizes, SEQ: place})
+
+    try:
+        return run(spec)
+    except (IndexError, RuntimeError) as error:  # what torch's operators raise
+        low, high = (0, spec.offset) if plan.moves else (2, spec.sizes[SEQ])
+        if low >= high:
+            raise RotaryExportError(f"the model fails at {spec.sizes}: {error}") from error
+    found = run(move(low))
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            found, low = run(move(middle)), middle
+        except (IndexError, RuntimeError):
+            high = middle
+    left_out[f"tables past position {_count_positions(found[0]) - 1}"] = "the model fails there"
+    return found
+
+
+def _count_positions(spec: CaseSpec) -> int:
+    return spec.offset + sum(size for name, size in spec.sizes.items() if name.endswith(SEQ))
 
 
 def _cut_tables(file: Path, infos: Sequence[TensorInfo]) -> tuple[ir.Model, list[dict[str, str]]]:
@@ -151,7 +190,7 @@ def _compare_tables(
     names: Sequence[Mapping[str, str]],
 ) -> None:
     """Compare the tables of every node; each row keeps the largest error."""
-    last = spec.offset + sum(size for name, size in spec.sizes.items() if name.endswith(SEQ))
+    last = _count_positions(spec)
     done: set[tuple[int, str]] = set()  # layers share their tables
     for tables, outputs in zip(want, names, strict=True):
         for name, output in outputs.items():

@@ -134,3 +134,15 @@ def test_a_cache_of_x_transformers(tmp_path):
         outputs = session(x=ids[:, at : at + 1].contiguous(), **past)
         torch.testing.assert_close(outputs["output.0"][:, 0], want[:, at], rtol=0, atol=1e-4)
         past = {name: outputs[name.replace("past_key_values", "present")] for name in names}
+
+
+@pytest.mark.filterwarnings("ignore:.*reduce_op")  # einx looks at all of torch
+def test_a_mask_of_x_transformers(tmp_path):
+    model, inputs = library.make_x_transformers(rotary_pos_emb=True)
+    inputs["mask"] = torch.arange(6) < torch.tensor([[6], [4]])
+    bundle = export_model(model, inputs, tmp_path / "b", formats=["onnx"], quick=True)
+    ids, mask = torch.randint(0, 96, (3, 9)), torch.arange(9) < torch.tensor([[9], [4], [7]])
+    with torch.no_grad():
+        want = model(ids, mask=mask)
+    got = load(bundle, "model")(x=ids, mask=mask)["output"]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)

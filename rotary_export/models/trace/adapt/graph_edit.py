@@ -36,27 +36,34 @@ class GraphEditor:
         with self.graph.inserting_before(self.origin):
             node = self.graph.call_function(target, args, kwargs)
         node.meta.update({key: self.origin.meta[key] for key in _KEPT if key in self.origin.meta})
-        given = torch.fx.node.map_arg((args, kwargs), lambda source: source.meta["val"])
-        with self._fake_mode, torch.no_grad():
-            node.meta["val"] = target(*given[0], **given[1])
         return node
+
+    def shape_of(self, node: Node) -> Sequence[Any]:
+        """Return the shape of a node's tensor, symbolic or not."""
+        return self.compute(node).shape  # type: ignore[no-any-return]
+
+    def is_one(self, node: Node, axis: int) -> bool:
+        """Return whether an axis has the size 1 wherever the graph runs."""
+        return get_constant(self.shape_of(node)[axis]) == 1
+
+    def compute(self, node: Node) -> Any:
+        """Compute the fake tensor of a new node, where its shape matters.
+
+        Some operators specialise sizes when they run on fake tensors; torch.onnx traces a program
+        again, with more care.
+        """
+        if "val" not in node.meta:
+            given = torch.fx.node.map_arg((node.args, node.kwargs), self.compute)
+            with self._fake_mode, torch.no_grad():
+                node.meta["val"] = node.target(*given[0], **given[1])  # type: ignore[operator]
+        return node.meta["val"]
 
     def get_size(self, node: Node, axis: int) -> int | Node:
         """Return the size of an axis: a number, or a node where it is dynamic."""
-        constant = get_constant(shape_of(node)[axis])
+        constant = get_constant(self.shape_of(node)[axis])
         return self.emit(ATEN.sym_size.int, node, axis) if constant is None else constant
 
     def replace(self, node: Node, value: Node) -> None:
         """Let a node return the value of another one; its name stays, as a program's outputs do."""
         node.target = ATEN.alias.default
         node.args, node.kwargs = (value,), {}
-
-
-def shape_of(node: Node) -> Sequence[Any]:
-    """Return the shape of a node's tensor, symbolic or not."""
-    return node.meta["val"].shape  # type: ignore[no-any-return]
-
-
-def is_one(node: Node, axis: int) -> bool:
-    """Return whether an axis has the size 1 wherever the graph runs."""
-    return get_constant(shape_of(node)[axis]) == 1

@@ -1,0 +1,82 @@
+"""A traced program in the forms that torch.onnx translates rightly."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from rotary_export.compat.programs import bind_arguments, copy_program, get_fake_mode
+from rotary_export.models.trace.adapt.attention import ATTENTION, adapt_attention
+from rotary_export.models.trace.adapt.bools import adapt_bools, is_bool_call
+from rotary_export.models.trace.adapt.complex_pairs import pair_complex
+from rotary_export.models.trace.adapt.graph_edit import ATEN, GraphEditor
+
+_SUBTRACT_FROM = ATEN.rsub.Scalar
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def adapt_program(program: Any, opset: int) -> Any:
+    """Change what torch.onnx can't write, or writes as ONNX Runtime can't run it.
+
+    1. Complex numbers: see `complex_pairs.py`.
+    2. Attention: see `attention.py`.
+    3. A number minus an integer tensor: torch.onnx promotes the number, which is no tensor.
+    4. Numbers out of float32's range, such as the smallest float64 in a mask: torch.onnx writes
+       them as float32, so that they become infinite. The end of that range takes their place.
+    5. Operators on bools: see `bools.py`.
+
+    Args:
+        program: A `torch.export.ExportedProgram`; it is not changed.
+        opset: Of ai.onnx.
+
+    Returns:
+        The program, or a changed copy.
+    """
+    own, program = program, pair_complex(program)
+    if not any(map(_list_calls, program.graph_module.modules())):
+        return program
+    if program is own:
+        program = copy_program(program)
+    fake_mode = get_fake_mode(program)
+    for module in program.graph_module.modules():
+        for node in _list_calls(module):
+            edit = GraphEditor(module.graph, fake_mode)
+            if node.target == ATTENTION:
+                adapt_attention(node, edit, opset)
+            elif node.target == _SUBTRACT_FROM:
+                _convert_first(node, edit)
+            elif is_bool_call(node):
+                adapt_bools(node, edit)
+            else:
+                node.args = tuple(map(_limit_number, node.args))
+    return program
+
+
+def _list_calls(module: Any) -> list[Node]:
+    if not isinstance(module, torch.fx.GraphModule):
+        return []
+    return [
+        node
+        for node in module.graph.nodes
+        if node.target in (ATTENTION, _SUBTRACT_FROM)
+        or is_bool_call(node)
+        or any(_limit_number(value) is not value for value in node.args)
+    ]
+
+
+def _limit_number(value: Any) -> Any:
+    """Return the end of float32's range in place of a finite number out of it."""
+    out = type(value) is float and _LARGEST < abs(value) < math.inf
+    return math.copysign(_LARGEST, value) if out else value
+
+
+def _convert_first(node: Node, edit: GraphEditor) -> None:
+    """Convert the tensor of a call to the type of its result."""
+    edit.origin = node
+    values, _ = bind_arguments(node)
+    dtype = node.meta["val"].dtype
+    if edit.compute(values["self"]).dtype != dtype:
+        node.args = (edit.emit(ATEN.to.dtype, values["self"], dtype), *node.args[1:])

@@ -1,0 +1,90 @@
+"""Complex tables that a model moves before its rotary function, in every format."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rotary_export import export_model, load
+
+FREQUENCIES = 0.5 ** torch.arange(4)
+ANGLES = torch.arange(48)[:, None] * FREQUENCIES
+
+
+def apply_rotary_complex(x, turns):
+    """Turn x, (B, S, H), by complex numbers (S, H/2)."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2)
+
+
+class Model(nn.Module):
+    """A layer, and a rotation by what a function makes of a complex table."""
+
+    def __init__(self, move, persistent=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.project = nn.Linear(8, 8)
+        self.register_buffer("table", torch.polar(torch.ones_like(ANGLES), ANGLES), persistent)
+        self.move = move
+
+    def forward(self, x, position_ids):
+        return apply_rotary_complex(self.project(x), self.move(self.table, position_ids[0]))
+
+
+def make_inputs(batch, length):
+    ids = (torch.arange(length) + 2).expand(batch, -1).contiguous()
+    return {"x": torch.randn(batch, length, 8), "position_ids": ids}
+
+
+def axial(table, ids):
+    """Half of the channels by the row, half by the column, as image models do."""
+    first, second = table.split(2, dim=-1)
+    return torch.cat((first[ids // 4], second[ids % 4]), -1)
+
+
+MOVES = {
+    "index": lambda table, ids: table[ids],
+    "axial": axial,
+    "expanded": lambda table, ids: table[ids, None].expand(-1, 2, -1)[:, -1],
+    "rolled": lambda table, ids: table.roll(1, -1)[ids].roll(-1, -1),
+    "computed": lambda table, ids: torch.exp(1j * torch.outer(ids, FREQUENCIES)),
+    "scaled": lambda table, ids: (table[ids] * 2 / 4 + table[ids] / 2).conj().resolve_conj(),
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_a_moved_table(tmp_path, move):
+    model = Model(move).eval()
+    bundle = export_model(model, make_inputs(2, 6), tmp_path / "b")
+    assert bundle.manifest.graphs["model"].rotary_nodes == 1
+    other = make_inputs(3, 11)
+    with torch.no_grad():
+        want = model(**other)
+    sessions = [
+        load(bundle, "model"),
+        load(bundle, "model", use_op_library=False),
+        load(bundle, "model", runtime="torchscript"),
+        load(bundle, "model", runtime="program"),
+    ]
+    for session in sessions:
+        got = torch.as_tensor(session(**other)["output"])
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+class Counted(nn.Module):
+    """Gathers from a table by its own count: the table has an end."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.polar(torch.ones_like(ANGLES), ANGLES))
+
+    def forward(self, x):
+        return apply_rotary_complex(x, self.table[torch.arange(x.shape[1])])
+
+
+def test_tables_are_compared_up_to_their_end(tmp_path):
+    bundle = export_model(Counted(), {"x": torch.randn(2, 6, 8)}, tmp_path / "b", formats=["onnx"])
+    assert bundle.report.unverified["tables past position 47"] == "the model fails there"
+    far = {row.case for row in bundle.report.rows if row.case.startswith("positions up to")}
+    assert far == {"positions up to 47"}
