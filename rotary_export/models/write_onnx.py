@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from rotary_export.exporters.onnx_file import take_weights, write_model
 from rotary_export.fusion.fuse import replace_rotations
 from rotary_export.models.error_text import describe_error, explain_onnx_error
 from rotary_export.models.trace.adapt.adapt_program import adapt_program
+from rotary_export.models.trace.adapt.floor_division import translate_floor_division
 from rotary_export.op.onnx_function import add_functions
 from rotary_export.op.onnx_schema import register_schema
 from rotary_export.op.onnx_signature import FunctionSignature
@@ -117,7 +119,10 @@ def _translate(program: Any, opset: int) -> Any:
             (),
             dynamo=True,
             opset_version=opset,
-            custom_translation_table={op: translate_op},
+            custom_translation_table={
+                op: translate_op,
+                operator.floordiv: translate_floor_division,
+            },
             optimize=False,
             verbose=False,
         )

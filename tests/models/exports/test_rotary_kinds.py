@@ -208,9 +208,10 @@ class Windows(Attention):
         return apply_rot_embed(x, angles)
 
     def forward(self, x):
-        rows = x.shape[1]
-        x = nn.functional.pad(x, (0, 0, 0, -rows % 4)).unflatten(1, (-1, 4))
-        return super().forward(x.flatten(0, 1)).reshape(x.shape).flatten(1, 2)[:, :rows]
+        rows, count = x.shape[1], -(-x.shape[1] // 4)
+        x = nn.functional.pad(x, (0, 0, 0, 4 * count - rows))
+        windows = x.reshape(x.shape[0] * count, 4, WIDTH)
+        return super().forward(windows).reshape(x.shape[0], 4 * count, WIDTH)[:, :rows]
 
 
 class Video(nn.Module):

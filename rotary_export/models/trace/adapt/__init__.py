@@ -7,5 +7,6 @@
 - `pair_rules.py`: how each operator is computed from pairs.
 - `pair_moves.py`: those operators that move or choose elements.
 - `pair_editor.py`: computes with pairs.
+- `floor_division.py`: floor division of sizes that may be negative.
 - `graph_edit.py`: new nodes in the graph of a program.
 """
