@@ -62,7 +62,7 @@ def trace_program(
             program = torch.export.export(
                 module, tuple(tensors), dynamic_shapes=(shapes,), strict=False
             )
-            if any(_is_opaque(node) for node in program.graph.nodes):
+            if _is_opaque(program):
                 program = program.run_decompositions({})
     except (Exception, SystemExit) as error:  # what the model and torch's tracer raise
         raise RotaryExportError(
@@ -81,17 +81,24 @@ def trace_program(
     return program
 
 
-def _is_opaque(node: Any) -> bool:
-    """Return whether a node hides from which others a value is computed.
+def _is_opaque(program: Any) -> bool:
+    """Return whether a graph hides from which nodes the tables of a rotary node are computed.
 
-    1. It runs a graph of its own: under autocast, or with gradients.
-    2. It writes into a tensor, as where channels are assigned to slices. `detach_`, which torch
+    1. The rotary node is in a graph of its own, as under autocast. Tables may be computed in one.
+    2. A node writes into a tensor, as where channels are assigned to slices. `detach_`, which torch
        inserts for each constant, writes nothing.
+
+    Such a program is decomposed, which takes as long as the trace.
     """
-    name = getattr(node.target, "__name__", "").partition(".")[0]
-    if name in ("wrap_with_autocast", "wrap_with_set_grad_enabled"):
-        return True
-    return bool(name.endswith("_")) and name != "detach_"
+    op = torch.ops.rotary_export.rotary_embedding.default
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            if node.target == op and module is not program.graph_module:
+                return True
+            name = getattr(node.target, "__name__", "").partition(".")[0]
+            if name.endswith("_") and name != "detach_":
+                return True
+    return False
 
 
 def _allow_small_sizes(
