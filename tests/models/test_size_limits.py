@@ -107,8 +107,9 @@ def test_a_branch_that_excludes_the_example_is_traced_at_the_example():
     sizes, message = find_branch(lambda s: s <= 8, 16, 7)
     assert sizes == {"seq_len": 16}
     assert message == (
-        "the model takes another branch where not it, line 3: that limits seq_len to 8, and the "
-        "example has 16; give seq_len a fixed size with dynamic_shapes, or change the model there"
+        "the model takes the traced branch only where it, line 3: that limits seq_len to 8, and "
+        "the example has 16; give seq_len a fixed size with dynamic_shapes, or change the model "
+        "there"
     )
 
 

@@ -160,20 +160,26 @@ class HunyuanVideo(Case):
 
 
 class Mochi(Case):
-    """Learned frequencies, which differ from head to head."""
+    """Learned frequencies, which differ from head to head; a loop over the batch fixes it."""
 
     name = "Mochi"
     library = "diffusers"
-    sizes = SIZES
-    dims = MASKED
+    sizes = ((2, 3, 5), (2, 5, 4), (2, 7, 9))
+    dims = {
+        "hidden_states": {2: "frames"},
+        "encoder_hidden_states": {1: "text"},
+        "encoder_attention_mask": {1: "text"},
+    }
 
     def build(self) -> nn.Module:
         from diffusers import MochiTransformer3DModel
 
-        return MochiTransformer3DModel(
+        model = MochiTransformer3DModel(
             pooled_projection_dim=16, text_embed_dim=24, time_embed_dim=8, max_sequence_length=16,
             **CHANNELS, **HEADS,
         )  # fmt: skip
+        nn.init.normal_(model.pos_frequencies)  # they are learned, from zero on
+        return model
 
     def inputs(self, batch: int, frames: int, text: int) -> dict[str, Any]:
         return make_masked_video(batch, frames, text)
