@@ -8,5 +8,6 @@ __all__ = ["DispatchMode", "is_in_place"]
 
 
 def is_in_place(function: Any) -> bool:
-    """Whether an operator changes one of its arguments."""
-    return bool(function._schema.is_mutable)
+    """Whether something is an operator that changes one of its arguments."""
+    schema = getattr(function, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rotary_export.bundle.dims import compute_dim, list_names
 from rotary_export.bundle.manifest import TensorInfo
+from rotary_export.compat.dispatch import is_in_place
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.compat.sizes import (
     Environment,
@@ -95,8 +96,7 @@ def _is_opaque(program: Any) -> bool:
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             if node.target == op and module is not program.graph_module:
                 return True
-            name = getattr(node.target, "__name__", "").partition(".")[0]
-            if name.endswith("_") and name != "detach_":
+            if is_in_place(node.target) and node.target != torch.ops.aten.detach_.default:
                 return True
     return False
 
