@@ -258,7 +258,7 @@ def _sort(model: onnx.ModelProto) -> onnx.ModelProto:
 def export_plain(case: Case, model: nn.Module, file: Path) -> None:
     """Export a model as anyone calls torch.onnx, with the sizes of a case open."""
     inputs = case.make_inputs(0)
-    named = name_dims(read_arguments(inputs)[1], case.dims)
+    named = name_dims(read_arguments(inputs)[1], case.dims).dims
     size = torch.export.Dim.DYNAMIC
     shapes = {
         name: {axis: size for axis, dim in enumerate(dims) if isinstance(dim, str)}
