@@ -209,3 +209,45 @@ def test_no_call_that_can_be_replaced_is_an_error():
 
 def rotate_wrongly(q, k, cos, sin):
     return styles.rope_half(q, q, cos, sin)[0] * (torch.arange(H) % 3 > 0), k
+
+
+def rotate_along(q, k, cos, sin, dim=1, length=0):
+    """The heads are dimension `dim`; `length` is a size."""
+    half, cos, sin = H // 2, cos.unsqueeze(dim), sin.unsqueeze(dim)
+    turned = [torch.cat((-x[..., half:], x[..., :half]), -1) for x in (q, k)]
+    return q * cos + turned[0] * sin, k * cos + turned[1] * sin
+
+
+class BothLayouts(nn.Module):
+    """One function for (B, N, S, H) and for (B, S, N, H), told apart by an integer."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = RotaryTables()
+
+    def forward(self, q, k):
+        cos, sin = self.tables(q)
+        length = q.shape[-2]
+        q, k = rotate_along(q, k, cos, sin, length=length)
+        q, k = (x.transpose(1, 2) for x in (q, k))
+        return rotate_along(q, k, cos, sin, dim=2, length=length)
+
+
+def test_an_integer_that_names_a_dimension_tells_calls_apart():
+    model = BothLayouts()
+    found = find_replacement(model, lambda: model(Q, K))
+    assert (found.calls, found.fused) == (2, 2)
+    assert sorted(finding.rotation[-4:] for finding in found.findings) == ["BNSH", "BSNH"]
+    with replace_calls(found):
+        got = model(Q, K)
+    for ours, theirs in zip(got, model(Q, K), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_an_integer_that_is_a_size_may_differ():
+    model = Model(lambda q, k, cos, sin: rotate_along(q, k, cos, sin, length=q.shape[-2]))
+    found = find_replacement(model, lambda: model(Q, K))
+    assert (found.calls, found.fused) == (2, 2)
+    with replace_calls(found) as counts:
+        model(rand(B, N, S + 4, H), rand(B, 1, S + 4, H))
+    assert sum(counts.values()) == 2

@@ -43,7 +43,10 @@ class RecordedCall:
 
 
 def make_signature(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    """Describe flattened arguments, without the sizes that may vary."""
+    """Describe flattened arguments, without the sizes that may vary.
+
+    An integer may be a size, or name a dimension; see `generalize`.
+    """
 
     def describe(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -54,11 +57,18 @@ def make_signature(leaves: Sequence[Any]) -> tuple[Any, ...]:
             return "tensor", leaf.dim(), width if type(width) is int else None
         if leaf is None or isinstance(leaf, (bool, str)):
             return leaf
-        if isinstance(leaf, torch.SymInt):  # as a size is while torch.export traces
-            return "int"
+        if isinstance(leaf, (int, torch.SymInt)):  # a symbol is a size
+            return "int", leaf if type(leaf) is int else None
         return type(leaf).__name__
 
     return tuple(describe(leaf) for leaf in leaves)
+
+
+def generalize(signature: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what signatures have in common that differ in integers alone."""
+    return tuple(
+        "int" if isinstance(part, tuple) and part[0] == "int" else part for part in signature
+    )
 
 
 def record_calls(run: Callable[[], Any], candidates: Sequence[Candidate]) -> list[RecordedCall]:

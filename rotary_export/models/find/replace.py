@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rotary_export.compat import pytree
 from rotary_export.errors import CheckFailedError
-from rotary_export.models.find.calls import RecordedCall, flatten_arguments, make_signature
+from rotary_export.models.find.calls import RecordedCall, flatten_arguments
 from rotary_export.models.find.candidates import Candidate
 from rotary_export.models.find.lowering import (
     CallTables,
@@ -83,10 +83,10 @@ def replace_calls(
     def make_wrapper(candidate: Candidate) -> Wrapper:
         def wrapper(own: OwnFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             leaves, tree = flatten_arguments(own, args, kwargs)
-            key = (candidate, make_signature(leaves))
-            lowering = None if is_off else found.lowerings.get(key)
-            if lowering is None:
+            key = None if is_off else found.find(candidate, leaves)
+            if key is None:
                 return own.run(*args, **kwargs)
+            lowering = found.lowerings[key]
             sources = [slot.source for slot in lowering.slots]
             memo_key = (candidate, own.identify(), *_identify_tables(leaves, sources, lowering))
             if memo_key not in memo:

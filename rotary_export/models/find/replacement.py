@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from rotary_export.compat import pytree
-from rotary_export.models.find.calls import RecordedCall, record_calls
+from rotary_export.models.find.calls import (
+    RecordedCall,
+    generalize,
+    make_signature,
+    record_calls,
+)
 from rotary_export.models.find.candidates import Candidate, find_candidates
 from rotary_export.models.find.lowering import Lowering
 from rotary_export.models.find.names import is_rotary_name
@@ -56,6 +61,20 @@ class Replacement:
     recorded_calls: dict[Key, RecordedCall] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     table_modules: list[nn.Module] = field(default_factory=list)
+
+    def find(self, candidate: Candidate, leaves: Sequence[Any]) -> Key | None:
+        """Return the key of a call, flattened; None: it stays.
+
+        A call with another integer than those that were recorded is taken for a call with another
+        size, unless the integer decides how calls map onto the op.
+        """
+        signature = make_signature(leaves)
+        if (candidate, signature) in self.lowerings:
+            return candidate, signature
+        general = generalize(signature)
+        keys = [k for k in self.lowerings if k[0] is candidate and generalize(k[1]) == general]
+        same = len({self.lowerings[key] for key in keys}) == 1
+        return keys[0] if same else None
 
     @property
     def calls(self) -> int:
