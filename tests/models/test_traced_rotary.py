@@ -9,7 +9,7 @@ from torch import nn
 
 import rotary_export
 from rotary_export.models.prove import prove as module
-from rotary_export.models.trace.traced_rotary import TracedRotary, _find_tables
+from rotary_export.models.trace.traced_rotary import TracedRotary, find_tables
 from rotary_export.op.torch_op import rotary_embedding
 from rotary_export.proof.models.far_tables import compare_far_tables, plan_far
 from rotary_export.proof.models.input_values import InputValues
@@ -83,8 +83,8 @@ def test_a_scale_is_read_from_its_own_argument():
     x, cos, sin, ids, scale = (graph.placeholder(name) for name in ("x", "cos", "sin", "i", "s"))
     node = graph.call_function(torch.mul, (x, cos, sin, ids, None, scale))
     found = {"cos_cache": cos, "sin_cache": sin, "scale_cache": scale}
-    assert _find_tables(node) == found
-    assert _find_tables(graph.call_function(torch.mul, (x, cos, sin, ids))) == {
+    assert find_tables(node) == found
+    assert find_tables(graph.call_function(torch.mul, (x, cos, sin, ids))) == {
         name: found[name] for name in ("cos_cache", "sin_cache")
     }
 

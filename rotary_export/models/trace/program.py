@@ -25,6 +25,7 @@ from rotary_export.compat.sizes import (
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.error_text import explain_trace_error, is_library
 from rotary_export.models.trace.guards import format_location
+from rotary_export.models.trace.traced_rotary import find_tables, list_ancestors
 
 
 def trace_program(
@@ -86,19 +87,33 @@ def _is_opaque(program: Any) -> bool:
     """Return whether a graph hides from which nodes the tables of a rotary node are computed.
 
     1. The rotary node is in a graph of its own, as under autocast. Tables may be computed in one.
-    2. A node writes into a tensor, as where channels are assigned to slices. `detach_`, which torch
-       inserts for each constant, writes nothing.
+    2. A node writes into a tensor that tables are computed from, as where channels are assigned to
+       slices. `detach_`, which torch inserts for each constant, writes nothing.
 
     Such a program is decomposed, which takes as long as the trace.
     """
     op = torch.ops.rotary_export.rotary_embedding.default
-    for module in program.graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            if node.target == op and module is not program.graph_module:
-                return True
-            if is_in_place(node.target) and node.target != torch.ops.aten.detach_.default:
-                return True
-    return False
+    inner = [m for m in program.graph_module.modules() if m is not program.graph_module]
+    graphs = [module.graph for module in inner if isinstance(module, torch.fx.GraphModule)]
+    if any(node.target == op for graph in graphs for node in graph.nodes):
+        return True
+    nodes = list(program.graph.nodes)
+    tables = [table for node in nodes if node.target == op for table in find_tables(node).values()]
+    needed = set(list_ancestors(program.graph, tables))
+    return any(
+        is_in_place(node.target)
+        and node.target != torch.ops.aten.detach_.default
+        and not needed.isdisjoint(_list_bases(node.args[0]))
+        for node in nodes
+    )
+
+
+def _list_bases(node: Any) -> list[Any]:
+    """Return a node, and those that it is a view of."""
+    bases = [node]
+    while getattr(bases[-1].target, "is_view", False):
+        bases.append(bases[-1].args[0])
+    return bases
 
 
 def _allow_small_sizes(

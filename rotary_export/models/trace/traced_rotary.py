@@ -33,9 +33,9 @@ class TracedRotary:
         self._program = program
         self._rotary = [node for node in program.graph.nodes if node.target == op]
         self.has_nodes = bool(self._rotary)
-        self._tables = [_find_tables(node) for node in self._rotary]
+        self._tables = [find_tables(node) for node in self._rotary]
         wanted = [node for tables in self._tables for node in tables.values()]
-        self._nodes = _list_ancestors(program.graph, wanted)
+        self._nodes = list_ancestors(program.graph, wanted)
         self._names = dict(zip(program.graph_signature.user_inputs, names, strict=True))
         self.inputs = {self._names[n.name] for n in self._nodes if n.name in self._names}
 
@@ -54,7 +54,7 @@ class TracedRotary:
         Args:
             tensors: By name of the input; all of them.
         """
-        values = self._run(_list_ancestors(self._program.graph, self._rotary), tensors)
+        values = self._run(list_ancestors(self._program.graph, self._rotary), tensors)
         calls = []
         for node in self._rotary:
             key = node.kwargs.get("key", node.args[4] if len(node.args) > 4 else None)
@@ -94,14 +94,14 @@ class TracedRotary:
         return None
 
 
-def _find_tables(node: Node) -> dict[str, Node]:
+def find_tables(node: Node) -> dict[str, Node]:
     """Return the tables of a rotary node, by name."""
     given = dict(enumerate(node.args))
     found = {name: node.kwargs.get(name, given.get(at)) for name, at in TABLES.items()}
     return {name: value for name, value in found.items() if isinstance(value, Node)}
 
 
-def _list_ancestors(graph: Graph, wanted: Iterable[Node]) -> list[Node]:
+def list_ancestors(graph: Graph, wanted: Iterable[Node]) -> list[Node]:
     """Return the nodes that some nodes depend on, and these, in order."""
     needed: set[Node] = set()
     waiting = list(wanted)
@@ -144,7 +144,7 @@ def _list_turns(module: GraphModule, nodes: Iterable[Node]) -> Iterator[Node]:
 
 def _find_half(turn: Node) -> torch.dtype | None:
     """Return the half type in which the angles of a cosine are computed, if there is one."""
-    nodes = _list_ancestors(turn.graph, turn.all_input_nodes)
+    nodes = list_ancestors(turn.graph, turn.all_input_nodes)
     moving: set[Node] = set()  # not a constant
     for node in nodes:
         computed = node.op not in ("placeholder", "get_attr")
