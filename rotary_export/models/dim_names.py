@@ -178,7 +178,8 @@ def _read_size(where: str, given: Any, default: str, named: NamedDims) -> str | 
         return None
     text = (dim.text or default) if dim is not None else ""
     names = list_names([text])
-    if dim is None or not names or not all(name.isidentifier() for name in names):
+    is_size = all(factor > 0 for factor, name in read_terms(text) if name)
+    if dim is None or not names or not is_size or not all(map(str.isidentifier, names)):
         raise RotaryExportError(
             f"{where} must be a name, a sum 'a + b' or a multiple '8 * a' of names, a "
             f"torch.export.Dim or a dict of {', '.join(_KEYS)}, got {given!r}"
@@ -197,7 +198,6 @@ def _read_limits(where: str, given: Mapping[Any, Any], default: str, named: Name
         raise RotaryExportError(
             f"{where} must be a dict of {', '.join(_KEYS)}: a name and numbers >= 1, got {given!r}"
         )
-    low, high = given.get("min"), given.get("max")
     low, high = given.get("min"), given.get("max")
     named.limit(
         _divide(name, multiple),

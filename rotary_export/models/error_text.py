@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sysconfig
 import traceback
@@ -111,6 +112,7 @@ def is_own(file: str) -> bool:
     return file.startswith(_PACKAGE)
 
 
+@functools.cache  # torch asks for each frame of each condition on sizes
 def is_library(file: str) -> bool:
     """Return whether a line of a file is of no use to the author of a model."""
     if file.startswith("<") or is_own(file):

@@ -149,9 +149,8 @@ def prove(
                     analysis.flat.model, reference.run, analysis.found, traced, names, found.case
                 )
                 failure = f"{failure}; {where}"
-        if constraints.tighten(
-            analysis.example_sizes
-        ):  # as when the largest few of many are taken, with ties
+        # As when the largest few of many are taken, with ties.
+        if constraints.tighten(analysis.example_sizes):
             progress("limit the sizes: past them the graph differs from the model")
             continue
         if constraints.conditions:
