@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-EXPORTERS = ("torch.onnx", "onnxscript", "onnx_ir")
+EXPORTERS = ("torch.onnx", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
 LOADERS = ("torch._export.serde.serialize",)
 
 

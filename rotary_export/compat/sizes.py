@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as experimental_config
 from torch.fx.experimental import symbolic_shapes
 from torch.utils._sympy.functions import Max, Min
 from torch.utils._sympy.printers import PythonPrinter
@@ -140,3 +141,10 @@ def compile_condition(expression: Any, symbols: Sequence[sympy.Symbol]) -> Calla
             return False
 
     return holds
+
+
+def allow_sizes_of_one() -> AbstractContextManager[Any]:
+    """Let operators on fake tensors take a size for dynamic where it may be 0 or 1, too."""
+    config: Any = experimental_config
+    patched: AbstractContextManager[Any] = config.patch(backed_size_oblivious=True)
+    return patched

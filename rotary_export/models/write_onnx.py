@@ -13,6 +13,7 @@ import torch
 from onnxscript import ir, optimizer
 
 from rotary_export.bundle.manifest import GraphInfo
+from rotary_export.compat.onnx_decompositions import decompose_if_needed
 from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
@@ -113,7 +114,7 @@ def _translate(program: Any, opset: int) -> Any:
     """Translate a program by torch.onnx."""
     op = torch.ops.rotary_export.rotary_embedding.default
     # Without gradients: the op has none for tables, which learned frequencies require.
-    with quiet_torch(), reuse_translations(), torch.no_grad():
+    with quiet_torch(), reuse_translations(), decompose_if_needed(), torch.no_grad():
         return torch.onnx.export(
             adapt_program(program, opset),
             (),

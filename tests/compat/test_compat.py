@@ -15,6 +15,7 @@ from rotary_export.compat import x_transformers as x_transformers_names
 from rotary_export.compat.dispatch import DispatchMode, is_in_place
 from rotary_export.compat.einx import broadcast_with_symbols
 from rotary_export.compat.export_dims import GivenDim, read_dim
+from rotary_export.compat.onnx_decompositions import decompose_if_needed
 from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_loaders, quiet_torch
 
@@ -62,6 +63,33 @@ def test_translations_are_read_once_and_custom_ones_stay_in_their_registry():
     assert (second.opset_version, other.opset_version) == (20, 18)
     expected = ONNXRegistry.from_torchlib(opset_version=20)
     assert second.functions.keys() == expected.functions.keys()
+
+
+@pytest.mark.parametrize(
+    ("function", "needed"),
+    [
+        (lambda x: x.cos() + 1, False),
+        (lambda x: x.add_(1), True),
+        (lambda x: x.movedim(0, 1), True),
+        (lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)), True),
+    ],
+    ids=["translated", "in place", "composite", "two graphs"],
+)
+def test_torch_decomposes_what_it_can_not_translate(function, needed):
+    from torch.onnx._internal.exporter import _fx_passes
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    class Call(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    program = torch.export.export(Call(), (torch.ones(2, 3),))
+    own = _fx_passes.decompose_with_registry
+    with quiet_torch(), decompose_if_needed(), reuse_translations():
+        registry = ONNXRegistry.from_torchlib(opset_version=20)
+        decomposed = _fx_passes.decompose_with_registry(program, registry)
+    assert (decomposed is not program) == needed
+    assert _fx_passes.decompose_with_registry is own
 
 
 def test_operators_in_place():

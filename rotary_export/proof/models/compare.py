@@ -34,6 +34,7 @@ from rotary_export.runtime.ways import REFERENCE, Way, list_ways
 from rotary_export.types import Array, Progress
 
 GRAPH = "model"
+LARGE = 2**26  # bytes of a bundle above which two open sessions would be felt
 Results = list[dict[str, Array]]  # per case, by output
 
 
@@ -155,7 +156,8 @@ def compare_model(
             if REFERENCE.name not in [row.runtime for row in report.rows]:
                 ways.insert(0, REFERENCE)
             continue
-        gc.collect()  # a session is gone before the next one, cycles of torch.export included
+        if _count_bytes(path) > LARGE:
+            gc.collect()  # a session is gone before the next one, cycles of torch.export included
         measured[:] = [
             each if each.eager is not None else replace(each, eager=ours)
             for each, ours in zip(measured, results, strict=True)
@@ -170,6 +172,10 @@ def compare_model(
         report.unverified |= _list_ill_conditioned(measured)
         report.rows += rows
     return report
+
+
+def _count_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
 
 
 def _find_failed(rows: Sequence[Row]) -> str:

@@ -3,6 +3,7 @@
 - `adapt_program.py`: START HERE: what is changed.
 - `attention.py`: attention that torch broadcasts in more ways than ONNX.
 - `bools.py`: operators on bools, as logic or as numbers.
+- `composites.py`: composite operators, without a decomposition of the whole program.
 - `complex_pairs.py`: complex numbers as pairs of real ones; ONNX has no others.
 - `pair_rules.py`: how each operator is computed from pairs.
 - `pair_moves.py`: those operators that move or choose elements.

@@ -6,12 +6,13 @@ import math
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from rotary_export.compat.programs import bind_arguments, copy_program, get_fake_mode
 from rotary_export.models.trace.adapt.attention import ATTENTION, adapt_attention
 from rotary_export.models.trace.adapt.bools import adapt_bools, is_bool_call
 from rotary_export.models.trace.adapt.complex_pairs import pair_complex
+from rotary_export.models.trace.adapt.composites import replace_composites
 from rotary_export.models.trace.adapt.graph_edit import ATEN, GraphEditor
 
 _SUBTRACT_FROM = ATEN.rsub.Scalar
@@ -27,23 +28,24 @@ def adapt_program(program: Any, opset: int) -> Any:
     4. Numbers out of float32's range, such as the smallest float64 in a mask: torch.onnx writes
        them as float32, so that they become infinite. The end of that range takes their place.
     5. Operators on bools: see `bools.py`.
+    6. Composite operators: see `composites.py`.
 
     Args:
         program: A `torch.export.ExportedProgram`; it is not changed.
         opset: Of ai.onnx.
 
     Returns:
-        The program, or a changed copy.
+        A changed copy.
     """
     own, program = program, pair_complex(program)
-    if not any(map(_list_calls, program.graph_module.modules())):
-        return program
     if program is own:
         program = copy_program(program)
     fake_mode = get_fake_mode(program)
     for module in program.graph_module.modules():
-        for node in _list_calls(module):
-            edit = GraphEditor(module.graph, fake_mode)
+        if not isinstance(module, torch.fx.GraphModule):
+            continue
+        edit = GraphEditor(module.graph, fake_mode)
+        for node in _list_calls(module.graph):
             if node.target == ATTENTION:
                 adapt_attention(node, edit, opset)
             elif node.target == _SUBTRACT_FROM:
@@ -52,15 +54,14 @@ def adapt_program(program: Any, opset: int) -> Any:
                 adapt_bools(node, edit)
             else:
                 node.args = tuple(map(_limit_number, node.args))
+        replace_composites(module.graph, edit)
     return program
 
 
-def _list_calls(module: Any) -> list[Node]:
-    if not isinstance(module, torch.fx.GraphModule):
-        return []
+def _list_calls(graph: Graph) -> list[Node]:
     return [
         node
-        for node in module.graph.nodes
+        for node in graph.nodes
         if node.target in (ATTENTION, _SUBTRACT_FROM)
         or is_bool_call(node)
         or any(_limit_number(value) is not value for value in node.args)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from rotary_export.compat.sizes import get_constant
+from rotary_export.compat.sizes import allow_sizes_of_one, get_constant
 
 ATEN = torch.ops.aten
 _KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack")  # an error names the model's line
@@ -47,14 +47,10 @@ class GraphEditor:
         return get_constant(self.shape_of(node)[axis]) == 1
 
     def compute(self, node: Node) -> Any:
-        """Compute the fake tensor of a new node, where its shape matters.
-
-        Some operators specialise sizes when they run on fake tensors; torch.onnx traces a program
-        again, with more care.
-        """
+        """Compute the fake tensor of a new node."""
         if "val" not in node.meta:
             given = torch.fx.node.map_arg((node.args, node.kwargs), self.compute)
-            with self._fake_mode, torch.no_grad():
+            with self._fake_mode, torch.no_grad(), allow_sizes_of_one():
                 node.meta["val"] = node.target(*given[0], **given[1])  # type: ignore[operator]
         return node.meta["val"]
 
