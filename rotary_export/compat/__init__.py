@@ -2,6 +2,7 @@
 
 quiet.py              loggers and warnings of torch and its exporters
 onnx_translations.py  the registry of torch.onnx's translations
+onnx_rewriter.py      the pattern matcher of onnxscript's rewriter
 onnx_decompositions.py  the decomposition of a program by torch.onnx
 dispatch.py           torch.utils._python_dispatch: what sees every operator, and its schema
 pytree.py             torch.utils._pytree: nested arguments as flat lists

@@ -10,6 +10,7 @@ import onnxscript
 import torch
 from onnxscript import ir, optimizer
 
+from rotary_export.compat.onnx_rewriter import match_by_operator
 from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
@@ -67,7 +68,7 @@ def export_onnx(
         The signatures of its rotary nodes, one per function body.
     """
     register_schema()
-    with quiet_torch(), reuse_translations():
+    with quiet_torch(), reuse_translations(), match_by_operator():
         program: Any = torch.onnx.export(
             graph.module,
             example,

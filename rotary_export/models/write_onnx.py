@@ -14,6 +14,7 @@ from onnxscript import ir, optimizer
 
 from rotary_export.bundle.manifest import GraphInfo
 from rotary_export.compat.onnx_decompositions import decompose_if_needed
+from rotary_export.compat.onnx_rewriter import match_by_operator
 from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
@@ -85,7 +86,7 @@ def write_onnx(
             f"{_find_way_out(program, opset)}"
         ) from error
     model = exported.model
-    with quiet_torch():
+    with quiet_torch(), match_by_operator():
         optimizer.optimize_ir(model, output_size_limit=_FOLD_LIMIT)
     _rename(model, info, symbols)
     strip_metadata(model)

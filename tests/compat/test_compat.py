@@ -16,6 +16,7 @@ from rotary_export.compat.dispatch import DispatchMode, is_in_place
 from rotary_export.compat.einx import broadcast_with_symbols
 from rotary_export.compat.export_dims import GivenDim, read_dim
 from rotary_export.compat.onnx_decompositions import decompose_if_needed
+from rotary_export.compat.onnx_rewriter import match_by_operator
 from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_loaders, quiet_torch
 
@@ -90,6 +91,39 @@ def test_torch_decomposes_what_it_can_not_translate(function, needed):
         decomposed = _fx_passes.decompose_with_registry(program, registry)
     assert (decomposed is not program) == needed
     assert _fx_passes.decompose_with_registry is own
+
+
+def test_patterns_of_several_results_are_tried_at_their_operator_alone(monkeypatch):
+    from onnxscript import ir, rewriter
+    from onnxscript.rewriter._matcher import SimplePatternMatcher
+
+    tried = []
+    own, multi_match = SimplePatternMatcher.match, SimplePatternMatcher._multi_match
+
+    def count(self, nodes, check_removable):
+        nodes = list(nodes)
+        tried.append(nodes[0].op_type)
+        return multi_match(self, nodes, check_removable)
+
+    def turn(op, x):
+        return op.Cos(x), op.Sin(x)
+
+    def turn_at_once(op, x):
+        return op.Turn(x, _domain="test", _outputs=2)
+
+    monkeypatch.setattr(SimplePatternMatcher, "_multi_match", count)
+    text = """<ir_version: 10, opset_import: ["": 18]> turn (float[2] x) => (float[2] y, float[2] z) {
+        a = Neg(x)
+        z = Sin(a)
+        b = Cos(a)
+        y = Neg(b)
+    }"""
+    model = ir.from_onnx_text(text)
+    with match_by_operator():
+        rewriter.rewrite(model, [rewriter.pattern.RewriteRule(turn, turn_at_once)])
+    assert [node.op_type for node in model.graph] == ["Neg", "Turn", "Neg"]
+    assert set(tried) == {"Cos"}
+    assert SimplePatternMatcher.match is own
 
 
 def test_operators_in_place():

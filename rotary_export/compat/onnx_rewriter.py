@@ -1,0 +1,38 @@
+"""The pattern matcher of onnxscript's rewriter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def match_by_operator() -> Iterator[None]:
+    """Let onnxscript try a pattern of several results only at nodes of its first operator.
+
+    It tries them at every node, each time with a list of all nodes of the graph: of a model of 24
+    layers that takes longer than the rest of the export. Nothing else matches.
+    """
+    try:
+        from onnxscript.rewriter._basics import MatchResult
+        from onnxscript.rewriter._matcher import SimplePatternMatcher
+
+        matcher: Any = SimplePatternMatcher
+        match = matcher.match
+    except (ImportError, AttributeError):  # a newer onnxscript: slower, not broken
+        yield
+        return
+
+    def match_if_operator(self: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
+        if not self.pattern.has_single_output_node:
+            first = self.pattern.output_nodes[0].op_identifier()
+            if first is not None and first != node.op_identifier():
+                return MatchResult().fail("Another operator.")
+        return match(self, model, graph, node, **options)
+
+    matcher.match = match_if_operator
+    try:
+        yield
+    finally:
+        matcher.match = match
