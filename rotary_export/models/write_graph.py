@@ -180,12 +180,9 @@ def _trace(
     analysis: Analysis, snapshot: Snapshot, files: dict[str, str]
 ) -> tuple[GraphInfo, SizeConstraints, Any, dict[str, str]]:
     """Trace a model; return its graph, the sizes it holds for, the program and its symbols."""
-    tensors = analysis.traced.tensors
     with patch_for_tracing(analysis.flat.model), torch.no_grad():
-        results = analysis.flat.run_named(tensors)
-    snapshot.restore_state()  # tables that it keeps and lets grow would end at this length
-    with patch_for_tracing(analysis.flat.model), replace_calls(analysis.found):
-        program = trace_program(analysis.flat, tensors, analysis.inputs, analysis.named.min_size)
+        results = analysis.flat.run_named(analysis.traced.tensors)
+    program = trace_analyzed(analysis, snapshot)
     constraints = find_size_constraints(
         read_conditions(program, get_inputs(program), analysis.inputs),
         analysis.max_run_size,
@@ -214,6 +211,24 @@ def _trace(
         min_size=analysis.named.min_size,
     )
     return graph, constraints, program, symbols
+
+
+def trace_analyzed(analysis: Analysis, snapshot: Snapshot) -> Any:
+    """Trace a model with its rotary calls replaced.
+
+    Args:
+        analysis: The model.
+        snapshot: Of the model, restored before: tables that it keeps and lets grow would end at
+            the length of an earlier run.
+
+    Raises:
+        RotaryExportError: As `trace_program`.
+    """
+    snapshot.restore_state()
+    with patch_for_tracing(analysis.flat.model), replace_calls(analysis.found):
+        return trace_program(
+            analysis.flat, analysis.traced.tensors, analysis.inputs, analysis.named.min_size
+        )
 
 
 def _write_program(program: Any, path: Path) -> None:

@@ -23,7 +23,7 @@ from rotary_export.models.trace.traced_rotary import TracedRotary
 from rotary_export.proof.models.cases import Case, CaseSpec, Run
 from rotary_export.proof.models.compare import GRAPH, compare_model
 from rotary_export.proof.models.far_tables import compare_far_tables
-from rotary_export.proof.models.plan import list_unreached, plan_cases
+from rotary_export.proof.models.plan import Plan, list_unreached, plan_cases
 from rotary_export.proof.models.reference import Measured, Reference
 from rotary_export.proof.report import Report, describe_failure
 from rotary_export.types import Progress
@@ -34,7 +34,6 @@ FLOAT32_TABLES = (
     "(float32_tables), not as its own type has them"
 )
 INLINE = "no function of the model applies the rotary embedding: its tables are not known"
-FAR_TABLES = "tables at far positions were compared by the export alone"
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,8 @@ def prove(
             run = [each.case for each in measured]
             report.add(tables.compare(traced, names, run), {})
             if not options.quick and options.case is None:
-                _add_far_tables(analysis, constraints, traced, folder, manifest, report, progress)
+                plan = analysis.plan(constraints)
+                add_far_tables(plan, traced, folder, manifest, report, progress)
         except CheckFailedError as error:
             failure = str(error)
         else:
@@ -180,16 +180,24 @@ def choose_cases(cases: Sequence[Case | CaseSpec], name: str | None) -> Sequence
     return chosen
 
 
-def _add_far_tables(
-    analysis: Analysis,
-    constraints: SizeConstraints,
+def add_far_tables(
+    plan: Plan,
     traced: TracedRotary,
     folder: Path,
     manifest: Manifest,
     report: Report,
     progress: Progress,
 ) -> None:
-    """Add the rows of the tables that the ONNX file computes, where there is one."""
+    """Add the rows of the tables that the ONNX file computes, where there is one.
+
+    Args:
+        plan: What the cases depend on.
+        traced: Computes the model's own tables.
+        folder: The bundle's.
+        manifest: Of the bundle.
+        report: Receives the rows, and what was left out.
+        progress: Called with the current step.
+    """
     info = manifest.graphs[GRAPH]
     if "onnx" not in info.files or not info.rotary_nodes:
         return
@@ -203,7 +211,7 @@ def _add_far_tables(
         manifest.minimum_onnxruntime,
         traced.inputs,
         traced.compute_tables,
-        analysis.plan(constraints),
+        plan,
     )
     report.add(rows, left_out)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rotary_export.bundle.manifest import Manifest, check_files, read_manifest
 from rotary_export.errors import RotaryExportError
+from rotary_export.models.analyze import analyze_model
 from rotary_export.models.arguments import (
     FlatModel,
     check_arguments,
@@ -22,13 +23,15 @@ from rotary_export.models.arguments import (
 from rotary_export.models.convert import convert_model
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.prove.prove import (
-    FAR_TABLES,
     FLOAT32_TABLES,
     QUICK,
+    add_far_tables,
     choose_cases,
     make_run,
 )
-from rotary_export.models.trace.snapshot import take_snapshot
+from rotary_export.models.trace.snapshot import Snapshot, take_snapshot
+from rotary_export.models.trace.traced_rotary import TracedRotary
+from rotary_export.models.write_graph import trace_analyzed
 from rotary_export.proof.models.cases import EXAMPLE, Case
 from rotary_export.proof.models.compare import GRAPH, compare_model, read_sources
 from rotary_export.proof.models.frequencies import compare_frequencies
@@ -92,11 +95,48 @@ def verify_model(
         measured = reference.measure(cases, progress)
         again = reference.measure_again
         report = compare_model(path, manifest, measured, progress, again)
+        if not quick and case is None and "onnx" in manifest.graphs[GRAPH].files:
+            _compare_tables(manifest, model, example_inputs, path, plan, snapshot, report, progress)
     report.unverified |= reference.left_out
     report.add(*compare_frequencies(model))
     report.notes += [FLOAT32_TABLES] if flat.float32_tables else []
-    report.notes += [QUICK if quick else FAR_TABLES]
+    report.notes += [QUICK] if quick else []
     return report
+
+
+def _compare_tables(
+    manifest: Manifest,
+    model: nn.Module,
+    example_inputs: Mapping[str, Any],
+    path: Path,
+    plan: Plan,
+    snapshot: Snapshot,
+    report: Report,
+    progress: Progress,
+) -> None:
+    """Trace the model again, and add the tables of the ONNX file at far positions."""
+    shapes = {
+        info.name: {axis: dim for axis, dim in enumerate(info.shape) if isinstance(dim, str)}
+        for info in manifest.graphs[GRAPH].inputs
+    }
+    try:
+        analysis = analyze_model(
+            model,
+            example_inputs,
+            {name: dims for name, dims in shapes.items() if dims},
+            snapshot,
+            progress,
+            bool(manifest.config.get("float32_tables")),
+            plan.traced,
+        )
+        progress("trace")
+        traced = TracedRotary(trace_analyzed(analysis, snapshot), [*shapes])
+    except RotaryExportError as error:
+        report.unverified["tables at far positions"] = str(error)
+        return
+    finally:
+        snapshot.restore_state()
+    add_far_tables(plan, traced, path, manifest, report, progress)
 
 
 def _read_plan(manifest: Manifest, seed: int | None, quick: bool) -> Plan:

@@ -35,6 +35,7 @@ def rotate(x, angles):
 
 
 X = {"x": torch.randn(2, 6, 16).half()}
+TABLES = "ONNX Runtime, tables alone"
 
 
 def test_angles_in_half_are_refused(tmp_path):
@@ -122,13 +123,16 @@ def test_a_quick_proof_says_what_it_left_out(llama, tmp_path):
     assert quick.manifest.config["seed"] == 3
     assert "no far positions and no long sequences" in quick.report.notes[0]
     assert not any("+" in name for name in quick.report.shapes["model"])
-    assert "ONNX Runtime, tables alone" not in {row.runtime for row in quick.report.rows}
+    assert TABLES not in {row.runtime for row in quick.report.rows}
 
 
 def test_verify_with_the_model(llama, bundle):
     report = rotary_export.verify_model(bundle, llama, make_inputs(llama), seed=5)
     assert report.passed
     assert report.shapes == bundle.report.shapes
+    assert {row.runtime for row in bundle.report.rows} - {"the trace"} == {
+        row.runtime for row in report.rows
+    }
     name = report.shapes["model"][2]
     report = rotary_export.verify_model(bundle, llama, make_inputs(llama), case=name)
     assert report.shapes == {"model": [name]}
@@ -137,7 +141,12 @@ def test_verify_with_the_model(llama, bundle):
 def test_verify_with_another_model_fails(llama, bundle):
     rope = {"rope_theta": 9e3, "rope_type": "default"}
     other = make_model("llama", num_hidden_layers=2, rope_parameters=rope)
-    assert not rotary_export.verify_model(bundle, other, make_inputs(llama)).passed
+    report = rotary_export.verify_model(bundle, other, make_inputs(llama))
+    assert not report.passed
+    assert {row.output for row in report.rows if row.runtime == TABLES and not row.passed} == {
+        "cos_cache",
+        "sin_cache",
+    }
     inputs = make_inputs(llama)
     del inputs["position_ids"]
     with pytest.raises(RotaryExportError, match=r"has input_ids, attention_mask$"):
