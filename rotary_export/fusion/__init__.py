@@ -3,6 +3,7 @@
 - `fuse.py`: the one entry: `fuse`, which puts the steps together.
 - `result.py`: `FuseResult`: what was fused, what was not and why; and how it is written.
 - `read.py`: reads a model, and refuses what is damaged or too new.
+- `sort_nodes.py`: puts nodes in order, as ONNX requires and ONNX Runtime does not.
 - `normalize.py`: flat, folded, with known shapes: the form that the rules read.
 - `candidates.py`: what looks like a rotary embedding and was not replaced, with the reason.
 - `values.py`: sizes, constants and attributes of values and nodes.

@@ -12,10 +12,19 @@ from onnxscript import ir
 
 from rotary_export.errors import RotaryExportError
 from rotary_export.fusion.candidates import NotReplaced, examine_node, find_not_replaced, list_names
+from rotary_export.fusion.check.arithmetic import find_narrowest_types
 from rotary_export.fusion.check.compare import Check, compare_models
 from rotary_export.fusion.check.feeds import SHAPES, Shape
 from rotary_export.fusion.normalize import normalize
-from rotary_export.fusion.read import Model, explain, has_external, list_files, read_model
+from rotary_export.fusion.read import (
+    SMALL,
+    Model,
+    explain,
+    has_external,
+    list_files,
+    load_small_tensors,
+    read_model,
+)
 from rotary_export.fusion.result import FuseResult, NothingFusedError
 from rotary_export.fusion.rules.apply import apply_rules
 from rotary_export.fusion.rules.base import Findings
@@ -73,10 +82,11 @@ def fuse(
         sources = list_files(model, source)
         was_inline = folder is None
         with explain(model, "is damaged"):
+            load_small_tensors(source)
             if was_inline and not dry_run and _count_bytes(source) > LARGE:
                 folder = Path(temporary)
                 ir.external_data.unload_from_model(
-                    source, folder, "weights", size_threshold_bytes=1024
+                    source, folder, "weights", size_threshold_bytes=SMALL
                 )
             after = source.clone()
         report_progress("find the rotary embedding")
@@ -89,7 +99,10 @@ def fuse(
             check = Check(skipped=["all shapes: this is a dry run"])
         else:
             report_progress("run before and after")
-            check = compare_models(source, proto, list(found.fused), folder, tried, inputs)
+            narrowest = find_narrowest_types(after, found.fused)
+            check = compare_models(
+                source, proto, list(found.fused), folder, tried, inputs, narrowest
+            )
         if was_inline and folder is not None:
             proto = _load_weights(proto, folder)
     return FuseResult(

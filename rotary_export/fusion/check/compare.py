@@ -77,6 +77,7 @@ def compare_models(
     folder: Path | None,
     shapes: Sequence[Shape] = SHAPES,
     feeds: Sequence[Mapping[str, Array]] = (),
+    narrowest: Mapping[str, str] | None = None,
 ) -> Check:
     """Run a model before and after at several shapes.
 
@@ -87,6 +88,8 @@ def compare_models(
         folder: Of their external data, if they have any.
         shapes: What to run at.
         feeds: Inputs to run with instead.
+        narrowest: Types that values are judged by, as of `find_narrowest_types`; default: their
+            own.
 
     Returns:
         What was compared, all within its limit.
@@ -128,7 +131,8 @@ def compare_models(
                     f"the fused model does not run at batch {shape.batch}, length {shape.length} "
                     f"({name}), the model did before: {got}"
                 )
-            check.comparisons.append(_compare(want, got, shape, name, run_mode, observed))
+            row = _compare(want, got, shape, name, run_mode, observed, narrowest or {})
+            check.comparisons.append(row)
     for row in check.comparisons:
         if not row.passed:
             raise CheckFailedError(
@@ -157,7 +161,13 @@ def _observe(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
 
 
 def _compare(
-    want: Outputs, got: Outputs, shape: Shape, runtime: str, run_mode: str, observed: Sequence[str]
+    want: Outputs,
+    got: Outputs,
+    shape: Shape,
+    runtime: str,
+    run_mode: str,
+    observed: Sequence[str],
+    narrowest: Mapping[str, str],
 ) -> Comparison:
     """Compare all outputs of one run; keep the one that is nearest to its limit."""
     worst = Comparison(shape, runtime, run_mode, Error(), "", TOLERANCES["native"].max_ulp)
@@ -171,6 +181,7 @@ def _compare(
             wide = np.abs(value.astype(np.float64))
             axis = -1 if name in observed and value.ndim else None
             largest = wide.max(axis, keepdims=True) if value.size else np.ones((1,) * value.ndim)
+            dtype = narrowest.get(name, dtype)
             error = compare(got[name], value, compute_ulp(largest, dtype))
             allowed = TOLERANCES["native"].max_ulp * GROWTH[dtype]
         row = Comparison(shape, runtime, run_mode, error, name, allowed)
