@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     help="Name the check that refused each call, and the nearest rotation; or only those of "
     "NODE, by its name or that of an output. Put it last, or write --why=NODE.",
 )
+@click.option(
+    "--float32-tables",
+    is_flag=True,
+    help="Compute angles and tables in float32 where the model computes them in a half type.",
+)
 @click.option("--dry-run", is_flag=True, help="Run nothing and write nothing; no OUT.onnx needed.")
 @click.option(
     "--shape",
@@ -44,6 +49,7 @@ def fuse(
     source: Path,
     out: Path | None,
     why: str | None,
+    float32_tables: bool,
     dry_run: bool,
     shapes: tuple[tuple[int, int, int], ...],
     force: bool,
@@ -65,7 +71,7 @@ def fuse(
         with terminal.progress() as progress:
             progress("import onnx")
             result = rotary_export.fuse(
-                source, shapes=shapes or None, dry_run=dry_run,
+                source, shapes=shapes or None, float32_tables=float32_tables, dry_run=dry_run,
                 examine=[why] if why else [], progress=progress,
             )  # fmt: skip
     except NothingFusedError as error:
@@ -89,6 +95,14 @@ def fuse(
         terminal.table(headers, rows)
     for skipped in report["not_compared"]:
         terminal.line(f"not compared: {skipped}")
+    for note in report["notes"]:
+        terminal.line(f"note: {note}")
+    if dry_run and result.half_tables and not float32_tables:
+        half = next(iter(result.half_tables.values()))
+        terminal.line(
+            f"tables computed in {half} in {len(result.half_tables)} of {len(result.fused)} rotary "
+            "calls; --float32-tables computes them in float32"
+        )
     done = "nothing was written, it would fuse" if dry_run else "fused"
     terminal.line(
         f"{source if dry_run else out}: {done} {len(result.fused)} rotary calls into "

@@ -43,6 +43,9 @@ class FuseResult:
         why: Candidates that were not replaced, each with the check that refused it, and the
             nearest rotation that it could have been; and nodes that were examined by name.
         check: What was compared, at which shapes; nothing after a dry run.
+        half_tables: The half type in which the model computed the tables of a call, by the name of
+            its output. In `model` they are float32, except after a dry run without
+            `float32_tables`.
     """
 
     model: onnx.ModelProto
@@ -52,6 +55,7 @@ class FuseResult:
     fused: Mapping[str, str]
     why: tuple[NotReplaced, ...]
     check: Check
+    half_tables: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as values that JSON can express."""
@@ -73,6 +77,8 @@ class FuseResult:
                 for row in self.check.comparisons
             ],
             "not_compared": self.check.skipped,
+            "half_tables": dict(self.half_tables),
+            "notes": self.check.notes,
         }
 
     def save(self, out: str | os.PathLike[str], *, force: bool = False) -> Path:

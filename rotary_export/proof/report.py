@@ -10,6 +10,10 @@ from rotary_export.errors import CheckFailedError
 from rotary_export.proof.comparison import Error
 from rotary_export.proof.tolerances import TOLERANCES
 
+FLOAT32_TABLES = (
+    "compared with the model whose positions, angles and tables are computed in float32 "
+    "(float32_tables), not as its own type has them"
+)
 FORMULA = "formula"  # what a row of a closed form has instead of a runtime
 
 

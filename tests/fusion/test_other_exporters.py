@@ -6,6 +6,8 @@ to them. optimum runs torch's old exporter, on transformers' modules; these are 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -150,9 +152,9 @@ class WithPast(nn.Module):
         return (out.logits, *(t for layer in layers for t in (layer.keys, layer.values)))
 
 
-@pytest.mark.parametrize("dynamo", [True, False], ids=["new exporter", "old exporter"])
-def test_a_decoder_with_a_cache(tmp_path, dynamo):
-    model, file = WithPast(make_model("llama")).eval(), tmp_path / "in.onnx"
+def write_decoder(file: Path, dynamo: bool) -> tuple[nn.Module, list[str]]:
+    """Write a decoder with its cache; return it and the names of its inputs."""
+    model = WithPast(make_model("llama")).eval()
     past = [torch.randn(2, 2, 5, 16) for _ in range(4)]
     mask = torch.ones(2, 8, dtype=torch.int64)
     inputs = (torch.ones(2, 3, dtype=torch.int64), mask, torch.arange(5, 8).repeat(2, 1), *past)
@@ -176,20 +178,61 @@ def test_a_decoder_with_a_cache(tmp_path, dynamo):
                 model, inputs, file, dynamo=False, opset_version=18, input_names=names,
                 dynamic_axes=axes,
             )  # fmt: skip
+    return model, names
+
+
+def make_step() -> tuple[Tensor, ...]:
+    """One token after nine, at another batch than the traced one."""
+    past = [torch.randn(3, 2, 9, 16) for _ in range(4)]
+    ids, mask = torch.tensor([[5], [6], [7]]), torch.ones(3, 10, dtype=torch.int64)
+    return ids, mask, torch.full((3, 1), 9), *past
+
+
+EXPORTERS = pytest.mark.parametrize("dynamo", [True, False], ids=["new exporter", "old exporter"])
+
+
+@EXPORTERS
+def test_a_decoder_with_a_cache(tmp_path, dynamo):
+    file = tmp_path / "in.onnx"
+    model, names = write_decoder(file, dynamo)
     result = rotary_export.fuse(file)
     assert (len(result.fused), result.nodes, result.why) == (4, 2, ())
     tried = {(c.shape.batch, c.shape.length, c.shape.past) for c in result.check.comparisons}
     assert tried == {(1, 7, 0), (3, 13, 5), (2, 1, 19)}
-    # One token after nine, at another batch than the traced one.
-    past = [torch.randn(3, 2, 9, 16) for _ in range(4)]
-    feeds = (torch.tensor([[5], [6], [7]]), torch.ones(3, 10, dtype=torch.int64))
-    feeds = (*feeds, torch.full((3, 1), 9), *past)
+    feeds = make_step()
     got = run(result.model, {n: t.numpy() for n, t in zip(names, feeds, strict=True)})
     with torch.no_grad():
         want = model(*feeds)
     for ours, theirs in zip(got, want, strict=True):
         largest = theirs.abs().max().item()
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5 * largest)
+
+
+@EXPORTERS
+@pytest.mark.parametrize("keep_io_types", [True, False], ids=["float32 in and out", "float16"])
+def test_a_decoder_that_onnx_runtime_s_converter_made_float16(tmp_path, dynamo, keep_io_types):
+    """Unsorted nodes, float32 outputs of float16 arithmetic, and tables computed in float16."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    file = tmp_path / "in.onnx"
+    model, names = write_decoder(file, dynamo)
+    half = convert_float_to_float16(onnx.load(file), keep_io_types=keep_io_types)
+    with pytest.raises(CheckFailedError, match="tables computed in float16 in 4 of 4 rotary calls"):
+        rotary_export.fuse(half)
+    result = rotary_export.fuse(half, float32_tables=True)
+    assert (len(result.fused), result.nodes, result.why) == (4, 2, ())
+    assert "frequencies of base 10000" in result.check.notes[1]
+    step = list(make_step())
+    step[2] += 3000  # where float16 has every second position, and frequencies that are off
+    floating = np.float32 if keep_io_types else np.float16
+    feeds = {n: t.numpy() for n, t in zip(names, step, strict=True)}
+    feeds = {n: t.astype(floating) if t.dtype.kind == "f" else t for n, t in feeds.items()}
+    with torch.no_grad():
+        want = model(*step)
+    for ours, theirs in zip(run(result.model, feeds), want, strict=True):
+        assert ours.dtype == floating
+        largest = theirs.abs().max().item()
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-2 * largest)
 
 
 def write_genai(do_rotary: bool = False, half: int = D // 2) -> onnx.ModelProto:

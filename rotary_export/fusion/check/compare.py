@@ -64,10 +64,12 @@ class Check:
     Attributes:
         comparisons: One per shape and runtime.
         skipped: Shapes and runtimes that were not, and why.
+        notes: What the model before is, if it is not as it was read.
     """
 
     comparisons: list[Comparison] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def compare_models(
