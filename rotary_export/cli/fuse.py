@@ -43,7 +43,12 @@ if TYPE_CHECKING:
     metavar="BATCH_SIZE SEQ_LEN PAST_LEN",
     help="What to compare at; may be repeated; default: three shapes.",
 )
-@force_option("an existing file")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="Folder to write a bundle to, which verify, bench, run, deploy and serve open.",
+)
+@force_option("an existing file or bundle")
 @json_option
 def fuse(
     source: Path,
@@ -52,6 +57,7 @@ def fuse(
     float32_tables: bool,
     dry_run: bool,
     shapes: tuple[tuple[int, int, int], ...],
+    bundle: Path | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -63,10 +69,16 @@ def fuse(
     from rotary_export.fusion.result import NothingFusedError, check_out, describe_why
 
     terminal = Terminal(as_json)
-    if out is None and not dry_run:
-        raise click.UsageError("Missing argument 'OUT.onnx'; --why [NODE] stands after the files.")
+    if out is None and bundle is None and not dry_run:
+        raise click.UsageError(
+            "Missing argument 'OUT.onnx' or --bundle DIR; --why [NODE] stands after the files."
+        )
     if out is not None and not dry_run:
         check_out(out, force, [source])
+    if bundle is not None and not dry_run:
+        from rotary_export.models.fused.bundle import check_bundle_out, write_fused_bundle
+
+        check_bundle_out(bundle, force, source)
     try:
         with terminal.progress() as progress:
             progress("import onnx")
@@ -79,8 +91,12 @@ def fuse(
         terminal.finish({"error": str(error), "calls_fused": 0, **describe_why(error.why)})
         click.echo(f"rotary-export: {error}", err=True)
         sys.exit(1)
+    written = [] if dry_run else [str(path) for path in (out, bundle) if path is not None]
     if out is not None and not dry_run:
         result.save(out, force=force)
+    if bundle is not None and not dry_run:
+        with terminal.progress() as progress:
+            write_fused_bundle(result, bundle, force=force, progress=progress)
     report = result.to_dict()
     kinds = Counter(result.fused.values())
     terminal.table(("fused", "which was"), [(count, was) for was, count in kinds.items()])
@@ -104,11 +120,14 @@ def fuse(
             "calls; --float32-tables computes them in float32"
         )
     done = "nothing was written, it would fuse" if dry_run else "fused"
+    where = source if dry_run else ", ".join(written)
     terminal.line(
-        f"{source if dry_run else out}: {done} {len(result.fused)} rotary calls into "
-        f"{result.nodes} nodes; not replaced: {report['calls_not_replaced']}"
+        f"{where}: {done} {len(result.fused)} rotary calls into {result.nodes} "
+        f"nodes; not replaced: {report['calls_not_replaced']}"
     )
-    terminal.finish({"out": None if dry_run else str(out), **report})
+    made = {"out": out, "bundle": bundle}
+    named = {key: None if dry_run or path is None else str(path) for key, path in made.items()}
+    terminal.finish({**named, **report})
 
 
 def _print_why(terminal: Terminal, why: str | None, refused: Sequence[NotReplaced]) -> None:

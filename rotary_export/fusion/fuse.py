@@ -113,11 +113,11 @@ def fuse(
             proto = ir.serde.serialize_model(after)
             add_functions(proto)
         proto.ir_version = max(proto.ir_version, source.ir_version)
+        narrowest = find_narrowest_types(after, found.fused)
         if dry_run:
             check = Check(skipped=["all shapes: this is a dry run"])
         else:
             report_progress("run before and after")
-            narrowest = find_narrowest_types(after, found.fused)
             check = compare_models(
                 source, proto, list(found.fused), folder, tried, inputs, narrowest
             )
@@ -127,7 +127,7 @@ def fuse(
             proto = _load_weights(proto, folder)
     folder = None if was_inline else folder
     return FuseResult(
-        proto, folder, sources, found.nodes, found.fused, found.why, check, half.types
+        proto, folder, sources, found.nodes, found.fused, found.why, check, half.types, narrowest
     )
 
 

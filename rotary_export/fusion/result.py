@@ -46,6 +46,7 @@ class FuseResult:
         half_tables: The half type in which the model computed the tables of a call, by the name of
             its output. In `model` they are float32, except after a dry run without
             `float32_tables`.
+        narrowest: As of `find_narrowest_types`.
     """
 
     model: onnx.ModelProto
@@ -56,6 +57,7 @@ class FuseResult:
     why: tuple[NotReplaced, ...]
     check: Check
     half_tables: Mapping[str, str]
+    narrowest: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as values that JSON can express."""
@@ -95,19 +97,30 @@ class FuseResult:
             RotaryExportError: It exists, is what the model was read from, or can't be written; or
                 the model was not compared.
         """
-        if not self.check.comparisons:
-            raise RotaryExportError("a dry run can't be written: the model was not compared")
+        self.check_compared()
         path = Path(out).absolute()
         check_out(path, force, self.sources)
         with write_files(path) as staging:
-            staged = staging / path.name
-            if self.folder is None:
-                staged.write_bytes(self.model.SerializeToString())
-            else:
-                model = ir.serde.deserialize_model(self.model)
-                ir.external_data.set_base_dir(model.graph, self.folder)
-                ir.save(model, staged, external_data=f"{path.name}.data")
+            self.write(staging / path.name)
         return path
+
+    def write(self, file: Path) -> None:
+        """Write the model, and external data beside it, into a folder that is being made."""
+        if self.folder is None:
+            file.write_bytes(self.model.SerializeToString())
+        else:
+            model = ir.serde.deserialize_model(self.model)
+            ir.external_data.set_base_dir(model.graph, self.folder)
+            ir.save(model, file, external_data=f"{file.name}.data")
+
+    def check_compared(self) -> None:
+        """Refuse to write a model that was not compared.
+
+        Raises:
+            RotaryExportError: It is of a dry run.
+        """
+        if not self.check.comparisons:
+            raise RotaryExportError("a dry run can't be written: the model was not compared")
 
 
 def describe_why(why: Sequence[NotReplaced]) -> dict[str, Any]:

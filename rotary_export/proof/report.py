@@ -97,6 +97,7 @@ class Report:
         skipped: Runtimes that are not here, and why.
         unverified: Sizes and values of a model that were not compared, and why.
         notes: What else a reader must know, such as that the proof was a quick one.
+        reference: What the rows compare with.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -104,6 +105,7 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     unverified: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    reference: str = "eager PyTorch"
 
     def add(self, rows: Sequence[Row], unverified: Mapping[str, str]) -> None:
         """Add what a part of the proof found."""
@@ -124,6 +126,7 @@ class Report:
             "skipped": self.skipped,
             "unverified": self.unverified,
             "notes": self.notes,
+            "reference": self.reference,
         }
 
     def find_failure(self) -> Row | None:

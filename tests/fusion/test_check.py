@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnx_ir.passes.common as common_passes
 import pytest
-from helpers.fuse_graphs import Graph, add_query_key, half, rotate_half, write_tables
+from helpers.fuse_graphs import Graph, half, write_half
 from onnx import TensorProto
 
 import rotary_export
@@ -109,18 +109,6 @@ def test_an_op_library_that_is_not_available_is_said(monkeypatch):
 
 
 # ---- float32 outputs of float16 arithmetic
-
-
-def write_half(g: Graph) -> None:
-    """float32 in and out, float16 between: what converters write to keep the types of a file."""
-    tables = write_tables(g)
-    half_tables = [g.op("Cast", table, to=TensorProto.FLOAT16) for table in tables]
-    for x in add_query_key(g):
-        narrow = g.op("Cast", x, to=TensorProto.FLOAT16)
-        rotated = g.op("Mul", rotate_half(g, narrow), half_tables[1])
-        y = g.op("Add", g.op("Mul", narrow, half_tables[0]), rotated)
-        g.output(g.op("Cast", y, to=TensorProto.FLOAT), f"{x}_out")
-    g.output(g.op("Tanh", "query"), "apart")
 
 
 def test_outputs_are_judged_by_the_arithmetic_before_them():

@@ -12,9 +12,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers.fuse_graphs import Graph, find_rotary, run
+from helpers.fuse_graphs import find_rotary, run, write_genai
 from helpers.tiny_models import make_cache, make_model
-from onnx import TensorProto
 from torch import Tensor, nn
 
 import rotary_export
@@ -233,49 +232,6 @@ def test_a_decoder_that_onnx_runtime_s_converter_made_float16(tmp_path, dynamo, 
         assert ours.dtype == floating
         largest = theirs.abs().max().item()
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-2 * largest)
-
-
-def write_genai(do_rotary: bool = False, half: int = D // 2) -> onnx.ModelProto:
-    """A layer of onnxruntime-genai's builder: for DirectML it has nodes of their own for rope."""
-    rng = np.random.default_rng(0)
-    g = Graph(22, TensorProto.FLOAT16)
-    ids = g.input("input_ids", ["batch_size", "sequence_length"], TensorProto.INT64)
-    mask = g.input("attention_mask", ["batch_size", "total_sequence_length"], TensorProto.INT64)
-    if not do_rotary:
-        g.input("position_ids", ["batch_size", "sequence_length"], TensorProto.INT64)
-    dims = ["batch_size", NKV, "past_sequence_length", "kv_cache_dim"]
-    past = [g.input(f"past_key_values.0.{name}", dims) for name in ("key", "value")]
-    lengths = g.op("Sub", g.op("ReduceSum", mask, g.ints(1), keepdims=0), g.ints(1))
-    total = g.op("Gather", g.op("Shape", mask), g.const(np.int64(1)), axis=0)
-    lengths, total = (g.op("Cast", v, to=TensorProto.INT32) for v in (lengths, total))
-    x = g.op("Gather", g.const(rng.normal(size=(50, 64)).astype(np.float16)), ids)
-    q, k, v = (
-        g.op("MatMul", x, g.const(rng.normal(size=(64, heads * D)).astype(np.float16) / 8))
-        for heads in (N, NKV, NKV)
-    )
-    angles = np.outer(np.arange(64), 10000.0 ** -np.linspace(0, 0.9, half))
-    tables = [g.const(f(angles).astype(np.float16)) for f in (np.cos, np.sin)]
-    partial = half < D // 2
-    if not do_rotary:
-        q, k = (
-            g.op(
-                "RotaryEmbedding", x, "position_ids", *tables, domain="com.microsoft",
-                interleaved=0, num_heads=heads if partial else 0,
-                rotary_embedding_dim=2 * half if partial else 0,
-            )
-            for x, heads in ((q, N), (k, NKV))
-        )  # fmt: skip
-    outputs = g.op(
-        "GroupQueryAttention", q, k, v, *past, lengths, total, *(tables if do_rotary else ()), n=3,
-        domain="com.microsoft", num_heads=N, kv_num_heads=NKV, do_rotary=int(do_rotary), scale=0.25,
-    )  # fmt: skip
-    for value, name in zip(outputs, ("out", "present.0.key", "present.0.value"), strict=True):
-        g.output(value, name)
-    model = g.model()  # it writes shapes, too
-    for name, heads in ((q, N), (k, NKV)):
-        dims = ["batch_size", "sequence_length", heads * D]
-        model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, g.element, dims))
-    return model
 
 
 @pytest.mark.parametrize("half", [D // 2, D // 4], ids=["full", "partial"])

@@ -11,6 +11,7 @@ import onnx
 from onnxscript import ir
 
 from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.fusion.check.arithmetic import PRECISION
 from rotary_export.fusion.check.feeds import SHAPES, Shape, make_feeds
 from rotary_export.fusion.check.runs import (
     BY_REFERENCE,
@@ -25,10 +26,6 @@ from rotary_export.proof.oracle import compute_ulp
 from rotary_export.proof.tolerances import TOLERANCES
 from rotary_export.runtime.ways import REFERENCE
 from rotary_export.types import Array
-
-# A rotary call differs by TOLERANCES["native"] ulp. What follows it (softmax, norms, products with
-# weights, layer after layer) enlarges that, as it does any rounding: by this much at most.
-GROWTH = {"float64": 64, "float32": 64, "float16": 8, "bfloat16": 8}
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,7 @@ def _compare(
     worst = Comparison(shape, runtime, run_mode, Error(), "", TOLERANCES["native"].max_ulp)
     for name, value in want.items():
         dtype = value.dtype.name
-        if dtype not in GROWTH:
+        if dtype not in PRECISION:
             same = got[name].shape == value.shape and np.array_equal(got[name], value)
             error = Error() if same else Error(np.inf, np.inf, exact=False)
             allowed = 0.0
@@ -185,7 +182,8 @@ def _compare(
             largest = wide.max(axis, keepdims=True) if value.size else np.ones((1,) * value.ndim)
             dtype = narrowest.get(name, dtype)
             error = compare(got[name], value, compute_ulp(largest, dtype))
-            allowed = TOLERANCES["native"].max_ulp * GROWTH[dtype]
+            half = dtype in ("float16", "bfloat16")
+            allowed = TOLERANCES["fused-half" if half else "fused"].max_ulp
         row = Comparison(shape, runtime, run_mode, error, name, allowed)
         if error.max_ulp / max(allowed, 1e-9) >= worst.error.max_ulp / max(worst.allowed, 1e-9):
             worst = row
