@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -127,6 +128,43 @@ def test_external_data_is_read_and_written_as_such(tmp_path):
     case = make_feeds(2, 5)
     for got, want in zip(run(onnx.load(out), case), run(onnx.load(source), case), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+def test_a_file_with_external_data_is_replaced_at_once(tmp_path, monkeypatch):
+    """A graph beside another's data would load, and be the values of neither model."""
+    sources, out = [tmp_path / f"in{i}.onnx" for i in range(2)], tmp_path / "out.onnx"
+    for source, scale in zip(sources, (1, 2), strict=True):
+        model = make_model(4096)
+        big = model.graph.initializer[-1]
+        big.CopyFrom(numpy_helper.from_array(scale * numpy_helper.to_array(big), big.name))
+        onnx.save(
+            model, source, save_as_external_data=True, location=f"{source.name}.bin",
+            size_threshold=1024,
+        )  # fmt: skip
+    results = [rotary_export.fuse(source) for source in sources]
+    results[0].save(out)
+    case = make_feeds(2, 5)
+    old, new = (run(onnx.load(source), case)[-1] for source in sources)
+    moved = []
+
+    def stop_at_the_graph(source, target):
+        if Path(target).parent == tmp_path:
+            moved.append(Path(target).name)
+        if Path(target) == out:
+            raise KeyboardInterrupt
+        return replaced(source, target)
+
+    replaced = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop_at_the_graph)
+        with pytest.raises(KeyboardInterrupt):
+            results[1].save(out, force=True)
+    assert moved == ["out.onnx.data.1", "out.onnx"]
+    np.testing.assert_allclose(run(onnx.load(out), case)[-1], old, rtol=0, atol=2e-5)
+    for result, want in ((results[1], new), (results[0], old)):
+        result.save(out, force=True)
+        np.testing.assert_allclose(run(onnx.load(out), case)[-1], want, rtol=0, atol=4e-5)
+        assert len([name for name in list_names(tmp_path) if name.startswith("out.onnx.")]) == 1
 
 
 @pytest.mark.parametrize("damage", ["missing", "short"])
