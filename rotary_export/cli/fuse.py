@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     help="Name the check that refused each call, and the nearest rotation; or only those of "
     "NODE, by its name or that of an output. Put it last, or write --why=NODE.",
 )
+@click.option(
+    "--float32-tables",
+    is_flag=True,
+    help="Compute angles and tables in float32 where the model computes them in a half type.",
+)
 @click.option("--dry-run", is_flag=True, help="Run nothing and write nothing; no OUT.onnx needed.")
 @click.option(
     "--shape",
@@ -38,14 +43,21 @@ if TYPE_CHECKING:
     metavar="BATCH_SIZE SEQ_LEN PAST_LEN",
     help="What to compare at; may be repeated; default: three shapes.",
 )
-@force_option("an existing file")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="Folder to write a bundle to, which verify, bench, run, deploy and serve open.",
+)
+@force_option("an existing file or bundle")
 @json_option
 def fuse(
     source: Path,
     out: Path | None,
     why: str | None,
+    float32_tables: bool,
     dry_run: bool,
     shapes: tuple[tuple[int, int, int], ...],
+    bundle: Path | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -57,15 +69,21 @@ def fuse(
     from rotary_export.fusion.result import NothingFusedError, check_out, describe_why
 
     terminal = Terminal(as_json)
-    if out is None and not dry_run:
-        raise click.UsageError("Missing argument 'OUT.onnx'; --why [NODE] stands after the files.")
+    if out is None and bundle is None and not dry_run:
+        raise click.UsageError(
+            "Missing argument 'OUT.onnx' or --bundle DIR; --why [NODE] stands after the files."
+        )
     if out is not None and not dry_run:
         check_out(out, force, [source])
+    if bundle is not None and not dry_run:
+        from rotary_export.models.fused.bundle import check_bundle_out, write_fused_bundle
+
+        check_bundle_out(bundle, force, source)
     try:
         with terminal.progress() as progress:
             progress("import onnx")
             result = rotary_export.fuse(
-                source, shapes=shapes or None, dry_run=dry_run,
+                source, shapes=shapes or None, float32_tables=float32_tables, dry_run=dry_run,
                 examine=[why] if why else [], progress=progress,
             )  # fmt: skip
     except NothingFusedError as error:
@@ -73,8 +91,12 @@ def fuse(
         terminal.finish({"error": str(error), "calls_fused": 0, **describe_why(error.why)})
         click.echo(f"rotary-export: {error}", err=True)
         sys.exit(1)
+    written = [] if dry_run else [str(path) for path in (out, bundle) if path is not None]
     if out is not None and not dry_run:
         result.save(out, force=force)
+    if bundle is not None and not dry_run:
+        with terminal.progress() as progress:
+            write_fused_bundle(result, bundle, force=force, progress=progress)
     report = result.to_dict()
     kinds = Counter(result.fused.values())
     terminal.table(("fused", "which was"), [(count, was) for was, count in kinds.items()])
@@ -89,12 +111,23 @@ def fuse(
         terminal.table(headers, rows)
     for skipped in report["not_compared"]:
         terminal.line(f"not compared: {skipped}")
+    for note in report["notes"]:
+        terminal.line(f"note: {note}")
+    if dry_run and result.half_tables and not float32_tables:
+        half = next(iter(result.half_tables.values()))
+        terminal.line(
+            f"tables computed in {half} in {len(result.half_tables)} of {len(result.fused)} rotary "
+            "calls; --float32-tables computes them in float32"
+        )
     done = "nothing was written, it would fuse" if dry_run else "fused"
+    where = source if dry_run else ", ".join(written)
     terminal.line(
-        f"{source if dry_run else out}: {done} {len(result.fused)} rotary calls into "
-        f"{result.nodes} nodes; not replaced: {report['calls_not_replaced']}"
+        f"{where}: {done} {len(result.fused)} rotary calls into {result.nodes} "
+        f"nodes; not replaced: {report['calls_not_replaced']}"
     )
-    terminal.finish({"out": None if dry_run else str(out), **report})
+    made = {"out": out, "bundle": bundle}
+    named = {key: None if dry_run or path is None else str(path) for key, path in made.items()}
+    terminal.finish({**named, **report})
 
 
 def _print_why(terminal: Terminal, why: str | None, refused: Sequence[NotReplaced]) -> None:

@@ -64,6 +64,8 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
     config = {k: v for k, v in manifest.config.items() if k != "embedding"}
     if isinstance(config.get("cases"), list):
         config["cases"] = [_summarize_case(each) for each in config["cases"]]
+    if isinstance(fused := config.get("fused"), dict):
+        config["fused"] = f"{len(fused.get('calls', ()))} calls of a file"
     return {
         "bundle": manifest.name,
         **manifest.config.get("embedding", {}),

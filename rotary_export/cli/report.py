@@ -49,9 +49,9 @@ def print_report(terminal: Terminal, report: dict[str, Any]) -> None:
     failed = sum(not row["passed"] for row in report["rows"])
     by_oracle = [row for row in report["rows"] if row["oracle_allowed"] is not None]
     has_oracle = any(row["runtime"] != "formula" for row in by_oracle)
-    oracle = " and the oracle" if has_oracle else ""
+    reference = report["reference"] + (" and the oracle" if has_oracle else "")
     terminal.line(
         f"FAILED: {failed} of {len(rows)} comparisons are out of tolerance"
         if failed
-        else f"proven: {len(rows)} comparisons with eager PyTorch{oracle}, all within tolerance"
+        else f"proven: {len(rows)} comparisons with {reference}, all within tolerance"
     )

@@ -13,6 +13,7 @@ from rotary_export.cli.options import bundle_argument, force_option, json_option
 from rotary_export.cli.report import print_report
 from rotary_export.cli.terminal import Terminal
 from rotary_export.measure.timing import SECONDS
+from rotary_export.runtime.onnx_file import GRAPH, is_onnx_file, load_onnx_file
 
 
 @click.command()
@@ -98,25 +99,25 @@ def run(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Run one graph of BUNDLE on arrays from .npy or .npz files."""
+    """Run one graph of BUNDLE, or a plain .onnx file, on arrays from .npy or .npz files."""
     from rotary_export.cli.arrays import read_inputs, write_outputs
 
+    if is_onnx_file(bundle) and (runtime != "onnxruntime" or graph not in (None, "rotate", GRAPH)):
+        raise click.UsageError("An .onnx file has no other --runtime and no other --graph.")
     terminal = Terminal(as_json)
     check_file(out, force)
     arrays = read_inputs(inputs)
     with terminal.progress() as progress:
         progress(f"run {graph}")
-        session = rotary_export.load(
-            bundle,
-            graph,
-            runtime,
-            list(providers) or "auto",
-            False if no_op_library else "auto",
-            require_fused,
-        )
+        wanted = list(providers) or "auto", False if no_op_library else "auto", require_fused
+        if is_onnx_file(bundle):
+            session = load_onnx_file(bundle, *wanted)
+        else:
+            session = rotary_export.load(bundle, graph, runtime, *wanted)
         outputs = session(**arrays)
     write_outputs(out, outputs)
-    terminal.line(f"{graph} ran on {', '.join(session.providers)}: {session.kernel_path}")
+    name = session.graph_name
+    terminal.line(f"{name} ran on {', '.join(session.providers)}: {session.kernel_path}")
     shapes = {name: list(value.shape) for name, value in outputs.items()}
     terminal.table(
         ("output", "dtype", "shape"), [(n, v.dtype, v.shape) for n, v in outputs.items()]
@@ -145,15 +146,23 @@ def run(
 @click.option("--seconds", type=click.FloatRange(0), default=SECONDS, show_default=True)
 @json_option
 def bench(bundle: Path, shapes: tuple[tuple[int, int], ...], seconds: float, as_json: bool) -> None:
-    """Time the rotate graph of BUNDLE on the CPU, in every installed runtime.
+    """Time the main graph of BUNDLE on the CPU, in every installed runtime.
+
+    BUNDLE may be a plain .onnx file: its inputs are drawn by their names and shapes.
 
     Each shape is measured for about --seconds.
     """
-    from rotary_export.measure.benchmark import SHAPES, bench_bundle
+    from rotary_export.measure.benchmark import SHAPES, bench_bundle, bench_graph
 
     terminal = Terminal(as_json)
     with terminal.progress() as progress:
-        found = bench_bundle(bundle, shapes or SHAPES, seconds, progress)
+        if is_onnx_file(bundle):
+            from rotary_export.models.fused.describe import describe_file
+
+            manifest = describe_file(bundle)
+            found = bench_graph(bundle.parent, manifest, shapes or SHAPES, seconds, progress)
+        else:
+            found = bench_bundle(bundle, shapes or SHAPES, seconds, progress)
     report = found.to_dict()
     terminal.table(*found.tabulate())
     terminal.line("a call of session(...), allocation of its outputs included")

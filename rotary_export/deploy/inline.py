@@ -194,10 +194,10 @@ def _compare(staging: Path, manifest: Manifest, graph: str, file: str) -> None:
     for shape, ours, theirs in zip(shapes, got, expected, strict=True):
         for output in info.outputs:
             left, right = ours[output.name], theirs[output.name]
-            allowed = _find_allowed(manifest, graph, output)
+            judged_by, allowed = _find_allowed(manifest, graph, output)
             is_float = "float" in output.dtype
             largest = np.abs(right.astype(np.float64)).max(initial=0)
-            unit = compute_ulp(largest, output.dtype) if is_float else np.asarray(1.0)
+            unit = compute_ulp(largest, judged_by) if is_float else np.asarray(1.0)
             error = compare(left, right, unit)
             if not error.max_ulp <= (allowed if is_float else 0):
                 raise CheckFailedError(
@@ -207,17 +207,20 @@ def _compare(staging: Path, manifest: Manifest, graph: str, file: str) -> None:
                 )
 
 
-def _find_allowed(manifest: Manifest, graph: str, output: TensorInfo) -> float:
-    """Return the largest error, in ulp: of a model, what its proof allowed."""
-    from rotary_export.proof.tolerances import TOLERANCES
+def _find_allowed(manifest: Manifest, graph: str, output: TensorInfo) -> tuple[str, float]:
+    """Return the type whose ulp counts, and the largest error, of a model that of its proof."""
+    from rotary_export.proof.tolerances import FUSED, TOLERANCES, judge_fused
 
+    if FUSED in manifest.config:
+        judged_by, name = judge_fused(manifest.config, output.name, output.dtype)
+        return judged_by, TOLERANCES[name].max_ulp
     if graph == "model":
         rows = [row for row in manifest.parity["rows"] if row["output"] == output.name]
-        return max(float(row["eager_allowed"]) for row in rows)
+        return output.dtype, max(float(row["eager_allowed"]) for row in rows)
     half = output.dtype in ("float16", "bfloat16")
     xpos = manifest.config.get("embedding", {}).get("use_xpos", False)
     name = "native-half" if half else "native-xpos" if xpos else "native"
-    return TOLERANCES[name].max_ulp
+    return output.dtype, TOLERANCES[name].max_ulp
 
 
 def _run(

@@ -10,18 +10,33 @@ from pathlib import Path
 import onnx
 from onnxscript import ir
 
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.fusion.candidates import NotReplaced, examine_node, find_not_replaced, list_names
+from rotary_export.fusion.check.arithmetic import find_narrowest_types
 from rotary_export.fusion.check.compare import Check, compare_models
 from rotary_export.fusion.check.feeds import SHAPES, Shape
+from rotary_export.fusion.half_tables import (
+    HalfTables,
+    find_half_tables,
+    widen_tables,
+)
 from rotary_export.fusion.normalize import normalize
-from rotary_export.fusion.read import Model, explain, has_external, list_files, read_model
+from rotary_export.fusion.read import (
+    SMALL,
+    Model,
+    explain,
+    has_external,
+    list_files,
+    load_small_tensors,
+    read_model,
+)
 from rotary_export.fusion.result import FuseResult, NothingFusedError
 from rotary_export.fusion.rules.apply import apply_rules
 from rotary_export.fusion.rules.base import Findings
 from rotary_export.fusion.rules.join import is_rotary
 from rotary_export.op.onnx_function import add_functions
 from rotary_export.op.onnx_schema import register_schema
+from rotary_export.proof.report import FLOAT32_TABLES
 from rotary_export.types import Array
 
 LARGE = 2**26  # bytes of weights above which they are mapped from a file while the model runs
@@ -32,6 +47,7 @@ def fuse(
     *,
     shapes: Sequence[tuple[int, int, int]] | None = None,
     inputs: Sequence[Mapping[str, Array]] = (),
+    float32_tables: bool = False,
     dry_run: bool = False,
     examine: Sequence[str] = (),
     progress: Callable[[str], None] | None = None,
@@ -47,6 +63,8 @@ def fuse(
         shapes: (batch, new tokens, cached tokens) of each run; default: `feeds.SHAPES`.
         inputs: Inputs to run with, by name, one mapping for each of the first runs; what is not
             given is random.
+        float32_tables: Compute positions, angles and tables in float32 where the model computes
+            them in a half type. The model before is then the same one with that part in float32.
         dry_run: Find the rotary embeddings and stop: nothing runs, and the result can't be saved.
         examine: Nodes, by their name or that of an output, that `FuseResult.why` includes although
             they do not look like a rotary embedding.
@@ -59,7 +77,7 @@ def fuse(
         RotaryExportError: The model can't be read, is of an opset that is too new or too old, its
             external data is missing, it has no such node, or it does not run at any shape.
         NothingFusedError: No rotary embedding was found, or none could be replaced.
-        CheckFailedError: The outputs differ.
+        CheckFailedError: The outputs differ, or tables are computed in a half type.
     """
     report_progress = progress or (lambda _: None)
     tried = SHAPES if shapes is None else _read_shapes(shapes)
@@ -73,27 +91,43 @@ def fuse(
         sources = list_files(model, source)
         was_inline = folder is None
         with explain(model, "is damaged"):
+            load_small_tensors(source)
             if was_inline and not dry_run and _count_bytes(source) > LARGE:
                 folder = Path(temporary)
                 ir.external_data.unload_from_model(
-                    source, folder, "weights", size_threshold_bytes=1024
+                    source, folder, "weights", size_threshold_bytes=SMALL
                 )
             after = source.clone()
         report_progress("find the rotary embedding")
         with explain(model, "can't be fused"):
             found = replace_rotations(after, examine)
+            half = left = find_half_tables(source, after, found.fused)
+            notes: list[str] = []
+            if half.types and float32_tables:
+                source, notes = widen_tables(source, half.turns)
+                after = source.clone()
+                found = replace_rotations(after, examine)
+                left = find_half_tables(source, after, found.fused)
+            if not dry_run:
+                _check_tables(left, len(found.fused), float32_tables)
             proto = ir.serde.serialize_model(after)
             add_functions(proto)
         proto.ir_version = max(proto.ir_version, source.ir_version)
+        narrowest = find_narrowest_types(after, found.fused)
         if dry_run:
             check = Check(skipped=["all shapes: this is a dry run"])
         else:
             report_progress("run before and after")
-            check = compare_models(source, proto, list(found.fused), folder, tried, inputs)
+            check = compare_models(
+                source, proto, list(found.fused), folder, tried, inputs, narrowest
+            )
+            check.notes += [FLOAT32_TABLES] if half.types else []
+        check.notes += notes
         if was_inline and folder is not None:
             proto = _load_weights(proto, folder)
+    folder = None if was_inline else folder
     return FuseResult(
-        proto, None if was_inline else folder, sources, found.nodes, found.fused, found.why, check
+        proto, folder, sources, found.nodes, found.fused, found.why, check, half.types, narrowest
     )
 
 
@@ -140,6 +174,23 @@ def _check_found(findings: Findings, why: Sequence[NotReplaced], nodes: int) -> 
             f"{why[0].reason}"
         )
     raise NothingFusedError(message, why)
+
+
+def _check_tables(half: HalfTables, calls: int, float32_tables: bool) -> None:
+    """Refuse tables in a half type: equal outputs before and after would prove nothing."""
+    if not half.types:
+        return
+    name, dtype = next(iter(half.types.items()))
+    reason = (
+        f"tables computed in {dtype} in {len(half.types)} of {calls} rotary calls, the first of "
+        f"which is {name}: that is wrong from a few hundred positions on, and runtimes do not "
+        "agree on it"
+    )
+    if float32_tables:
+        raise CheckFailedError(f"{reason}; they can't be put back to float32")
+    raise CheckFailedError(
+        f"{reason}; pass float32_tables=True (--float32-tables) to compute them in float32"
+    )
 
 
 def _read_shapes(shapes: Sequence[tuple[int, int, int]]) -> tuple[Shape, ...]:

@@ -23,6 +23,7 @@ from rotary_export.fusion.values import (
 from rotary_export.op import spec
 
 _MAX_STEPS = 8
+_OURS = (spec.DOMAIN, spec.OP_TYPE)
 
 
 class SizeRule(pattern.RewriteRuleClassBase):
@@ -165,16 +166,29 @@ def _is_short_filling(node: ir.Node) -> bool | None:
     return True if is_short else None
 
 
-def normalize(model: ir.Model) -> None:
-    """Inline functions, infer shapes, fold constants, share what is computed twice; in place."""
-    for identifier in list(model.functions):
-        if identifier[:2] == (spec.DOMAIN, spec.OP_TYPE):
-            del model.functions[identifier]  # a node of ours stays a node
+def inline_functions(model: ir.Model) -> dict[Any, ir.Function]:
+    """Inline all functions but those of our node, which stays a node; in place.
+
+    Returns:
+        Those of our node, which are taken out.
+    """
+    own = {key: model.functions.pop(key) for key in list(model.functions) if key[:2] == _OURS}
     if model.functions:
         passes.InlinePass()(model)
+    return own
+
+
+def infer_types(model: ir.Model) -> None:
+    """Infer types and shapes, in place."""
+    passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+
+
+def normalize(model: ir.Model) -> None:
+    """Inline functions, infer shapes, fold constants, share what is computed twice; in place."""
+    inline_functions(model)
     for step in range(_MAX_STEPS):  # sizes fold into constants, which make more sizes known
         clear_generated_dims(model)
-        passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        infer_types(model)
         changed = fill_shapes(model)
         for rule in (SizeRule, RepeatRule, ScatterRule):
             changed |= rule.rule().apply_to_model(model) > 0

@@ -6,17 +6,24 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from onnxscript import ir
 
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError, first_line
+from rotary_export.fusion.sort_nodes import sort_nodes
 from rotary_export.op import spec
 from rotary_export.op.onnx_signature import OLDEST_OPSET
 
 Model = onnx.ModelProto | str | os.PathLike[str]
+SMALL = 1024  # bytes of a tensor that is loaded, although it is in external data
+
+# ONNX Runtime writes it, into files that it saves, for each domain of a registered op library.
+ORT_CUSTOM_VERSION = 1000
 
 
 @contextmanager
@@ -77,29 +84,22 @@ def read_model(model: Model) -> ir.Model:
             f"{name} has opset {opset} and IR version {proto.ir_version}; the installed onnx "
             f"{onnx.__version__} supports up to {newest} and {onnx.IR_VERSION}"
         )
-    if versions.get(spec.DOMAIN, 0) > spec.OP_VERSION:
+    own = versions.get(spec.DOMAIN, 0)
+    if own > spec.OP_VERSION and own != ORT_CUSTOM_VERSION:
         raise RotaryExportError(
-            f"{name} has version {versions[spec.DOMAIN]} of {spec.DOMAIN}, this release "
-            f"supports up to {spec.OP_VERSION}"
+            f"{name} has version {own} of {spec.DOMAIN}, this release supports up to "
+            f"{spec.OP_VERSION}"
         )
     if opset < OLDEST_OPSET:
         raise RotaryExportError(
             f"{name} has opset {opset}, it must be >= {OLDEST_OPSET}: "
             "onnx.version_converter raises it"
         )
-    made = {"", *(value.name for value in (*proto.graph.input, *proto.graph.initializer))}
-    made |= {tensor.values.name for tensor in proto.graph.sparse_initializer}
-    for node in proto.graph.node:
-        for missing in set(node.input) - made:
-            raise RotaryExportError(
-                f"{name} is damaged: no node before {node.op_type} computes its input {missing}"
-            )
-        made |= set(node.output)
-    for output in proto.graph.output:
-        if output.name not in made:
-            raise RotaryExportError(f"{name} is damaged: no node computes its output {output.name}")
+    proto = sort_nodes(proto, name)
     with explain(model, "is damaged"):
         source = ir.serde.deserialize_model(proto)
+        if own == ORT_CUSTOM_VERSION:
+            source.graph.opset_imports[spec.DOMAIN] = spec.OP_VERSION
     if not isinstance(model, onnx.ModelProto):
         folder = Path(model).absolute().parent
         ir.external_data.set_base_dir(source.graph, folder)
@@ -111,6 +111,32 @@ def read_model(model: Model) -> ir.Model:
     return source
 
 
+def load_small_tensors(model: ir.Model) -> None:
+    """Load the small tensors of external data, in place.
+
+    Sizes, axes and slices are among them, which shape inference and constant folding read.
+    """
+    for value in _list_initializers(model):
+        if _is_small(value.const_value):
+            value.const_value = _load(value.const_value)
+    for node in model.graph.all_nodes():
+        for name, attribute in list(node.attributes.items()):
+            if _is_small(attribute.value):
+                node.attributes[name] = ir.AttrTensor(name, _load(attribute.value))
+
+
+def _is_small(tensor: object) -> bool:
+    return isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= SMALL
+
+
+def _load(tensor: Any) -> ir.Tensor[Any]:
+    return ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
+
+
+def _list_initializers(model: ir.Model) -> list[ir.Value]:
+    return [value for graph in model.graphs() for value in graph.initializers.values()]
+
+
 def list_files(model: Model, source: ir.Model) -> tuple[Path, ...]:
     """List the files that a model was read from, or still is."""
     if isinstance(model, onnx.ModelProto):
@@ -120,8 +146,7 @@ def list_files(model: Model, source: ir.Model) -> tuple[Path, ...]:
 
 
 def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
-    values = (v for graph in model.graphs() for v in graph.initializers.values())
-    tensors: list[object] = [value.const_value for value in values]
+    tensors: list[object] = [value.const_value for value in _list_initializers(model)]
     tensors += [a.value for n in model.graph.all_nodes() for a in n.attributes.values()]
     return [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from google.protobuf.message import DecodeError
 from onnxscript import ir
 
 from rotary_export.bundle.atomic import check_file, write_files
@@ -43,6 +44,10 @@ class FuseResult:
         why: Candidates that were not replaced, each with the check that refused it, and the
             nearest rotation that it could have been; and nodes that were examined by name.
         check: What was compared, at which shapes; nothing after a dry run.
+        half_tables: The half type in which the model computed the tables of a call, by the name of
+            its output. In `model` they are float32, except after a dry run without
+            `float32_tables`.
+        narrowest: As of `find_narrowest_types`.
     """
 
     model: onnx.ModelProto
@@ -52,6 +57,8 @@ class FuseResult:
     fused: Mapping[str, str]
     why: tuple[NotReplaced, ...]
     check: Check
+    half_tables: Mapping[str, str]
+    narrowest: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as values that JSON can express."""
@@ -73,13 +80,16 @@ class FuseResult:
                 for row in self.check.comparisons
             ],
             "not_compared": self.check.skipped,
+            "half_tables": dict(self.half_tables),
+            "notes": self.check.notes,
         }
 
     def save(self, out: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write the model; it appears whole or not at all.
 
         Args:
-            out: The file. External data is written beside it, into `<file name>.data`.
+            out: The file. External data is written beside it, into `<file name>.data`, or, if that
+                is of the file that is replaced, into `<file name>.data.1`.
             force: Replace an existing file.
 
         Returns:
@@ -89,19 +99,53 @@ class FuseResult:
             RotaryExportError: It exists, is what the model was read from, or can't be written; or
                 the model was not compared.
         """
-        if not self.check.comparisons:
-            raise RotaryExportError("a dry run can't be written: the model was not compared")
+        self.check_compared()
         path = Path(out).absolute()
         check_out(path, force, self.sources)
+        old = _list_data(path)
+        first, second = _name_data(path)
+        data = second if path.with_name(first) in old else first
         with write_files(path) as staging:
-            staged = staging / path.name
-            if self.folder is None:
-                staged.write_bytes(self.model.SerializeToString())
-            else:
-                model = ir.serde.deserialize_model(self.model)
-                ir.external_data.set_base_dir(model.graph, self.folder)
-                ir.save(model, staged, external_data=f"{path.name}.data")
+            self.write(staging / path.name, data)
+        for file in old - {path.with_name(data)}:  # until here, the old file was whole
+            file.unlink(missing_ok=True)
         return path
+
+    def write(self, file: Path, data: str | None = None) -> None:
+        """Write the model into a folder that is being made, and its external data beside it."""
+        if self.folder is None:
+            file.write_bytes(self.model.SerializeToString())
+        else:
+            model = ir.serde.deserialize_model(self.model)
+            ir.external_data.set_base_dir(model.graph, self.folder)
+            ir.save(model, file, external_data=data or f"{file.name}.data")
+
+    def check_compared(self) -> None:
+        """Refuse to write a model that was not compared.
+
+        Raises:
+            RotaryExportError: It is of a dry run.
+        """
+        if not self.check.comparisons:
+            raise RotaryExportError("a dry run can't be written: the model was not compared")
+
+
+def _name_data(path: Path) -> tuple[str, str]:
+    """Return the two names of external data, of which a file and its successor have one each."""
+    return f"{path.name}.data", f"{path.name}.data.1"
+
+
+def _list_data(path: Path) -> set[Path]:
+    """Return those of the two that an existing file reads."""
+    if not path.is_file():
+        return set()
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, OSError):  # it is replaced, whatever it is
+        return set()
+    entries = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
+    locations = {entry.value for entry in entries if entry.key == "location"}
+    return {path.with_name(name) for name in _name_data(path) if name in locations}
 
 
 def describe_why(why: Sequence[NotReplaced]) -> dict[str, Any]:
@@ -118,7 +162,7 @@ def check_out(path: Path, force: bool, sources: Sequence[Path]) -> None:
     Raises:
         RotaryExportError: It, or its external data, exists.
     """
-    for file in (path, path.with_name(f"{path.name}.data")):
+    for file in (path, *map(path.with_name, _name_data(path))):
         check_file(file, force=True)
         if file.exists() and any(s.exists() and file.samefile(s) for s in sources):
             raise RotaryExportError(f"{file} is read from: the input is never replaced")

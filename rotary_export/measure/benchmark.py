@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rotary_export.bundle.manifest import check_files, find_main_graph, read_manifest
+from rotary_export.bundle.manifest import (
+    Manifest,
+    check_files,
+    find_main_graph,
+    read_manifest,
+)
 from rotary_export.errors import RotaryExportError
 from rotary_export.measure.machine import describe_machine
 from rotary_export.measure.timing import (
@@ -126,6 +131,28 @@ def bench_bundle(
     """
     manifest = read_manifest(path)
     check_files(path, manifest, list(manifest.files))
+    return bench_graph(path, manifest, shapes, seconds, progress)
+
+
+def bench_graph(
+    path: Path,
+    manifest: Manifest,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    seconds: float = SECONDS,
+    progress: Progress = ignore_progress,
+) -> BenchmarkReport:
+    """Time the main graph of a folder whose files were checked.
+
+    Args:
+        path: The folder.
+        manifest: What is in it.
+        shapes: As `bench_bundle`.
+        seconds: As `bench_bundle`.
+        progress: As `bench_bundle`.
+
+    Raises:
+        RotaryExportError: Nothing here can run it.
+    """
     name = find_main_graph(path, manifest)
     graph = manifest.graphs[name]
     sessions: dict[str, Session] = {}

@@ -13,5 +13,6 @@
 - `error_text.py`: an exporter's error in one line, with its place in the model.
 - `find/`: which functions apply a rotary embedding, what they compute, and their replacement.
 - `trace/`: `torch.export`, guards, size limits, patches while tracing, the snapshot.
+- `fused/`: an ONNX file that was fused, or any other, where a bundle is asked for.
 - `prove/`: a traced model against the model: by its export, and again by `verify_model`.
 """

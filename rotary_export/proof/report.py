@@ -10,6 +10,10 @@ from rotary_export.errors import CheckFailedError
 from rotary_export.proof.comparison import Error
 from rotary_export.proof.tolerances import TOLERANCES
 
+FLOAT32_TABLES = (
+    "compared with the model whose positions, angles and tables are computed in float32 "
+    "(float32_tables), not as its own type has them"
+)
 FORMULA = "formula"  # what a row of a closed form has instead of a runtime
 
 
@@ -93,6 +97,7 @@ class Report:
         skipped: Runtimes that are not here, and why.
         unverified: Sizes and values of a model that were not compared, and why.
         notes: What else a reader must know, such as that the proof was a quick one.
+        reference: What the rows compare with.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -100,6 +105,7 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     unverified: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    reference: str = "eager PyTorch"
 
     def add(self, rows: Sequence[Row], unverified: Mapping[str, str]) -> None:
         """Add what a part of the proof found."""
@@ -120,6 +126,7 @@ class Report:
             "skipped": self.skipped,
             "unverified": self.unverified,
             "notes": self.notes,
+            "reference": self.reference,
         }
 
     def find_failure(self) -> Row | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ TOLERANCES = {
     "model-half": Tolerance(
         4, "eager rounds to the half type where the op and fused kernels compute in float32", 6
     ),
+    # A model that was fused, in ulp of the largest magnitude, against the model before.
+    "fused": Tolerance(
+        256, "a rotary call differs by `native`; softmax, norms and products enlarge that 64 times"
+    ),
+    "fused-half": Tolerance(32, "as `fused`, 8 times: the half type hides what is smaller"),
     "far-tables": Tolerance(
         2, "the angle, its cosine and xPos's power are rounded; in ulp of the last position"
     ),
@@ -58,3 +65,17 @@ TOLERANCES = {
         8, "eight roundings (base, Pow, 1 / x, factors), and the exponent's times ln(base)"
     ),
 }
+
+FUSED = "fused"  # the key of a fused file's facts in a manifest's config
+
+
+def judge_fused(config: Mapping[str, Any], output: str, dtype: str) -> tuple[str, str]:
+    """Return the type whose ulp an output of a fused model is judged by, and its tolerance.
+
+    Args:
+        config: A manifest's, of a fused file.
+        output: Its name.
+        dtype: Its type, which may be wider than the arithmetic before it.
+    """
+    narrowest = str(config[FUSED]["narrowest"].get(output, dtype))
+    return narrowest, "fused-half" if narrowest in ("float16", "bfloat16") else "fused"

@@ -9,6 +9,7 @@ from rotary_export.bundle.manifest import check_files, read_manifest
 from rotary_export.proof.models.compare import GRAPH, compare_model, remake_cases
 from rotary_export.proof.plain import compare_plain
 from rotary_export.proof.report import Report
+from rotary_export.proof.tolerances import FUSED
 from rotary_export.types import Progress, ignore_progress
 
 
@@ -32,5 +33,8 @@ def verify(bundle_dir: str | os.PathLike[str], progress: Progress = ignore_progr
     manifest = read_manifest(path)
     check_files(path, manifest)
     if GRAPH in manifest.graphs:
-        return compare_model(path, manifest, remake_cases(path, manifest), progress)
+        report = compare_model(path, manifest, remake_cases(path, manifest), progress)
+        if FUSED in manifest.config:
+            report.reference = report.rows[0].runtime
+        return report
     return compare_plain(path, manifest, progress)

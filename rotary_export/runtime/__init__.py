@@ -5,6 +5,7 @@
 - `ort.py`, `torch_runtime.py`, `reference_session.py`: sessions of one runtime each.
 - `providers.py`: execution providers, and when the op library is registered.
 - `compiled.py`: which machines run a compiled graph.
+- `onnx_file.py`: a plain `.onnx` file, described as the graph of a bundle.
 - `ways.py`: every way to run a graph, listed once.
 - `tensors.py`: between torch tensors and numpy arrays.
 """

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
+import onnx
+import onnx_ir.passes.common as common_passes
 import pytest
-from helpers.fuse_graphs import Graph, half
+from helpers.fuse_graphs import Graph, half, write_half
 from onnx import TensorProto
 
 import rotary_export
 from rotary_export.errors import CheckFailedError
 from rotary_export.fusion.check import compare, runs
+from rotary_export.fusion.check.arithmetic import find_narrowest_types
 from rotary_export.fusion.check.feeds import SHAPES
+from rotary_export.fusion.normalize import normalize
+from rotary_export.fusion.read import read_model
 from rotary_export.runtime import ways
 
 # Of the largest magnitude of an output; a limit that is raised must be raised here, too.
@@ -23,12 +28,15 @@ LIMITS = {
 }
 
 
-def compare_one(name: str, want: np.ndarray, got: np.ndarray, observed=()) -> compare.Comparison:
-    return compare._compare({name: want}, {name: got}, SHAPES[0], "", "", observed)
+def compare_one(
+    name: str, want: np.ndarray, got: np.ndarray, observed=(), narrowest=None
+) -> compare.Comparison:
+    shape = SHAPES[0]
+    return compare._compare({name: want}, {name: got}, shape, "", "", observed, narrowest or {})
 
 
 @pytest.mark.parametrize(("dtype", "limit", "ulp"), LIMITS.values(), ids=LIMITS)
-def test_an_error_up_to_the_limit_passes_and_no_further(dtype, limit, ulp):
+def test_an_error_up_to_the_limit_is_equaland_no_further(dtype, limit, ulp):
     want = np.zeros((2, 3, 4), dtype)
     want[0, 0, 0] = 1
     for factor, passes in ((0.9, True), (1.1, False)):
@@ -98,3 +106,57 @@ def test_an_op_library_that_is_not_available_is_said(monkeypatch):
     result = rotary_export.fuse(g.model())
     assert {row.runtime for row in result.check.comparisons} == {"ONNX Runtime, function body"}
     assert result.check.skipped == ["ONNX Runtime, op library: it is not built"]
+
+
+# ---- float32 outputs of float16 arithmetic
+
+
+def test_outputs_are_judged_by_the_arithmetic_before_them():
+    g = Graph()
+    write_half(g)
+    result = rotary_export.fuse(g.model())
+    assert len(result.fused) == 2
+    assert {row.allowed for row in result.check.comparisons} == {32.0}
+
+
+def test_only_what_comes_after_a_rotary_call_is_judged_by_it():
+    g = Graph()
+    write_half(g)
+    model = read_model(g.model())
+    normalize(model)
+    calls = [node.outputs[0].name for node in model.graph if node.op_type == "Add"]
+    found = find_narrowest_types(model, calls)
+    outputs = [value.name for value in model.graph.outputs]
+    assert [found.get(name) for name in outputs] == ["float16", "float16", None]
+    assert not any(found.get(each) for each in ("query", "position_ids"))
+
+
+def test_the_type_inside_a_branch_counts():
+    g = Graph()
+    g.input("x", [2, 3])
+    model = g.model()
+    nodes = [
+        onnx.helper.make_node("Cast", ["x"], ["narrow"], to=TensorProto.FLOAT16),
+        onnx.helper.make_node("Neg", ["narrow"], ["call"]),
+        onnx.helper.make_node("Cast", ["call"], ["inner"], to=TensorProto.FLOAT),
+    ]
+    values = [onnx.helper.make_tensor_value_info("inner", TensorProto.FLOAT, [2, 3])]
+    branch = onnx.helper.make_graph(nodes, "branch", [], values)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "flag"))
+    model.graph.node.append(
+        onnx.helper.make_node("If", ["flag"], ["y"], then_branch=branch, else_branch=branch)
+    )
+    model.graph.output.append(onnx.helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3]))
+    source = read_model(model)
+    common_passes.ShapeInferencePass()(source)
+    assert find_narrowest_types(source, ["call"])["y"] == "float16"
+    assert find_narrowest_types(source, []) == {}
+
+
+def test_a_float32_output_of_float16_arithmetic_has_the_limit_of_float16():
+    want = np.ones((2, 4), np.float32)
+    for factor, passes in ((0.9, True), (1.1, False)):
+        got = want.copy()
+        got[1, 2] += factor * 32 * 2.0**-10
+        assert compare_one("y", want, got, narrowest={"y": "float16"}).passed == passes
+        assert not compare_one("y", want, got).passed

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 from helpers.fuse_graphs import Graph, H, add_query_key, find_rotary, half, make_feeds, run
@@ -128,6 +130,43 @@ def test_external_data_is_read_and_written_as_such(tmp_path):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
 
+def test_a_file_with_external_data_is_replaced_at_once(tmp_path, monkeypatch):
+    """A graph beside another's data would load, and be the values of neither model."""
+    sources, out = [tmp_path / f"in{i}.onnx" for i in range(2)], tmp_path / "out.onnx"
+    for source, scale in zip(sources, (1, 2), strict=True):
+        model = make_model(4096)
+        big = model.graph.initializer[-1]
+        big.CopyFrom(numpy_helper.from_array(scale * numpy_helper.to_array(big), big.name))
+        onnx.save(
+            model, source, save_as_external_data=True, location=f"{source.name}.bin",
+            size_threshold=1024,
+        )  # fmt: skip
+    results = [rotary_export.fuse(source) for source in sources]
+    results[0].save(out)
+    case = make_feeds(2, 5)
+    old, new = (run(onnx.load(source), case)[-1] for source in sources)
+    moved = []
+
+    def stop_at_the_graph(source, target):
+        if Path(target).parent == tmp_path:
+            moved.append(Path(target).name)
+        if Path(target) == out:
+            raise KeyboardInterrupt
+        return replaced(source, target)
+
+    replaced = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop_at_the_graph)
+        with pytest.raises(KeyboardInterrupt):
+            results[1].save(out, force=True)
+    assert moved == ["out.onnx.data.1", "out.onnx"]
+    np.testing.assert_allclose(run(onnx.load(out), case)[-1], old, rtol=0, atol=2e-5)
+    for result, want in ((results[1], new), (results[0], old)):
+        result.save(out, force=True)
+        np.testing.assert_allclose(run(onnx.load(out), case)[-1], want, rtol=0, atol=4e-5)
+        assert len([name for name in list_names(tmp_path) if name.startswith("out.onnx.")]) == 1
+
+
 @pytest.mark.parametrize("damage", ["missing", "short"])
 def test_external_data_must_be_there(tmp_path, damage):
     save_external(tmp_path / "in.onnx")
@@ -170,6 +209,114 @@ def test_large_weights_are_mapped_while_the_model_is_run(monkeypatch):
     assert H * 4096 * 4 in sizes
 
 
+@pytest.mark.parametrize("threshold", [0, 64])
+def test_small_tensors_of_external_data_are_read(tmp_path, threshold):
+    """Sizes and slices among them: a shape that they give is not known otherwise."""
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(
+        make_model(64), source, save_as_external_data=True, location="all.bin",
+        size_threshold=threshold,
+    )  # fmt: skip
+    result = rotary_export.fuse(source)
+    assert (len(result.fused), result.why) == (2, ())
+    assert {path.name for path in result.sources} == {"in.onnx", "all.bin"}
+    result.save(out)
+    case = make_feeds(2, 5)
+    for got, want in zip(run(onnx.load(out), case), run(onnx.load(source), case), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+def test_data_of_which_all_is_small_is_never_replaced(tmp_path):
+    onnx.save(
+        make_model(), tmp_path / "in.onnx", save_as_external_data=True, location="out.onnx.data",
+        size_threshold=0,
+    )  # fmt: skip
+    before = (tmp_path / "out.onnx.data").read_bytes()
+    with pytest.raises(RotaryExportError, match="is read from: the input is never replaced"):
+        rotary_export.fuse(tmp_path / "in.onnx").save(tmp_path / "out.onnx", force=True)
+    assert (tmp_path / "out.onnx.data").read_bytes() == before
+
+
+def test_a_small_tensor_of_a_constant_node_is_read(tmp_path):
+    model = make_model()
+    (tmp_path / "all.bin").write_bytes(b"")
+    for tensor in list(model.graph.initializer):
+        node = onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
+        model.graph.node.insert(0, node)
+    del model.graph.initializer[:]
+    onnx.save(
+        model, tmp_path / "in.onnx", save_as_external_data=True, location="all.bin",
+        size_threshold=0, convert_attribute=True,
+    )  # fmt: skip
+    assert len(rotary_export.fuse(tmp_path / "in.onnx").fused) == 2
+
+
+# ---- what ONNX Runtime runs and saves
+
+
+def reverse_nodes(graph: onnx.GraphProto) -> None:
+    nodes = list(graph.node)
+    del graph.node[:]
+    graph.node.extend(reversed(nodes))
+
+
+def test_nodes_in_any_order_are_read():
+    model, shuffled = make_model(), make_model()
+    reverse_nodes(shuffled.graph)
+    result = rotary_export.fuse(shuffled)
+    assert len(result.fused) == 2
+    case = make_feeds(2, 5)
+    for got, want in zip(run(result.model, case), run(model, case), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
+def test_a_branch_that_reads_what_a_later_node_computes_is_read():
+    g = Graph()
+    half(g)
+    g.output(g.op("Tanh", "query"), "before")
+    model = g.model()
+    branches = [
+        onnx.helper.make_graph(
+            [onnx.helper.make_node(op, [model.graph.output[0].name], [f"{name}_out"])],
+            name, [], [onnx.helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, None)],
+        )
+        for name, op in (("first", "Abs"), ("second", "Exp"))
+    ]  # fmt: skip
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "flag"))
+    model.graph.node.insert(
+        0,
+        onnx.helper.make_node(
+            "If", ["flag"], ["chosen"], then_branch=branches[0], else_branch=branches[1]
+        ),
+    )
+    model.graph.output.append(onnx.helper.make_tensor_value_info("chosen", TensorProto.FLOAT, None))
+    result = rotary_export.fuse(model)
+    case = make_feeds(2, 5)
+    got, want = run(result.model, case), run(model, case)
+    np.testing.assert_allclose(got[-1], want[-1], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(got[-1], np.abs(got[0]), rtol=0, atol=0)
+
+
+def test_a_file_that_onnx_runtime_saved_with_the_op_library_is_read(tmp_path):
+    """ONNX Runtime then writes version 1000 for the domain, although no node is of it."""
+    model, saved = make_model(), tmp_path / "saved.onnx"
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(saved)
+    options.register_custom_ops_library(str(rotary_export.runtime.op_library_path()))
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    versions = {o.domain: o.version for o in onnx.load(saved).opset_import}
+    assert versions["rotary_export"] == 1000
+    result = rotary_export.fuse(saved)
+    assert len(result.fused) == 2
+    versions = {o.domain: o.version for o in result.model.opset_import}
+    assert versions["rotary_export"] == 1
+    case = make_feeds(2, 5)
+    for got, want in zip(run(result.model, case), run(model, case), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
 # ---- bad input
 
 
@@ -205,6 +352,13 @@ def damage_type(model):
     model.graph.initializer[0].data_type = 99
 
 
+def damage_branch(model):
+    branch = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["nobody"], ["x"])], "b", [], [])
+    model.graph.node.append(
+        onnx.helper.make_node("If", ["query"], [], then_branch=branch, else_branch=branch)
+    )
+
+
 def damage_cycle(model):
     model.graph.node[0].input[0] = model.graph.node[-1].output[0]
 
@@ -220,9 +374,10 @@ BAD = {
     "older-opset": (damage_old, r"has opset 17, it must be >= 18: onnx.version_converter raises"),
     "newer-op": (damage_version, r"has version 7 of rotary_export, this release supports up to 1"),
     "twice": (damage_twice, r"the model is damaged: ValueError: Output .* is redeclared"),
-    "dangling": (damage_input, r"damaged: no node before Unsqueeze computes its input nobody"),
+    "dangling": (damage_input, r"is damaged: no node computes nobody, an input of Unsqueeze"),
     "no-type": (damage_type, r"the model is damaged: ValueError: 99 is not a valid DataType"),
-    "cycle": (damage_cycle, r"damaged: no node before Unsqueeze computes its input v9_0_out"),
+    "in-branch": (damage_branch, r"is damaged: no node computes nobody, an input of If"),
+    "cycle": (damage_cycle, r"the model is damaged: its nodes form a cycle"),
     "attribute": (damage_attribute, r"the model can't be fused: TypeError: .*perm"),
     "no-nodes": (damage_nodes, r"is not an ONNX model: it has no ai.onnx opset or no nodes"),
 }

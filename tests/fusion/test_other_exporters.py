@@ -6,13 +6,14 @@ to them. optimum runs torch's old exporter, on transformers' modules; these are 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 import torch
-from helpers.fuse_graphs import Graph, find_rotary, run
+from helpers.fuse_graphs import find_rotary, run, write_genai
 from helpers.tiny_models import make_cache, make_model
-from onnx import TensorProto
 from torch import Tensor, nn
 
 import rotary_export
@@ -150,9 +151,9 @@ class WithPast(nn.Module):
         return (out.logits, *(t for layer in layers for t in (layer.keys, layer.values)))
 
 
-@pytest.mark.parametrize("dynamo", [True, False], ids=["new exporter", "old exporter"])
-def test_a_decoder_with_a_cache(tmp_path, dynamo):
-    model, file = WithPast(make_model("llama")).eval(), tmp_path / "in.onnx"
+def write_decoder(file: Path, dynamo: bool) -> tuple[nn.Module, list[str]]:
+    """Write a decoder with its cache; return it and the names of its inputs."""
+    model = WithPast(make_model("llama")).eval()
     past = [torch.randn(2, 2, 5, 16) for _ in range(4)]
     mask = torch.ones(2, 8, dtype=torch.int64)
     inputs = (torch.ones(2, 3, dtype=torch.int64), mask, torch.arange(5, 8).repeat(2, 1), *past)
@@ -176,14 +177,28 @@ def test_a_decoder_with_a_cache(tmp_path, dynamo):
                 model, inputs, file, dynamo=False, opset_version=18, input_names=names,
                 dynamic_axes=axes,
             )  # fmt: skip
+    return model, names
+
+
+def make_step() -> tuple[Tensor, ...]:
+    """One token after nine, at another batch than the traced one."""
+    past = [torch.randn(3, 2, 9, 16) for _ in range(4)]
+    ids, mask = torch.tensor([[5], [6], [7]]), torch.ones(3, 10, dtype=torch.int64)
+    return ids, mask, torch.full((3, 1), 9), *past
+
+
+EXPORTERS = pytest.mark.parametrize("dynamo", [True, False], ids=["new exporter", "old exporter"])
+
+
+@EXPORTERS
+def test_a_decoder_with_a_cache(tmp_path, dynamo):
+    file = tmp_path / "in.onnx"
+    model, names = write_decoder(file, dynamo)
     result = rotary_export.fuse(file)
     assert (len(result.fused), result.nodes, result.why) == (4, 2, ())
     tried = {(c.shape.batch, c.shape.length, c.shape.past) for c in result.check.comparisons}
     assert tried == {(1, 7, 0), (3, 13, 5), (2, 1, 19)}
-    # One token after nine, at another batch than the traced one.
-    past = [torch.randn(3, 2, 9, 16) for _ in range(4)]
-    feeds = (torch.tensor([[5], [6], [7]]), torch.ones(3, 10, dtype=torch.int64))
-    feeds = (*feeds, torch.full((3, 1), 9), *past)
+    feeds = make_step()
     got = run(result.model, {n: t.numpy() for n, t in zip(names, feeds, strict=True)})
     with torch.no_grad():
         want = model(*feeds)
@@ -192,47 +207,31 @@ def test_a_decoder_with_a_cache(tmp_path, dynamo):
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5 * largest)
 
 
-def write_genai(do_rotary: bool = False, half: int = D // 2) -> onnx.ModelProto:
-    """A layer of onnxruntime-genai's builder: for DirectML it has nodes of their own for rope."""
-    rng = np.random.default_rng(0)
-    g = Graph(22, TensorProto.FLOAT16)
-    ids = g.input("input_ids", ["batch_size", "sequence_length"], TensorProto.INT64)
-    mask = g.input("attention_mask", ["batch_size", "total_sequence_length"], TensorProto.INT64)
-    if not do_rotary:
-        g.input("position_ids", ["batch_size", "sequence_length"], TensorProto.INT64)
-    dims = ["batch_size", NKV, "past_sequence_length", "kv_cache_dim"]
-    past = [g.input(f"past_key_values.0.{name}", dims) for name in ("key", "value")]
-    lengths = g.op("Sub", g.op("ReduceSum", mask, g.ints(1), keepdims=0), g.ints(1))
-    total = g.op("Gather", g.op("Shape", mask), g.const(np.int64(1)), axis=0)
-    lengths, total = (g.op("Cast", v, to=TensorProto.INT32) for v in (lengths, total))
-    x = g.op("Gather", g.const(rng.normal(size=(50, 64)).astype(np.float16)), ids)
-    q, k, v = (
-        g.op("MatMul", x, g.const(rng.normal(size=(64, heads * D)).astype(np.float16) / 8))
-        for heads in (N, NKV, NKV)
-    )
-    angles = np.outer(np.arange(64), 10000.0 ** -np.linspace(0, 0.9, half))
-    tables = [g.const(f(angles).astype(np.float16)) for f in (np.cos, np.sin)]
-    partial = half < D // 2
-    if not do_rotary:
-        q, k = (
-            g.op(
-                "RotaryEmbedding", x, "position_ids", *tables, domain="com.microsoft",
-                interleaved=0, num_heads=heads if partial else 0,
-                rotary_embedding_dim=2 * half if partial else 0,
-            )
-            for x, heads in ((q, N), (k, NKV))
-        )  # fmt: skip
-    outputs = g.op(
-        "GroupQueryAttention", q, k, v, *past, lengths, total, *(tables if do_rotary else ()), n=3,
-        domain="com.microsoft", num_heads=N, kv_num_heads=NKV, do_rotary=int(do_rotary), scale=0.25,
-    )  # fmt: skip
-    for value, name in zip(outputs, ("out", "present.0.key", "present.0.value"), strict=True):
-        g.output(value, name)
-    model = g.model()  # it writes shapes, too
-    for name, heads in ((q, N), (k, NKV)):
-        dims = ["batch_size", "sequence_length", heads * D]
-        model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, g.element, dims))
-    return model
+@EXPORTERS
+@pytest.mark.parametrize("keep_io_types", [True, False], ids=["float32 in and out", "float16"])
+def test_a_decoder_that_onnx_runtime_s_converter_made_float16(tmp_path, dynamo, keep_io_types):
+    """Unsorted nodes, float32 outputs of float16 arithmetic, and tables computed in float16."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    file = tmp_path / "in.onnx"
+    model, names = write_decoder(file, dynamo)
+    half = convert_float_to_float16(onnx.load(file), keep_io_types=keep_io_types)
+    with pytest.raises(CheckFailedError, match="tables computed in float16 in 4 of 4 rotary calls"):
+        rotary_export.fuse(half)
+    result = rotary_export.fuse(half, float32_tables=True)
+    assert (len(result.fused), result.nodes, result.why) == (4, 2, ())
+    assert "frequencies of base 10000" in result.check.notes[1]
+    step = list(make_step())
+    step[2] += 3000  # where float16 has every second position, and frequencies that are off
+    floating = np.float32 if keep_io_types else np.float16
+    feeds = {n: t.numpy() for n, t in zip(names, step, strict=True)}
+    feeds = {n: t.astype(floating) if t.dtype.kind == "f" else t for n, t in feeds.items()}
+    with torch.no_grad():
+        want = model(*step)
+    for ours, theirs in zip(run(result.model, feeds), want, strict=True):
+        assert ours.dtype == floating
+        largest = theirs.abs().max().item()
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-2 * largest)
 
 
 @pytest.mark.parametrize("half", [D // 2, D // 4], ids=["full", "partial"])

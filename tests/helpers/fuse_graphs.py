@@ -12,6 +12,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from rotary_export.op import spec
 
 H = 8  # head_dim
+GENAI_HEADS, GENAI_DIM = (4, 2), 16
 
 
 class Graph:
@@ -180,3 +181,60 @@ def make_feeds(batch: int, length: int, layout: str = "BNS") -> dict[str, np.nda
     }
     ids = rng.integers(0, 40, (batch, length))
     return feeds | {"position_ids": ids}
+
+
+def write_half(g: Graph) -> None:
+    """float32 in and out, float16 between: what converters write to keep the types of a file."""
+    tables = write_tables(g)
+    half_tables = [g.op("Cast", table, to=TensorProto.FLOAT16) for table in tables]
+    for x in add_query_key(g):
+        narrow = g.op("Cast", x, to=TensorProto.FLOAT16)
+        rotated = g.op("Mul", rotate_half(g, narrow), half_tables[1])
+        y = g.op("Add", g.op("Mul", narrow, half_tables[0]), rotated)
+        g.output(g.op("Cast", y, to=TensorProto.FLOAT), f"{x}_out")
+    g.output(g.op("Tanh", "query"), "apart")
+
+
+def write_genai(do_rotary: bool = False, half: int = GENAI_DIM // 2) -> ModelProto:
+    """A layer of onnxruntime-genai's builder: for DirectML it has nodes of their own for rope."""
+    rng = np.random.default_rng(0)
+    g = Graph(22, TensorProto.FLOAT16)
+    num_heads, kv_num_heads = GENAI_HEADS
+    ids = g.input("input_ids", ["batch_size", "sequence_length"], TensorProto.INT64)
+    mask = g.input("attention_mask", ["batch_size", "total_sequence_length"], TensorProto.INT64)
+    if not do_rotary:
+        g.input("position_ids", ["batch_size", "sequence_length"], TensorProto.INT64)
+    dims = ["batch_size", kv_num_heads, "past_sequence_length", "kv_cache_dim"]
+    past = [g.input(f"past_key_values.0.{name}", dims) for name in ("key", "value")]
+    lengths = g.op("Sub", g.op("ReduceSum", mask, g.ints(1), keepdims=0), g.ints(1))
+    total = g.op("Gather", g.op("Shape", mask), g.const(np.int64(1)), axis=0)
+    lengths, total = (g.op("Cast", v, to=TensorProto.INT32) for v in (lengths, total))
+    x = g.op("Gather", g.const(rng.normal(size=(50, 64)).astype(np.float16)), ids)
+    q, k, v = (
+        g.op("MatMul", x, g.const(rng.normal(size=(64, heads * GENAI_DIM)).astype(np.float16) / 8))
+        for heads in (num_heads, kv_num_heads, kv_num_heads)
+    )
+    angles = np.outer(np.arange(64), 10000.0 ** -np.linspace(0, 0.9, half))
+    tables = [g.const(f(angles).astype(np.float16)) for f in (np.cos, np.sin)]
+    partial = half < GENAI_DIM // 2
+    if not do_rotary:
+        q, k = (
+            g.op(
+                "RotaryEmbedding", x, "position_ids", *tables, domain="com.microsoft",
+                interleaved=0, num_heads=heads if partial else 0,
+                rotary_embedding_dim=2 * half if partial else 0,
+            )
+            for x, heads in ((q, num_heads), (k, kv_num_heads))
+        )  # fmt: skip
+    outputs = g.op(
+        "GroupQueryAttention", q, k, v, *past, lengths, total, *(tables if do_rotary else ()), n=3,
+        domain="com.microsoft", num_heads=num_heads, kv_num_heads=kv_num_heads,
+        do_rotary=int(do_rotary), scale=0.25,
+    )  # fmt: skip
+    for value, name in zip(outputs, ("out", "present.0.key", "present.0.value"), strict=True):
+        g.output(value, name)
+    model = g.model()  # it writes shapes, too
+    for name, heads in ((q, num_heads), (k, kv_num_heads)):
+        dims = ["batch_size", "sequence_length", heads * GENAI_DIM]
+        model.graph.value_info.append(helper.make_tensor_value_info(name, g.element, dims))
+    return model

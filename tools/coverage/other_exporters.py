@@ -1,7 +1,8 @@
-"""Fuse files that optimum and onnxruntime-genai really write, of tiny models with random weights.
+"""Fuse files that other exporters and converters really write, of tiny models with random weights.
 
-Each exporter needs packages of its own, so it gets an environment in build/exporters, made when it
-is missing (some minutes). Prints one line for each file; exit code 1 if one is not as expected.
+optimum, onnxruntime-genai, and what ONNX Runtime's float16 converter makes of optimum's files. Each
+exporter needs packages of its own, so it gets an environment in build/exporters, made when it is
+missing (some minutes). Prints one line for each file; exit code 1 if one is not as expected.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ BUILDS = {("fp16", "dml"): True, ("int4", "dml"): True, ("fp32", "cpu"): False}
 MAKE = """
 import sys, torch, transformers
 family, out = sys.argv[1:3]
-sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+# No two sizes are equal: genai's builder knows the LM head's weight by its shape.
+sizes = dict(vocab_size=112, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
              pad_token_id=0, bos_token_id=1, eos_token_id=2)
 many = dict(num_key_value_heads=4)
@@ -59,11 +61,17 @@ OPTIMUM = """
 from optimum.exporters.onnx import onnx_export_from_model
 task = "fill-mask" if encoder else "text-generation-with-past"
 onnx_export_from_model(model, out, task=task, do_validation=False)
+
+import onnx
+from onnxruntime.transformers.float16 import convert_float_to_float16
+for keep in (False, True):
+    half = convert_float_to_float16(onnx.load(f"{out}/model.onnx"), keep_io_types=keep)
+    onnx.save(half, f"{out}/float16-{'kept' if keep else 'all'}.onnx")
 """
 GENAI = """
 from tokenizers import Tokenizer, models
 model.save_pretrained(out)
-words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
+words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(112)}, unk_token="w0"))
 transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(out)
 """
 
@@ -79,7 +87,13 @@ def find_python(exporter: str) -> str:
 
 
 def write_files(exporter: str, family: str, folder: Path) -> dict[str, tuple[Path, bool]]:
-    """Let an exporter write a family's files; by name, and whether `fuse` is to find something."""
+    """Let an exporter write a family's files; by name, and whether `fuse` is to find something.
+
+    Args:
+        exporter: A key of PACKAGES.
+        family: Of FAMILIES.
+        folder: Where to write.
+    """
     python = find_python(exporter)
     script = MAKE + (OPTIMUM if exporter == "optimum" else GENAI)
     model = folder / exporter / family
@@ -87,7 +101,9 @@ def write_files(exporter: str, family: str, folder: Path) -> dict[str, tuple[Pat
     run = {"check": True, "capture_output": True, "cwd": folder}
     subprocess.run([python, "-W", "ignore", "-c", script, family, model], **run)
     if exporter == "optimum":
-        return {f"optimum {family}": (model / "model.onnx", True)}
+        halves = {f"optimum {family} {file.stem}": file for file in sorted(model.glob("float16-*"))}
+        return {name: (path, True) for name, path in
+                ({f"optimum {family}": model / "model.onnx"} | halves).items()}  # fmt: skip
     files = {}
     for (precision, provider), expected in BUILDS.items():
         out = folder / f"{family}-{precision}-{provider}"
@@ -100,13 +116,21 @@ def write_files(exporter: str, family: str, folder: Path) -> dict[str, tuple[Pat
 def fuse_file(name: str, path: Path, expected: bool) -> bool:
     """Fuse one file, print what was found, return whether that is as expected."""
     try:
-        result = rotary_export.fuse(path)
+        result = rotary_export.fuse(path, float32_tables=True)
     except rotary_export.RotaryExportError as error:
-        print(f"{name}: {error}")
+        print(f"{name}: {error}", flush=True)
         return not expected and "rotates inside" in str(error)
     worst = max(row.error.max_ulp for row in result.check.comparisons)
     how = ", ".join(sorted(set(result.fused.values())))
-    print(f"{name}: {len(result.fused)} calls fused in {result.nodes} nodes ({how}), {worst:g} ulp")
+    half = len(result.half_tables)
+    tables = f", {half} with tables put back to float32" if half else ""
+    restored = sum("is restored" in note for note in result.check.notes)
+    tables += f" ({restored} frequencies restored)" if restored else ""
+    print(
+        f"{name}: {len(result.fused)} calls fused in {result.nodes} nodes ({how}){tables}, "
+        f"{worst:g} ulp",
+        flush=True,
+    )
     return expected and not result.why
 
 

@@ -11,6 +11,7 @@ import onnx
 from onnxscript import ir
 
 from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.fusion.check.arithmetic import PRECISION
 from rotary_export.fusion.check.feeds import SHAPES, Shape, make_feeds
 from rotary_export.fusion.check.runs import (
     BY_REFERENCE,
@@ -25,10 +26,6 @@ from rotary_export.proof.oracle import compute_ulp
 from rotary_export.proof.tolerances import TOLERANCES
 from rotary_export.runtime.ways import REFERENCE
 from rotary_export.types import Array
-
-# A rotary call differs by TOLERANCES["native"] ulp. What follows it (softmax, norms, products with
-# weights, layer after layer) enlarges that, as it does any rounding: by this much at most.
-GROWTH = {"float64": 64, "float32": 64, "float16": 8, "bfloat16": 8}
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,12 @@ class Check:
     Attributes:
         comparisons: One per shape and runtime.
         skipped: Shapes and runtimes that were not, and why.
+        notes: What the model before is, if it is not as it was read.
     """
 
     comparisons: list[Comparison] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def compare_models(
@@ -77,6 +76,7 @@ def compare_models(
     folder: Path | None,
     shapes: Sequence[Shape] = SHAPES,
     feeds: Sequence[Mapping[str, Array]] = (),
+    narrowest: Mapping[str, str] | None = None,
 ) -> Check:
     """Run a model before and after at several shapes.
 
@@ -87,6 +87,8 @@ def compare_models(
         folder: Of their external data, if they have any.
         shapes: What to run at.
         feeds: Inputs to run with instead.
+        narrowest: Types that values are judged by, as of `find_narrowest_types`; default: their
+            own.
 
     Returns:
         What was compared, all within its limit.
@@ -128,7 +130,8 @@ def compare_models(
                     f"the fused model does not run at batch {shape.batch}, length {shape.length} "
                     f"({name}), the model did before: {got}"
                 )
-            check.comparisons.append(_compare(want, got, shape, name, run_mode, observed))
+            row = _compare(want, got, shape, name, run_mode, observed, narrowest or {})
+            check.comparisons.append(row)
     for row in check.comparisons:
         if not row.passed:
             raise CheckFailedError(
@@ -157,13 +160,19 @@ def _observe(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
 
 
 def _compare(
-    want: Outputs, got: Outputs, shape: Shape, runtime: str, run_mode: str, observed: Sequence[str]
+    want: Outputs,
+    got: Outputs,
+    shape: Shape,
+    runtime: str,
+    run_mode: str,
+    observed: Sequence[str],
+    narrowest: Mapping[str, str],
 ) -> Comparison:
     """Compare all outputs of one run; keep the one that is nearest to its limit."""
     worst = Comparison(shape, runtime, run_mode, Error(), "", TOLERANCES["native"].max_ulp)
     for name, value in want.items():
         dtype = value.dtype.name
-        if dtype not in GROWTH:
+        if dtype not in PRECISION:
             same = got[name].shape == value.shape and np.array_equal(got[name], value)
             error = Error() if same else Error(np.inf, np.inf, exact=False)
             allowed = 0.0
@@ -171,8 +180,10 @@ def _compare(
             wide = np.abs(value.astype(np.float64))
             axis = -1 if name in observed and value.ndim else None
             largest = wide.max(axis, keepdims=True) if value.size else np.ones((1,) * value.ndim)
+            dtype = narrowest.get(name, dtype)
             error = compare(got[name], value, compute_ulp(largest, dtype))
-            allowed = TOLERANCES["native"].max_ulp * GROWTH[dtype]
+            half = dtype in ("float16", "bfloat16")
+            allowed = TOLERANCES["fused-half" if half else "fused"].max_ulp
         row = Comparison(shape, runtime, run_mode, error, name, allowed)
         if error.max_ulp / max(allowed, 1e-9) >= worst.error.max_ulp / max(worst.allowed, 1e-9):
             worst = row

@@ -169,7 +169,7 @@ def _draw(rng: np.random.Generator, value: ir.Value, dims: list[int], shape: Sha
     if "position" in name and dims:
         steps = np.arange(shape.past, shape.past + dims[-1], dtype=kind)
         return np.broadcast_to(steps, dims).copy()
-    limit = _count_rows(value)
+    limit = count_rows(value)
     if limit is None:
         return (
             np.zeros(dims, kind) if not _IDS.search(name) else rng.integers(0, 2, dims).astype(kind)
@@ -177,7 +177,7 @@ def _draw(rng: np.random.Generator, value: ir.Value, dims: list[int], shape: Sha
     return rng.integers(0, limit, dims).astype(kind)
 
 
-def _count_rows(value: ir.Value) -> int | None:
+def count_rows(value: ir.Value) -> int | None:
     """Return the rows of the smallest table that these ids select from."""
     rows = []
     queue = [value]

@@ -14,7 +14,7 @@ from typing import Any
 from onnxscript import ir
 
 from rotary_export.fusion.rules.base import Op, Result, Rule
-from rotary_export.fusion.rules.build import X_TYPES, write_rotary
+from rotary_export.fusion.rules.build import X_TYPES, widen, write_rotary
 from rotary_export.fusion.values import Dims, read_dims, read_int_attribute
 
 DOMAIN = "com.microsoft"
@@ -54,7 +54,7 @@ class MicrosoftRule(Rule):
     def rewrite(
         self, op: Op, x: ir.Value, ids: ir.Value, cos: ir.Value, sin: ir.Value, **_: Any
     ) -> ir.Value:
-        return write_rotary(op, [x, cos, sin, ids], self.attributes)
+        return write_rotary(op, [x, widen(op, cos), widen(op, sin), ids], self.attributes)
 
 
 def _find_sizes(node: ir.Node, dims: Dims, channels: int, width: int) -> tuple[int, int] | str:

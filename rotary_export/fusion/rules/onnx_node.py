@@ -10,7 +10,7 @@ from typing import Any
 from onnxscript import ir
 
 from rotary_export.fusion.rules.base import Op, Result, Rule, read_rotary_attributes
-from rotary_export.fusion.rules.build import X_TYPES, write_rotary
+from rotary_export.fusion.rules.build import X_TYPES, widen, write_rotary
 from rotary_export.fusion.values import read_dims
 
 
@@ -35,4 +35,7 @@ class OnnxRule(Rule):
         dims = read_dims(node.inputs[0])
         if dims is None or len(dims) != 3:
             attributes.pop("num_heads")
-        return write_rotary(op, node.inputs, attributes)
+        x, cos, sin, *ids = node.inputs
+        assert cos is not None
+        assert sin is not None
+        return write_rotary(op, [x, widen(op, cos), widen(op, sin), *ids], attributes)

@@ -25,14 +25,10 @@ from rotary_export.proof.models.compare import GRAPH, compare_model
 from rotary_export.proof.models.far_tables import compare_far_tables
 from rotary_export.proof.models.plan import Plan, list_unreached, plan_cases
 from rotary_export.proof.models.reference import Measured, Reference
-from rotary_export.proof.report import Report, describe_failure
+from rotary_export.proof.report import FLOAT32_TABLES, Report, describe_failure
 from rotary_export.types import Progress
 
 QUICK = "a quick proof: no far positions and no long sequences"
-FLOAT32_TABLES = (
-    "compared with the model whose positions, angles and tables are computed in float32 "
-    "(float32_tables), not as its own type has them"
-)
 INLINE = "no function of the model applies the rotary embedding: its tables are not known"
 
 

@@ -23,7 +23,6 @@ from rotary_export.models.arguments import (
 from rotary_export.models.convert import convert_model
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.prove.prove import (
-    FLOAT32_TABLES,
     QUICK,
     add_far_tables,
     choose_cases,
@@ -37,7 +36,7 @@ from rotary_export.proof.models.compare import GRAPH, compare_model, read_source
 from rotary_export.proof.models.frequencies import compare_frequencies
 from rotary_export.proof.models.plan import Plan, plan_cases
 from rotary_export.proof.models.reference import Reference
-from rotary_export.proof.report import Report
+from rotary_export.proof.report import FLOAT32_TABLES, Report
 from rotary_export.types import Progress, ignore_progress, name_dtype
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from rotary_export.proof.models.reference import (
 from rotary_export.proof.oracle import compute_ulp
 from rotary_export.proof.report import Report, Row
 from rotary_export.proof.stored import check_rotary_nodes
+from rotary_export.proof.tolerances import FUSED, judge_fused
 from rotary_export.runtime.ways import REFERENCE, Way, list_ways
 from rotary_export.types import Array, Progress
 
@@ -139,6 +140,8 @@ def compare_model(
     """
     info = manifest.graphs[GRAPH]
     check_rotary_nodes(path, info)
+    alone = all(each.eager is None for each in measured)
+    fused = manifest.config if FUSED in manifest.config and alone else None
     report = Report(shapes={GRAPH: [each.case.name for each in measured]})
     report.unverified = list_unverified(manifest)
     ways = list(list_ways(info, manifest.compiled_for, report.skipped))
@@ -162,13 +165,13 @@ def compare_model(
             each if each.eager is not None else replace(each, eager=ours)
             for each, ours in zip(measured, results, strict=True)
         ]
-        rows = compare_results(info, way.name, kernel_path, measured, results)
+        rows = compare_results(info, way.name, kernel_path, measured, results, fused)
         done: set[str] = set()
         while measure_again is not None and (case := _find_failed(rows)) not in ("", *done):
             progress(f"measure the rounding noise again: {case}")
             done.add(case)
             measured[:] = [measure_again(m) if m.case.name == case else m for m in measured]
-            rows = compare_results(info, way.name, kernel_path, measured, results)
+            rows = compare_results(info, way.name, kernel_path, measured, results, fused)
         report.unverified |= _list_ill_conditioned(measured)
         report.rows += rows
     return report
@@ -223,23 +226,28 @@ def compare_results(
     kernel_path: str,
     measured: Sequence[Measured],
     results: Results,
+    fused: Mapping[str, Any] | None = None,
 ) -> list[Row]:
     """Compare results, in ulp of the largest magnitude of each output; padding is left out.
 
-    A row contains the case whose error is the largest share of what its noise allows.
+    A row contains the case whose error is the largest share of what its noise allows. Of a fused
+    file no noise is known: it is judged as `fuse` judges.
     """
     rows = []
     for output in info.outputs:
         name = output.name
         half = output.dtype in ("float16", "bfloat16")
-        worst = Row(GRAPH, name, runtime, kernel_path, "model-half" if half else "model", None)
+        judged_by, tolerance = output.dtype, "model-half" if half else "model"
+        if fused is not None:
+            judged_by, tolerance = judge_fused(fused, name, output.dtype)
+        worst = Row(GRAPH, name, runtime, kernel_path, tolerance, None)
         for each, ours in zip(measured, results, strict=True):
             assert each.eager is not None
             left, right = each.case.select(ours[name]), each.case.select(each.eager[name])
             largest, moved = find_largest(right), each.noise.get(name, 0.0)
             if moved > MOST_NOISE * largest:
                 continue
-            dtype = output.dtype if np.issubdtype(right.dtype, np.floating) else "float64"
+            dtype = judged_by if np.issubdtype(right.dtype, np.floating) else "float64"
             unit = compute_ulp(np.asarray(largest), dtype)  # integers are equal or not
             error = compare(left, right, unit)
             row = replace(worst, eager=error, noise=moved / float(unit), case=each.case.name)
