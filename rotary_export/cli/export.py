@@ -14,6 +14,7 @@ import click
 from click.core import ParameterSource
 
 import rotary_export
+from rotary_export.bundle.folder import check_out, find_out
 from rotary_export.cli.options import bundle_options
 from rotary_export.cli.report import print_report
 from rotary_export.cli.terminal import Terminal
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 def export(out: Path, as_json: bool, dtype: str, **options: Any) -> None:
     """Export a rotary embedding as a bundle and prove it equal to eager PyTorch."""
     terminal = Terminal(as_json)
+    _check_target(options["opset"], options["force"], out)
     with terminal.progress() as progress:
         progress("import torch")
         import torch
@@ -64,6 +66,16 @@ def export(out: Path, as_json: bool, dtype: str, **options: Any) -> None:
     print_report(terminal, bundle.report.to_dict())
     terminal.line(f"{out}: {', '.join(bundle.manifest.files)}")
     terminal.finish({"bundle": str(out), "parity": bundle.report.to_dict()})
+
+
+def _check_target(opset: int, force: bool, *folders: Path | None) -> None:
+    """Check the opset and the folders to write before torch is imported or a model is loaded."""
+    from rotary_export.op.onnx_signature import check_opset
+
+    check_opset(opset)
+    for folder in folders:
+        if folder is not None:
+            check_out(find_out(folder), force)
 
 
 _EMBEDDING = ("use_xpos", "scale_base", "interpolation_factor", "base", "base_rescale_factor")
@@ -146,6 +158,8 @@ def export_model(
     if out is None and not dry_run and case is None:
         raise click.UsageError("Missing option '--out', '--dry-run' or '--case'.")
     terminal = Terminal(as_json)
+    folders = () if dry_run or case is not None else (out, keep_failed)
+    _check_target(options["opset"], options["force"], *folders)
     if dry_run:
         _list_rotary_calls(terminal, source, dtype)
         return

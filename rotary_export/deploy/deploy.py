@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rotary_export.bundle.atomic import write_folder
+from rotary_export.bundle.atomic import check_folder, write_folder
+from rotary_export.bundle.folder import find_out
 from rotary_export.bundle.manifest import FILE_NAME as MANIFEST
 from rotary_export.bundle.manifest import (
     Manifest,
@@ -64,7 +65,8 @@ def deploy(
     """
     if target not in TARGETS:
         raise RotaryExportError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
-    source, path = Path(bundle), Path(out).absolute()
+    source, path = Path(bundle), find_out(out)
+    check_folder(path, force, _check_owned)
     progress("check the bundle")
     manifest = read_manifest(source)
     check_passed(source, manifest)

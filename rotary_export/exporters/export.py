@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from rotary_export.bundle.atomic import check_folder, write_folder
+from rotary_export.bundle.folder import find_out, write_bundle
 from rotary_export.bundle.manifest import (
     DEFAULT_FORMATS,
     FILE_NAME,
@@ -18,16 +17,16 @@ from rotary_export.bundle.manifest import (
     GraphInfo,
     Manifest,
     hash_file,
-    read_manifest,
 )
 from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.aoti import check_compiler, compile_program
-from rotary_export.exporters.onnx import check_opset, export_onnx, minimum_onnxruntime
+from rotary_export.exporters.onnx import export_onnx, minimum_onnxruntime
 from rotary_export.exporters.program import export_program
 from rotary_export.exporters.torchscript import export_torchscript
 from rotary_export.graphs.config import check_config
 from rotary_export.graphs.graph import TRACED_SIZES, Graph, make_graphs
 from rotary_export.graphs.kinds import RopeModule
+from rotary_export.op.onnx_signature import check_opset
 from rotary_export.package import __version__, find_versions
 from rotary_export.proof.plain import compare_plain
 from rotary_export.proof.report import Report, check_report
@@ -159,28 +158,6 @@ def check_formats(formats: Sequence[str]) -> None:
         check_compiler()
 
 
-def find_out(out: str | os.PathLike[str]) -> Path:
-    """Return where a bundle is to be written, or refuse what is not a path."""
-    if not isinstance(out, (str, os.PathLike)):
-        raise RotaryExportError(f"out must be a path, got {out!r}")
-    return Path(out).absolute()
-
-
-def _check_owned(path: Path, force: bool) -> None:
-    """Refuse to replace a folder that is not a bundle; with force, also one that contains more."""
-    try:
-        manifest = read_manifest(path)
-    except RotaryExportError as error:
-        raise RotaryExportError(
-            f"{path} exists and is not a bundle; it is left as it is ({error})"
-        ) from None
-    for file in path.iterdir() if force else ():
-        if file.name not in (FILE_NAME, *manifest.files):
-            raise RotaryExportError(
-                f"{path} contains {file.name!r}, which is not of the bundle and would be lost"
-            )
-
-
 def _write_graph(
     graph: Graph, folder: Path, formats: Sequence[str], opset: int, progress: Progress
 ) -> GraphInfo:
@@ -204,24 +181,6 @@ def _write_graph(
         progress(f"compile {files['aoti']}")
         compile_program(folder / files["program"], example, folder / files["aoti"])
     return GraphInfo(graph.inputs, graph.outputs, files, rotary_nodes, function_body)
-
-
-def check_out(path: Path, force: bool) -> None:
-    """Check that a bundle can be written, before it is made.
-
-    Raises:
-        RotaryExportError: `path` already exists.
-    """
-    check_folder(path, force, lambda folder: _check_owned(folder, force))
-
-
-def write_bundle(path: Path, force: bool) -> AbstractContextManager[Path]:
-    """Return a context whose folder, a bundle to be, replaces `path` once the block has ended.
-
-    Raises:
-        RotaryExportError: `path` already exists, or can't be written.
-    """
-    return write_folder(path, force, lambda folder: _check_owned(folder, force))
 
 
 def finish_bundle(staging: Path, path: Path, manifest: Manifest, report: Report) -> Bundle:

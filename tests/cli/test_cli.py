@@ -209,6 +209,54 @@ def test_mistake_gets_one_line_and_exit_code_2(name, bundle, tmp_path, monkeypat
     assert sorted(os.listdir()) == before
 
 
+MODEL = ["export-model", "slow:make", "--quick"]  # the factory must not be called
+TOO_LATE = {
+    "export-opset": ([*EXPORT, "--opset", "26", "--out", "new"], "opset must be in [18, 25]"),
+    "export-out": ([*EXPORT, "--out", "mine"], "mine exists and is not a bundle"),
+    "export-bundle": ([*EXPORT, "--out", "B"], "B exists; force=True (--force) replaces it"),
+    "export-folder": ([*EXPORT, "--out", "file/new"], "file/new can't be written: Not a directory"),
+    "model-opset": ([*MODEL, "--opset", "17", "--out", "new"], "opset must be in [18, 25]"),
+    "model-opset-dry": ([*MODEL, "--opset", "17", "--dry-run"], "opset must be in [18, 25]"),
+    "model-out": ([*MODEL, "--out", "mine", "--force"], "mine exists and is not a bundle"),
+    "model-bundle": ([*MODEL, "--out", "B"], "B exists; force=True"),
+    "model-folder": ([*MODEL, "--out", "file/new"], "file/new can't be written"),
+    "model-kept": ([*MODEL, "--out", "new", "--keep-failed", "mine"], "mine exists and is not"),
+    "deploy-out": (["deploy", "node", "B", "--out", "mine"], "deploy did not write it"),
+    "deploy-folder": (["deploy", "node", "B", "--out", "file/kit"], "file/kit can't be written"),
+    "run-out": (["run", "B", "--input", "a=1", "--out", "file"], "file exists; force=True"),
+    "run-folder": (["run", "B", "--input", "a=1", "--out", "no/o.npz"], "no/o.npz can't be"),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LATE)
+def test_what_is_written_is_checked_before_anything_is_loaded(name, bundle, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("loaded")
+
+    arguments, message = TOO_LATE[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("slow.py").write_text("raise SystemError('imported')\n")
+    Path("file").touch()
+    Path("mine").mkdir()
+    Path("mine", "notes.txt").touch()
+    Path("B").symlink_to(bundle)
+    for module, attribute in (
+        ("rotary_export.models.source", "load_source"),
+        ("rotary_export.exporters.export", "check_config"),
+        ("rotary_export.deploy.deploy", "check_files"),
+        ("rotary_export.cli.arrays", "read_inputs"),
+    ):
+        monkeypatch.setattr(f"{module}.{attribute}", refuse)
+    monkeypatch.setattr("rotary_export.cli.export._make_rope", refuse)
+    before = sorted(tmp_path.rglob("*"))
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1  # no progress before it
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_mistake_in_json(tmp_path):
     result = call("verify", tmp_path, "--json")
     assert result.exit_code == 2
