@@ -79,7 +79,7 @@ def verify(
     help="NAME=FILE.npy, NAME=INTEGER, or FILE.npz; may be repeated.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The .npz to write.")
-@click.option("--graph", default="rotate", show_default=True)
+@click.option("--graph", help="Default: rotate or model, whichever the bundle has.")
 @click.option("--runtime", default="onnxruntime", show_default=True)
 @click.option("--provider", "providers", multiple=True, help="Of ONNX Runtime; may be repeated.")
 @click.option("--no-op-library", is_flag=True, help="Run the function body.")
@@ -90,7 +90,7 @@ def run(
     bundle: Path,
     inputs: tuple[str, ...],
     out: Path,
-    graph: str,
+    graph: str | None,
     runtime: str,
     providers: tuple[str, ...],
     no_op_library: bool,
@@ -105,7 +105,7 @@ def run(
     check_file(out, force)
     arrays = read_inputs(inputs)
     with terminal.progress() as progress:
-        progress(f"run {graph}")
+        progress(f"run {graph or bundle.name}")
         session = rotary_export.load(
             bundle,
             graph,
@@ -116,7 +116,8 @@ def run(
         )
         outputs = session(**arrays)
     write_outputs(out, outputs)
-    terminal.line(f"{graph} ran on {', '.join(session.providers)}: {session.kernel_path}")
+    name = session.graph_name
+    terminal.line(f"{name} ran on {', '.join(session.providers)}: {session.kernel_path}")
     shapes = {name: list(value.shape) for name, value in outputs.items()}
     terminal.table(
         ("output", "dtype", "shape"), [(n, v.dtype, v.shape) for n, v in outputs.items()]
@@ -125,6 +126,7 @@ def run(
     terminal.finish(
         {
             "out": str(out),
+            "graph": session.graph_name,
             "providers": session.providers,
             "kernel_path": session.kernel_path,
             "shapes": shapes,
