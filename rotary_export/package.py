@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -19,6 +20,13 @@ def package_folders() -> list[Path]:
     assert spec is not None
     assert spec.submodule_search_locations is not None
     return [Path(folder).resolve() for folder in spec.submodule_search_locations]
+
+
+def hide_folders(text: str) -> str:
+    """Return a message without the folders of this machine; a path becomes its last part."""
+    for folder in package_folders():  # their names may have spaces
+        text = text.replace(str(folder), folder.name)
+    return re.sub(r"(?<![\w./:])/(?!/)(?:[^\s/,;:'\"()]+/)*", "", text)
 
 
 def find_versions(packages: Iterable[str]) -> dict[str, str]:

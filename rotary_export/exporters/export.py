@@ -190,7 +190,6 @@ def finish_bundle(staging: Path, path: Path, manifest: Manifest, report: Report)
         CheckFailedError: The proof failed.
     """
     check_report(report)
-    skipped = dict.fromkeys(report.skipped, "was not on the exporting machine")
-    manifest = replace(manifest, parity=report.to_dict() | {"skipped": skipped})
+    manifest = replace(manifest, parity=report.to_dict())
     (staging / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return Bundle(path, manifest, report)
