@@ -11,6 +11,21 @@ from pathlib import Path
 __version__ = "0.1.0"
 
 
+# Of the extra `export`; a deployment does without.
+EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "ml_dtypes")
+
+
+def describe_missing(what: str, package: str | None, extra: str) -> str:
+    """Return what lacks a package, and the command that installs the extra which has it.
+
+    This package is on no index: it is installed from its checkout or wheel.
+    """
+    return (
+        f"{what} needs {package}: pip install '.[{extra}]' in the checkout of rotary_export, "
+        f"or 'FILE.whl[{extra}]' with its wheel"
+    )
+
+
 def package_folders() -> list[Path]:
     """Return the folders of the package.
 

@@ -3,6 +3,8 @@
 import json
 import os
 import pty
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from rotary_export.cli.examples import EXAMPLES
 from rotary_export.cli.main import cli
 
 EXPORT = ["export", "--dim", "8", "--use-xpos", "--max-seq-len", "16", "--num-heads", "2"]
@@ -265,12 +268,36 @@ def test_mistake_in_json(tmp_path):
 
 def test_a_closed_pipe_is_not_an_error(bundle):
     command = f"{sys.executable} -P -m rotary_export inspect {bundle} | head -n 1"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
-    assert done.stdout == "bundle: bundle\n"
+    command += "; echo ${PIPESTATUS[0]}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "bundle: bundle\n0\n"
     assert done.stderr == ""
 
 
-def test_sigterm_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("arguments", [["inspect"], ["inspect", "--json"], ["verify"]])
+def test_the_exit_code_is_that_of_the_command_when_nobody_reads(bundle, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-P", "-m", "rotary_export", *arguments, str(bundle)]
+    done = subprocess.run(command, stdout=writer, stderr=writer, check=False)
+    os.close(writer)
+    assert done.returncode == 0
+
+
+def test_progress_that_nobody_reads_does_not_stop_an_export(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-P", "-m", "rotary_export", *EXPORT, "--out", str(tmp_path / "b")]
+    done = subprocess.run(
+        [*command, "--format", "torchscript"], stdout=writer, stderr=writer, check=False
+    )
+    os.close(writer)
+    assert done.returncode == 0
+    assert (tmp_path / "b" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing(tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "rotary_export", *EXPORT, "--out", tmp_path / "b"],
         stderr=subprocess.PIPE,
@@ -279,20 +306,24 @@ def test_sigterm_leaves_nothing(tmp_path):
     for line in process.stderr:
         if line.startswith("export rotate.onnx"):
             assert list(tmp_path.iterdir())
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
             break
+    rest = process.stderr.read()
     process.stderr.close()
-    assert process.wait() == 128 + signal.SIGTERM
+    assert process.wait() == 128 + number
+    assert "Traceback" not in rest
+    assert ("rotary-export: interrupted" in rest) == (number == signal.SIGINT)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_terminal_gets_a_table_and_a_spinner(bundle):
+def run_on_terminal(*arguments, columns):
+    """Return what a command prints on a terminal, and its exit code."""
     parent, child = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "rotary_export", "verify", str(bundle)],
+        [sys.executable, "-P", "-m", "rotary_export", *map(str, arguments)],
         stdout=child,
         stderr=child,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "160"},
+        env=os.environ | {"TERM": "xterm", "COLUMNS": str(columns)},
     )
     os.close(child)
     chunks = []
@@ -302,11 +333,40 @@ def test_terminal_gets_a_table_and_a_spinner(bundle):
     except OSError:  # the other end is closed
         pass
     os.close(parent)
-    assert process.wait() == 0
-    text = b"".join(chunks).decode()
-    assert "┃" in text
+    return b"".join(chunks).decode(), process.wait()
+
+
+def test_terminal_gets_a_table_and_a_spinner(bundle):
+    text, code = run_on_terminal("verify", bundle, columns=160)
+    assert code == 0
+    assert re.search(r"\x1b\[1moutput +runtime ", text)
     assert "verify" not in text.splitlines()[-1]
     assert "proven: " in text
+
+
+@pytest.mark.parametrize("on_terminal", [True, False], ids=["terminal", "pipe"])
+def test_tables_fit_80_columns(bundle, on_terminal):
+    for arguments in (["verify", bundle], ["inspect", bundle], ["inspect", bundle / "rotate.onnx"]):
+        if on_terminal:
+            text, code = run_on_terminal(*arguments, columns=80)
+        else:
+            result = call(*arguments)
+            text, code = result.stdout, result.exit_code
+        assert code == 0
+        lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n").splitlines()
+        long = [line for line in lines if len(line) > 80 and "was compared at" not in line]
+        assert long == []
+        assert "…" not in text.replace("⠋", "")
+    assert "\n  attributes: rotary_embedding_dim=8" in text.replace("\r", "")
+
+
+@pytest.mark.parametrize("columns", [20, 200])
+def test_a_row_that_is_too_wide_for_the_terminal_becomes_a_block(bundle, columns):
+    inputs = ("--graph", "tables", "--input", "seq_len=3")
+    out = bundle.parent / f"o{columns}.npz"
+    text, _ = run_on_terminal("run", bundle, *inputs, "--out", out, columns=columns)
+    assert ("output: freqs\r\n  dtype: float32\r\n" in text) == (columns == 20)
+    assert ("freqs   float32  (16, 8)" in text) == (columns == 200)
 
 
 @pytest.mark.parametrize(
@@ -333,6 +393,25 @@ def test_every_command_has_help(name):
     result = call(name, "--help")
     assert result.exit_code == 0
     assert result.stdout.startswith(f"Usage: cli {name} ")
+    for example in EXAMPLES[name]:
+        assert f"\n    {example}\n" in result.stdout
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_each_example_is_a_command_with_its_options(name):
+    assert len(EXAMPLES[name]) == 2
+    for example in EXAMPLES[name]:
+        program, *arguments = shlex.split(example)
+        assert program == "rotary-export"
+        assert name in ("cli", arguments[0])
+        if "--help" not in arguments:
+            command = cli.commands[arguments[0]]
+            command.make_context(arguments[0], arguments[1:])  # raises for an unknown option
+
+
+def test_the_help_of_the_program_has_examples():
+    text = call("--help").stdout
+    assert all(f"\n    {example}\n" in text for example in EXAMPLES["cli"])
 
 
 def test_missing_click_is_reported(tmp_path):
@@ -342,4 +421,21 @@ def test_missing_click_is_reported(tmp_path):
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
-    assert done.stderr == "the command line needs click: pip install 'rotary_export[cli]'\n"
+    assert done.stderr == (
+        "the command line needs click: pip install '.[cli]' in the checkout of rotary_export, "
+        "or 'FILE.whl[cli]' with its wheel\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["export", "RotaryEmbedding", "fuse"])
+def test_missing_torch_is_reported(name):
+    missing = "onnx" if name == "fuse" else "torch"
+    code = f"import sys; sys.modules[{missing!r}] = None\nfrom rotary_export import {name}"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"ModuleNotFoundError: rotary_export.{name} needs {missing}: pip install '.[export]' in "
+        "the checkout of rotary_export, or 'FILE.whl[export]' with its wheel"
+    )

@@ -85,7 +85,7 @@ def is_up(url):
 def test_without_ray_the_command_names_what_to_install(tmp_path):
     bundle = str(get_bundle("plain").path)
     cases = [
-        (": pip install 'rotary_export[ray]'", [bundle, "--engine", "ray"]),
+        (": pip install '.[ray]' in the checkout", [bundle, "--engine", "ray"]),
         ("--replicas must be 1 for the engine mlserver, got 2", [bundle, "--replicas", "2"]),
     ]
     for message, arguments in cases:
