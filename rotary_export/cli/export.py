@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 import rotary_export
 from rotary_export.bundle.folder import check_out, find_out
-from rotary_export.cli.options import bundle_options
+from rotary_export.cli.options import bundle_options, revision_option
 from rotary_export.cli.report import print_report
 from rotary_export.cli.terminal import Terminal
 from rotary_export.errors import CheckFailedError, RotaryExportError, UsageWarning
@@ -119,6 +119,7 @@ def _make_rope(options: dict[str, Any]) -> Any:
 
 @click.command("export-model")
 @click.argument("source")
+@revision_option
 @bundle_options(dtype=None, requires_out=False)
 @click.option("--dry-run", is_flag=True, help="List the rotary calls; export nothing.")
 @click.option(
@@ -138,6 +139,7 @@ def _make_rope(options: dict[str, Any]) -> Any:
 )
 def export_model(
     source: str,
+    revision: str | None,
     out: Path | None,
     dtype: str | None,
     dry_run: bool,
@@ -150,7 +152,7 @@ def export_model(
 
     SOURCE is package.module:factory, a function that returns a model, or a model and a dict of
     example inputs (its code is run); the folder of a Hugging Face model (safetensors only, no code
-    of its own); or a config.json (random weights, for trying).
+    of its own), or its name on the hub, org/name; or a config.json (random weights, for trying).
 
     With --dry-run, the exit code is 0 if at least one rotary call would be fused, else 1. With
     --case, it is 0 if that case is within its tolerances, else 1.
@@ -161,13 +163,13 @@ def export_model(
     folders = () if dry_run or case is not None else (out, keep_failed)
     _check_target(options["opset"], options["force"], *folders)
     if dry_run:
-        _list_rotary_calls(terminal, source, dtype)
+        _list_rotary_calls(terminal, source, revision, dtype)
         return
     if out is None or case is not None:
-        _prove_case(terminal, source, dtype, case or "", options)
+        _prove_case(terminal, source, revision, dtype, case or "", options)
         return
     with terminal.progress() as progress:
-        loaded, torch_dtype = _load_model(source, dtype, progress)
+        loaded, torch_dtype = _load_model(source, revision, dtype, progress)
         from rotary_export.models.prove.prove import RejectedError
 
         warnings.simplefilter("ignore", UsageWarning)  # printed as a note
@@ -215,12 +217,17 @@ def _write_command(case: str) -> str:
 
 
 def _prove_case(
-    terminal: Terminal, source: str, dtype: str | None, case: str, options: dict[str, Any]
+    terminal: Terminal,
+    source: str,
+    revision: str | None,
+    dtype: str | None,
+    case: str,
+    options: dict[str, Any],
 ) -> None:
     """Print the proof of one case; exit with 1 if it fails."""
     options = {name: value for name, value in options.items() if name != "force"}
     with terminal.progress() as progress:
-        loaded, torch_dtype = _load_model(source, dtype, progress)
+        loaded, torch_dtype = _load_model(source, revision, dtype, progress)
         from rotary_export.models.export_model import prove_case
 
         report = prove_case(
@@ -246,7 +253,7 @@ def _print_findings(terminal: Terminal, note: str, rotary: Sequence[dict[str, An
 
 
 def _load_model(
-    source: str, dtype: str | None, progress: Callable[[str], None]
+    source: str, revision: str | None, dtype: str | None, progress: Callable[[str], None]
 ) -> tuple[Source, torch.dtype | None]:
     progress("import torch")
     import torch
@@ -254,13 +261,15 @@ def _load_model(
     from rotary_export.models.source import load_source
 
     progress(f"load {source}")
-    return load_source(source), None if dtype is None else getattr(torch, dtype)
+    return load_source(source, revision), None if dtype is None else getattr(torch, dtype)
 
 
-def _list_rotary_calls(terminal: Terminal, source: str, dtype: str | None) -> None:
+def _list_rotary_calls(
+    terminal: Terminal, source: str, revision: str | None, dtype: str | None
+) -> None:
     """Print what an export would fuse; exit with 1 if that is nothing."""
     with terminal.progress() as progress:
-        loaded, torch_dtype = _load_model(source, dtype, progress)
+        loaded, torch_dtype = _load_model(source, revision, dtype, progress)
         from rotary_export.models.analyze import find_rotary_calls
 
         progress("find rotary embeddings")

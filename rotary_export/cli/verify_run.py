@@ -9,7 +9,7 @@ import click
 
 import rotary_export
 from rotary_export.bundle.atomic import check_file
-from rotary_export.cli.options import bundle_argument, force_option, json_option
+from rotary_export.cli.options import bundle_argument, force_option, json_option, revision_option
 from rotary_export.cli.report import print_report
 from rotary_export.cli.terminal import Terminal
 from rotary_export.measure.timing import SECONDS
@@ -23,6 +23,7 @@ from rotary_export.measure.timing import SECONDS
     metavar="SOURCE",
     help="Compare a model's bundle with its model, as export-model names it.",
 )
+@revision_option
 @click.option("--case", help="With --model: compare this one case.")
 @click.option("--seed", type=click.IntRange(0), help="With --model: draw other inputs.")
 @click.option("--quick", is_flag=True, help="With --model: no far positions, no long sequences.")
@@ -30,6 +31,7 @@ from rotary_export.measure.timing import SECONDS
 def verify(
     bundle: Path,
     source: str | None,
+    revision: str | None,
     case: str | None,
     seed: int | None,
     quick: bool,
@@ -39,7 +41,8 @@ def verify(
 
     The formats of a model's bundle are compared with each other, or with --model with the model.
     """
-    for name, value in (("--case", case), ("--seed", seed), ("--quick", quick or None)):
+    needing_model = {"--case": case, "--seed": seed, "--quick": quick or None}
+    for name, value in (needing_model | {"--revision": revision}).items():
         if value is not None and source is None:
             raise click.UsageError(f"{name} needs --model.")
     terminal = Terminal(as_json)
@@ -53,7 +56,7 @@ def verify(
             from rotary_export.models.source import load_source
 
             progress(f"load {source}")
-            loaded = load_source(source)
+            loaded = load_source(source, revision)
             report = rotary_export.verify_model(
                 bundle,
                 loaded.model,
