@@ -42,6 +42,7 @@ def test_kit(python, tmp_path):
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its sockets on the loopback interface
         "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": str(kit),  # as the page has it: the kit has the package
     }
     log = tmp_path / "log"
     with start_reaper(folder), log.open("wb") as out:
