@@ -42,7 +42,7 @@ class Terminal:
     def line(self, text: str) -> None:
         """Print a human-readable line; a terminal wraps it between words."""
         if not self._as_json:
-            self._out.print(text, soft_wrap=not self._out.is_terminal)
+            self._out.print(escape(text), soft_wrap=not self._out.is_terminal)
 
     def field(self, name: str, value: object, indent: str = "") -> None:
         """Print `name: value`; a long list has a line for each element."""
@@ -94,5 +94,11 @@ class Terminal:
             yield status.update
 
 
+def escape(text: str) -> str:
+    """Return a text without control codes: names in files of others must not reach a terminal."""
+    shown = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return "".join(shown)
+
+
 def _join(cell: object) -> str:
-    return ", ".join(map(str, cell)) if isinstance(cell, list) else str(cell)
+    return escape(", ".join(map(str, cell)) if isinstance(cell, list) else str(cell))

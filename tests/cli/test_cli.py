@@ -152,6 +152,27 @@ def test_inspect_bundle_and_onnx(bundle):
     assert found["opsets"] == "rotary_export 1, ai.onnx 23"
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("\x1b[31mred", "\\x1b[31mred"), ("\ud800", "\\ud800")],
+    ids=["code", "half"],
+)
+def test_control_codes_of_a_file_are_escaped(bundle, tmp_path, name, shown):
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    rotate = manifest["graphs"].pop("rotate")
+    manifest |= {"name": name, "graphs": {name: rotate, "other": rotate}}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    result = call("inspect", copy)
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"bundle: {shown}\n")
+    assert f"\ngraph: {shown}\n" in result.stdout
+    refused = call("run", copy, "--input", "a=1", "--out", tmp_path / "o.npz")
+    assert f"it has {shown}, other" in refused.stderr
+    assert json.loads(call("inspect", copy, "--json").stdout)["bundle"] == name
+
+
 def test_doctor():
     result = call("doctor", "--json")
     assert result.exit_code == 0, result.output
@@ -228,6 +249,8 @@ TOO_LATE = {
     "deploy-folder": (["deploy", "node", "B", "--out", "file/kit"], "file/kit can't be written"),
     "run-out": (["run", "B", "--input", "a=1", "--out", "file"], "file exists; force=True"),
     "run-folder": (["run", "B", "--input", "a=1", "--out", "no/o.npz"], "no/o.npz can't be"),
+    "fuse-folder": (["fuse", "in.onnx", "no/o.onnx"], "no/o.onnx can't be written: No such file"),
+    "fuse-out": (["fuse", "in.onnx", "file"], "file exists; force=True"),
 }
 
 
