@@ -6,6 +6,7 @@ Names are imported when they are first used: `import rotary_export.runtime` need
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rotary_export.package import EXPORT_PACKAGES, describe_missing
 from rotary_export.package import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -50,7 +51,13 @@ def __getattr__(name: str) -> Any:
         return import_module("rotary_export.runtime")
     if name not in _LAZY_EXPORTS:
         raise AttributeError(f"module 'rotary_export' has no attribute {name!r}")
-    return getattr(import_module(_LAZY_EXPORTS[name]), name)
+    try:
+        return getattr(import_module(_LAZY_EXPORTS[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name not in EXPORT_PACKAGES:
+            raise
+        message = describe_missing(f"rotary_export.{name}", error.name, "export")
+        raise ModuleNotFoundError(message, name=error.name) from None
 
 
 def __dir__() -> list[str]:

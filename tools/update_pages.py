@@ -24,10 +24,10 @@ import teeth_report
 from rotary_export.bundle.manifest import read_manifest
 from rotary_export.deploy.targets import TARGETS
 from rotary_export.embedding import RotaryEmbedding
-from rotary_export.exporters.onnx import NEWEST_OPSET, minimum_onnxruntime
+from rotary_export.exporters.onnx import minimum_onnxruntime
 from rotary_export.graphs.config import DTYPES
 from rotary_export.graphs.plain import find_longest_xpos
-from rotary_export.op.onnx_signature import OLDEST_OPSET
+from rotary_export.op.onnx_signature import NEWEST_OPSET, OLDEST_OPSET
 from rotary_export.proof.tolerances import TOLERANCES
 
 

@@ -3,5 +3,6 @@
 - `manifest.py`: `manifest.json`, hashes; standard library only.
 - `dims.py`: the names of dynamic sizes.
 - `atomic.py`: folders and files that replace others only when they are complete.
+- `folder.py`: where a bundle is written, and what it may replace.
 - `json_file.py`: JSON files, with one error for each defect.
 """

@@ -16,7 +16,7 @@ from rotary_export.errors import RotaryExportError
 
 
 def check_folder(path: Path, force: bool, check_owned: Callable[[Path], None]) -> None:
-    """Refuse to replace a folder without force, or that is not of this package.
+    """Refuse to replace a folder without force, or that is not of this package, or can't be made.
 
     Args:
         path: The folder to write.
@@ -24,8 +24,16 @@ def check_folder(path: Path, force: bool, check_owned: Callable[[Path], None]) -
         check_owned: Raises where the folder at `path` contains something else than a bundle or kit.
 
     Raises:
-        RotaryExportError: `path` exists and must stay.
+        RotaryExportError: `path` exists and must stay, or can't be written.
     """
+    _check_replaceable(path, force, check_owned)
+    try:
+        _make_staging(path, _find_parent(path)).rmdir()
+    except OSError as error:
+        raise _describe(error, path) from None
+
+
+def _check_replaceable(path: Path, force: bool, check_owned: Callable[[Path], None]) -> None:
     try:
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
@@ -36,11 +44,21 @@ def check_folder(path: Path, force: bool, check_owned: Callable[[Path], None]) -
         raise RotaryExportError(f"{path} exists; force=True (--force) replaces it")
 
 
+def _find_parent(path: Path) -> Path:
+    """Return the nearest folder above `path` that exists."""
+    return next(folder for folder in path.absolute().parents if folder.exists())
+
+
+def _make_staging(path: Path, parent: Path) -> Path:
+    """Make an empty folder for what is to become `path`."""
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
+
+
 def check_file(path: Path, force: bool) -> None:
-    """Refuse to replace a file without force.
+    """Refuse to replace a file without force, or to write one in a folder that can't be written.
 
     Raises:
-        RotaryExportError: `path` exists, is a folder, or is not a valid name.
+        RotaryExportError: `path` exists, is a folder, is not a valid name, or can't be written.
     """
     try:
         exists = path.exists()
@@ -50,6 +68,10 @@ def check_file(path: Path, force: bool) -> None:
         raise RotaryExportError(f"{path} is a folder")
     if exists and not force:
         raise RotaryExportError(f"{path} exists; force=True (--force) replaces it")
+    try:
+        _make_staging(path, path.parent).rmdir()
+    except OSError as error:
+        raise _describe(error, path) from None
 
 
 @contextmanager
@@ -64,10 +86,9 @@ def write_folder(path: Path, force: bool, check_owned: Callable[[Path], None]) -
     Raises:
         RotaryExportError: `path` exists and must stay, or can't be written.
     """
-    check_folder(path, force, check_owned)
+    _check_replaceable(path, force, check_owned)
     try:
-        parent = next(folder for folder in path.parents if folder.exists())
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
+        staging = _make_staging(path, _find_parent(path))
     except OSError as error:
         raise _describe(error, path) from None
     try:
@@ -92,7 +113,7 @@ def write_files(path: Path) -> Iterator[Path]:
         RotaryExportError: `path` can't be written.
     """
     try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        staging = _make_staging(path, path.parent)
     except OSError as error:
         raise _describe(error, path) from None
     try:

@@ -199,10 +199,12 @@ def _read_graph(data: Mapping[str, Any]) -> GraphInfo:
 
 
 def find_main_graph(bundle_dir: Path, manifest: Manifest) -> str:
-    """Return "rotate" or "model", whichever the bundle has."""
+    """Return "rotate" or "model", whichever the bundle has, or its only graph."""
     for name in MAIN_GRAPHS:
         if name in manifest.graphs:
             return name
+    if len(manifest.graphs) == 1:
+        return next(iter(manifest.graphs))
     raise RotaryExportError(
         f"the bundle {bundle_dir} has no graph {' or '.join(map(repr, MAIN_GRAPHS))}; it has "
         f"{', '.join(manifest.graphs)}"

@@ -60,7 +60,9 @@ def deploy(target: str, bundle: Path, out: Path, force: bool, as_json: bool) -> 
     terminal.finish({"out": str(out), "files": files, **read_json(path / FILE_NAME)})
 
 
-deploy.epilog = "\b\n" + "\n".join(f"{name}: {target.what}" for name, target in TARGETS.items())
+deploy.epilog = "\b\nTargets:\n" + "\n".join(
+    f"  {name}: {target.what}" for name, target in TARGETS.items()
+)
 
 
 @click.command()

@@ -14,7 +14,8 @@ import click
 from click.core import ParameterSource
 
 import rotary_export
-from rotary_export.cli.options import bundle_options
+from rotary_export.bundle.folder import check_out, find_out
+from rotary_export.cli.options import bundle_options, revision_option
 from rotary_export.cli.report import print_report
 from rotary_export.cli.terminal import Terminal
 from rotary_export.errors import CheckFailedError, RotaryExportError, UsageWarning
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 def export(out: Path, as_json: bool, dtype: str, **options: Any) -> None:
     """Export a rotary embedding as a bundle and prove it equal to eager PyTorch."""
     terminal = Terminal(as_json)
+    _check_target(options["opset"], options["force"], out)
     with terminal.progress() as progress:
         progress("import torch")
         import torch
@@ -64,6 +66,16 @@ def export(out: Path, as_json: bool, dtype: str, **options: Any) -> None:
     print_report(terminal, bundle.report.to_dict())
     terminal.line(f"{out}: {', '.join(bundle.manifest.files)}")
     terminal.finish({"bundle": str(out), "parity": bundle.report.to_dict()})
+
+
+def _check_target(opset: int, force: bool, *folders: Path | None) -> None:
+    """Check the opset and the folders to write before torch is imported or a model is loaded."""
+    from rotary_export.op.onnx_signature import check_opset
+
+    check_opset(opset)
+    for folder in folders:
+        if folder is not None:
+            check_out(find_out(folder), force)
 
 
 _EMBEDDING = ("use_xpos", "scale_base", "interpolation_factor", "base", "base_rescale_factor")
@@ -107,6 +119,7 @@ def _make_rope(options: dict[str, Any]) -> Any:
 
 @click.command("export-model")
 @click.argument("source")
+@revision_option
 @bundle_options(dtype=None, requires_out=False)
 @click.option("--dry-run", is_flag=True, help="List the rotary calls; export nothing.")
 @click.option(
@@ -126,6 +139,7 @@ def _make_rope(options: dict[str, Any]) -> Any:
 )
 def export_model(
     source: str,
+    revision: str | None,
     out: Path | None,
     dtype: str | None,
     dry_run: bool,
@@ -138,7 +152,7 @@ def export_model(
 
     SOURCE is package.module:factory, a function that returns a model, or a model and a dict of
     example inputs (its code is run); the folder of a Hugging Face model (safetensors only, no code
-    of its own); or a config.json (random weights, for trying).
+    of its own), or its name on the hub, org/name; or a config.json (random weights, for trying).
 
     With --dry-run, the exit code is 0 if at least one rotary call would be fused, else 1. With
     --case, it is 0 if that case is within its tolerances, else 1.
@@ -146,14 +160,16 @@ def export_model(
     if out is None and not dry_run and case is None:
         raise click.UsageError("Missing option '--out', '--dry-run' or '--case'.")
     terminal = Terminal(as_json)
+    folders = () if dry_run or case is not None else (out, keep_failed)
+    _check_target(options["opset"], options["force"], *folders)
     if dry_run:
-        _list_rotary_calls(terminal, source, dtype)
+        _list_rotary_calls(terminal, source, revision, dtype)
         return
     if out is None or case is not None:
-        _prove_case(terminal, source, dtype, case or "", options)
+        _prove_case(terminal, source, revision, dtype, case or "", options)
         return
     with terminal.progress() as progress:
-        loaded, torch_dtype = _load_model(source, dtype, progress)
+        loaded, torch_dtype = _load_model(source, revision, dtype, progress)
         from rotary_export.models.prove.prove import RejectedError
 
         warnings.simplefilter("ignore", UsageWarning)  # printed as a note
@@ -201,12 +217,17 @@ def _write_command(case: str) -> str:
 
 
 def _prove_case(
-    terminal: Terminal, source: str, dtype: str | None, case: str, options: dict[str, Any]
+    terminal: Terminal,
+    source: str,
+    revision: str | None,
+    dtype: str | None,
+    case: str,
+    options: dict[str, Any],
 ) -> None:
     """Print the proof of one case; exit with 1 if it fails."""
     options = {name: value for name, value in options.items() if name != "force"}
     with terminal.progress() as progress:
-        loaded, torch_dtype = _load_model(source, dtype, progress)
+        loaded, torch_dtype = _load_model(source, revision, dtype, progress)
         from rotary_export.models.export_model import prove_case
 
         report = prove_case(
@@ -232,7 +253,7 @@ def _print_findings(terminal: Terminal, note: str, rotary: Sequence[dict[str, An
 
 
 def _load_model(
-    source: str, dtype: str | None, progress: Callable[[str], None]
+    source: str, revision: str | None, dtype: str | None, progress: Callable[[str], None]
 ) -> tuple[Source, torch.dtype | None]:
     progress("import torch")
     import torch
@@ -240,13 +261,15 @@ def _load_model(
     from rotary_export.models.source import load_source
 
     progress(f"load {source}")
-    return load_source(source), None if dtype is None else getattr(torch, dtype)
+    return load_source(source, revision), None if dtype is None else getattr(torch, dtype)
 
 
-def _list_rotary_calls(terminal: Terminal, source: str, dtype: str | None) -> None:
+def _list_rotary_calls(
+    terminal: Terminal, source: str, revision: str | None, dtype: str | None
+) -> None:
     """Print what an export would fuse; exit with 1 if that is nothing."""
     with terminal.progress() as progress:
-        loaded, torch_dtype = _load_model(source, dtype, progress)
+        loaded, torch_dtype = _load_model(source, revision, dtype, progress)
         from rotary_export.models.analyze import find_rotary_calls
 
         progress("find rotary embeddings")

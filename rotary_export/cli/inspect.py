@@ -27,11 +27,12 @@ def inspect(path: Path, as_json: bool) -> None:
     }
     for name, value in found.items():
         if name not in tables and value != []:
-            terminal.line(f"{name}: {', '.join(map(str, value)) if type(value) is list else value}")
+            terminal.field(name, value)
     for name, rows in tables.items():
         headers = list(dict.fromkeys(key for row in rows for key in row))
         terminal.line(f"\n{name}")
-        terminal.table(headers, [[row.get(key, "-") for key in headers] for row in rows])
+        cells = [[row.get(key, "-") for key in headers] for row in rows]
+        terminal.table(headers, cells, stack=True)
     terminal.finish(found)
 
 
@@ -43,7 +44,8 @@ def doctor(as_json: bool) -> None:
 
     terminal = Terminal(as_json)
     facts, problems = examine_machine()
-    terminal.table(("what", "found"), list(facts.items()))
+    for name, fact in facts.items():
+        terminal.field(name, fact)
     for problem in problems:
         terminal.line(f"problem: {problem}")
     terminal.finish({"facts": facts, "problems": problems})

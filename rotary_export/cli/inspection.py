@@ -46,8 +46,8 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
     graphs = [
         {
             "graph": name,
-            "inputs": ", ".join(map(_format_tensor, graph.inputs)),
-            "outputs": ", ".join(map(_format_tensor, graph.outputs)),
+            "inputs": [*map(_format_tensor, graph.inputs)],
+            "outputs": [*map(_format_tensor, graph.outputs)],
             "rotary nodes": graph.rotary_nodes,
             "without the op library": graph.function_body,
         }
@@ -99,7 +99,7 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
     if not model.opset_import:
         raise RotaryExportError(f"{path} is not an ONNX file: it imports no opset")
 
-    def describe(values: Any) -> str:
+    def describe(values: Any) -> list[str]:
         parts = []
         for value in values:
             tensor = value.type.tensor_type
@@ -107,14 +107,14 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
                     for d in tensor.shape.dim]  # fmt: skip
             kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
             parts.append(f"{value.name}: {kind}({', '.join(dims)})")
-        return ", ".join(parts)
+        return parts
 
     rotary = [
         {
             "node": node.name,
             "op": f"{node.domain or 'ai.onnx'}::{node.op_type}",
-            "inputs": ", ".join(node.input),
-            "attributes": ", ".join(f"{a.name}={a.i}" for a in node.attribute),
+            "inputs": [*node.input],
+            "attributes": [f"{a.name}={a.i}" for a in node.attribute],
         }
         for node in model.graph.node
         if node.op_type in ROTARY_OPS
@@ -122,7 +122,7 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
     bodies = [
         {
             "function": f"{f.domain}::{f.name}" + (f":{f.overload}" if f.overload else ""),
-            "body": ", ".join(node.op_type for node in f.node),
+            "body": [node.op_type for node in f.node],
         }
         for f in model.functions
     ]

@@ -1,26 +1,27 @@
 """`rotary-export`: export, fuse, verify, run, bench, deploy, serve, inspect, doctor.
 
-Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
+Exit codes: 0 fine, 1 a check failed, 2 wrong usage, 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from typing import Any
 
 import click
 
 from rotary_export.cli.deploy_serve import deploy, serve
+from rotary_export.cli.examples import format_examples
 from rotary_export.cli.export import export, export_model
 from rotary_export.cli.fuse import fuse
 from rotary_export.cli.inspect import doctor, inspect
+from rotary_export.cli.terminal import escape
 from rotary_export.cli.verify_run import bench, run, verify
 from rotary_export.errors import CheckFailedError, RotaryExportError
-from rotary_export.package import __version__
-
-EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "ml_dtypes")
+from rotary_export.package import EXPORT_PACKAGES, __version__, describe_missing
 
 
 class _Group(click.Group):
@@ -36,6 +37,8 @@ class _Group(click.Group):
         except BrokenPipeError:  # the reader, for example `head`, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
+        except KeyboardInterrupt:
+            self._fail("interrupted", 128 + signal.SIGINT)
         except CheckFailedError as error:
             self._fail(str(error), 1)
         except RotaryExportError as error:
@@ -43,7 +46,7 @@ class _Group(click.Group):
         except ModuleNotFoundError as error:
             if error.name not in EXPORT_PACKAGES:
                 raise
-            self._fail(f"this needs {error.name}: pip install 'rotary_export[export]'", 2)
+            self._fail(describe_missing("this", error.name, "export"), 2)
         except OSError as error:
             self._fail(f"{error.strerror or error}: {error.filename}", 2)
 
@@ -51,7 +54,7 @@ class _Group(click.Group):
     def _fail(message: str, code: int) -> None:
         if click.get_current_context().meta["as_json"]:
             print(json.dumps({"error": message}))
-        click.echo(f"rotary-export: {message}", err=True)
+        click.echo(f"rotary-export: {escape(message)}", err=True)
         sys.exit(code)
 
 
@@ -60,11 +63,14 @@ class _Group(click.Group):
 def cli() -> None:
     """Take rotary position embeddings out of PyTorch, run them anywhere, prove them equal.
 
-    Exit codes: 0 fine, 1 a check failed, 2 wrong usage.
+    Exit codes: 0 fine, 1 a check failed, 2 wrong usage, 130 Ctrl-C.
     """
 
 
 for _command in (
     export, export_model, fuse, verify, run, bench, deploy, serve, inspect, doctor
 ):  # fmt: skip
+    assert _command.name
+    _command.epilog = "\n\n".join(filter(None, (format_examples(_command.name), _command.epilog)))
     cli.add_command(_command)
+cli.epilog = format_examples("cli")

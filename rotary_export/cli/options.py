@@ -16,6 +16,10 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 
+revision_option = click.option(
+    "--revision", help="Of a SOURCE on the hub: a branch, a tag or a commit."
+)
+
 
 def out_option(required: bool = True) -> Decorator:
     """Return `--out`, the folder that a command writes."""

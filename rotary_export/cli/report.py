@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rotary_export.cli.terminal import Terminal
 
 
 def print_report(terminal: Terminal, report: dict[str, Any]) -> None:
-    """Print the proof as a table.
+    """Print the proof as a table of each graph.
 
     Args:
         terminal: Where to print.
         report: As `Report.to_dict` returns it.
     """
-    headers = (
-        "graph", "output", "runtime", "kernel", "max abs", "ulp", "noise", "allowed", "exact",
-        "ulp to float64", "ok",
-    )  # fmt: skip
-    rows = []
-    for row in report["rows"]:
-        eager, oracle = row["eager"], row["oracle"]
-        is_model = row["oracle_allowed"] is None
-        rows.append(
-            (
-                row["graph"],
-                row["output"],
-                row["runtime"],
-                row["kernel_path"],
-                f"{float(eager['max_abs']):.3g}",
-                f"{float(eager['max_ulp']):.3g}",
-                f"{row['noise']:.3g}" if is_model else "-",
-                f"{row['eager_allowed']:.4g}",
-                "exact" if eager["exact"] else "-",
-                "-" if is_model else f"{float(oracle['max_ulp']):.2f}",
-                "ok" if row["passed"] else "FAILED",
-            )
-        )
-    terminal.table(headers, rows)
+    for graph in dict.fromkeys(row["graph"] for row in report["rows"]):
+        _print_graph(terminal, graph, [row for row in report["rows"] if row["graph"] == graph])
     for graph, shapes in report["shapes"].items():
         terminal.line(f"{graph} was compared at {', '.join(shapes)}")
     for runtime, why in report["skipped"].items():
@@ -50,8 +29,39 @@ def print_report(terminal: Terminal, report: dict[str, Any]) -> None:
     by_oracle = [row for row in report["rows"] if row["oracle_allowed"] is not None]
     has_oracle = any(row["runtime"] != "formula" for row in by_oracle)
     reference = report["reference"] + (" and the oracle" if has_oracle else "")
+    count = len(report["rows"])
     terminal.line(
-        f"FAILED: {failed} of {len(rows)} comparisons are out of tolerance"
+        f"FAILED: {failed} of {count} comparisons are out of tolerance"
         if failed
-        else f"proven: {len(rows)} comparisons with {reference}, all within tolerance"
+        else f"proven: {count} comparisons with {reference}, all within tolerance"
     )
+
+
+def _print_graph(terminal: Terminal, graph: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the rows of one graph, and what computed its rotary nodes."""
+    of_model = any(row["oracle_allowed"] is None for row in rows)
+    headers = ("output", "runtime", "ulp", "allowed", "noise" if of_model else "to float64", "ok")
+    terminal.line(f"{graph}, error in ulp:")
+    cells = []
+    for row in rows:
+        eager, is_model = row["eager"], row["oracle_allowed"] is None
+        other = f"{row['noise']:.3g}" if is_model else f"{float(row['oracle']['max_ulp']):.2f}"
+        cells.append(
+            (
+                row["output"],
+                row["runtime"],
+                "exact" if eager["exact"] else f"{float(eager['max_ulp']):.3g}",
+                f"{row['eager_allowed']:.4g}",
+                other if is_model == of_model else "-",
+                "ok" if row["passed"] else "FAILED",
+            )
+        )
+    terminal.table(headers, cells)
+    kernels: dict[str, list[str]] = {}
+    for row in rows:
+        names = kernels.setdefault(row["kernel_path"], [])
+        if row["runtime"] not in (*names, row["kernel_path"]):
+            names.append(row["runtime"])
+    for kernel, names in kernels.items():
+        if kernel and names:
+            terminal.line(f"kernel {kernel}: {'; '.join(names)}")

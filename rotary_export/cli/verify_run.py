@@ -9,7 +9,7 @@ import click
 
 import rotary_export
 from rotary_export.bundle.atomic import check_file
-from rotary_export.cli.options import bundle_argument, force_option, json_option
+from rotary_export.cli.options import bundle_argument, force_option, json_option, revision_option
 from rotary_export.cli.report import print_report
 from rotary_export.cli.terminal import Terminal
 from rotary_export.measure.timing import SECONDS
@@ -24,6 +24,7 @@ from rotary_export.runtime.onnx_file import GRAPH, is_onnx_file, load_onnx_file
     metavar="SOURCE",
     help="Compare a model's bundle with its model, as export-model names it.",
 )
+@revision_option
 @click.option("--case", help="With --model: compare this one case.")
 @click.option("--seed", type=click.IntRange(0), help="With --model: draw other inputs.")
 @click.option("--quick", is_flag=True, help="With --model: no far positions, no long sequences.")
@@ -31,6 +32,7 @@ from rotary_export.runtime.onnx_file import GRAPH, is_onnx_file, load_onnx_file
 def verify(
     bundle: Path,
     source: str | None,
+    revision: str | None,
     case: str | None,
     seed: int | None,
     quick: bool,
@@ -40,7 +42,8 @@ def verify(
 
     The formats of a model's bundle are compared with each other, or with --model with the model.
     """
-    for name, value in (("--case", case), ("--seed", seed), ("--quick", quick or None)):
+    needing_model = {"--case": case, "--seed": seed, "--quick": quick or None}
+    for name, value in (needing_model | {"--revision": revision}).items():
         if value is not None and source is None:
             raise click.UsageError(f"{name} needs --model.")
     terminal = Terminal(as_json)
@@ -54,7 +57,7 @@ def verify(
             from rotary_export.models.source import load_source
 
             progress(f"load {source}")
-            loaded = load_source(source)
+            loaded = load_source(source, revision)
             report = rotary_export.verify_model(
                 bundle,
                 loaded.model,
@@ -80,7 +83,7 @@ def verify(
     help="NAME=FILE.npy, NAME=INTEGER, or FILE.npz; may be repeated.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The .npz to write.")
-@click.option("--graph", default="rotate", show_default=True)
+@click.option("--graph", help="Default: rotate or model, whichever the bundle has.")
 @click.option("--runtime", default="onnxruntime", show_default=True)
 @click.option("--provider", "providers", multiple=True, help="Of ONNX Runtime; may be repeated.")
 @click.option("--no-op-library", is_flag=True, help="Run the function body.")
@@ -91,7 +94,7 @@ def run(
     bundle: Path,
     inputs: tuple[str, ...],
     out: Path,
-    graph: str,
+    graph: str | None,
     runtime: str,
     providers: tuple[str, ...],
     no_op_library: bool,
@@ -102,13 +105,13 @@ def run(
     """Run one graph of BUNDLE, or a plain .onnx file, on arrays from .npy or .npz files."""
     from rotary_export.cli.arrays import read_inputs, write_outputs
 
-    if is_onnx_file(bundle) and (runtime != "onnxruntime" or graph not in (None, "rotate", GRAPH)):
+    if is_onnx_file(bundle) and (runtime != "onnxruntime" or graph not in (None, GRAPH)):
         raise click.UsageError("An .onnx file has no other --runtime and no other --graph.")
     terminal = Terminal(as_json)
     check_file(out, force)
     arrays = read_inputs(inputs)
     with terminal.progress() as progress:
-        progress(f"run {graph}")
+        progress(f"run {graph or bundle.name}")
         wanted = list(providers) or "auto", False if no_op_library else "auto", require_fused
         if is_onnx_file(bundle):
             session = load_onnx_file(bundle, *wanted)
@@ -126,6 +129,7 @@ def run(
     terminal.finish(
         {
             "out": str(out),
+            "graph": session.graph_name,
             "providers": session.providers,
             "kernel_path": session.kernel_path,
             "shapes": shapes,

@@ -15,6 +15,7 @@ script.py             functions compiled by torch.jit.script: their source, and 
 transformers.py       model classes of a config, the kernel of experts
 einx.py               elementwise functions of einx, with symbolic sizes
 x_transformers.py     the cache of its decoders
+foreign_rope.py       the RotaryEmbedding of zeta and x-transformers
 mlserver.py           the HTTP application of an MLServer
 ray.py                settings of ray.init that are not public
 

@@ -2,6 +2,8 @@
 
 deploy.py: `deploy`, which writes the folder.
 targets.py: the targets, one entry each.
+page.py: the page of a kit, for the bundle beside it.
+package_copy.py: a copy of this package, for servers.
 example.py: the inputs of the example.
 cpp_onnxruntime.py: the sources of the op library, for C++ with ONNX Runtime.
 signature.py: `signature.txt`, for C++ with libtorch.

@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from rotary_export.bundle.atomic import write_folder
-from rotary_export.bundle.manifest import FILE_NAME as MANIFEST
+from rotary_export.bundle.atomic import check_folder, write_folder
+from rotary_export.bundle.folder import find_out
 from rotary_export.bundle.manifest import (
+    DATA_SUFFIX,
     Manifest,
     check_files,
     check_passed,
     find_main_graph,
     read_manifest,
 )
+from rotary_export.bundle.manifest import FILE_NAME as MANIFEST
 from rotary_export.deploy.example import SHAPE, make_example
+from rotary_export.deploy.page import fit_page
 from rotary_export.deploy.targets import TARGETS
 from rotary_export.errors import RotaryExportError
 from rotary_export.package import __version__
@@ -44,9 +49,10 @@ def deploy(
 ) -> Path:
     """Write the folder that runs a bundle on a target.
 
-    It contains the target's kit (sources, README.md), the bundle in `bundle/`, one example in
-    `example/`, and `kit.json`. The example is `NAME.npy` of each input and, in `expected/`, of each
-    output as the bundle's TorchScript or program computes it. `kit.json` lists their names.
+    It contains the target's kit (sources, README.md), the bundle in `bundle/` with the formats that
+    the target opens, one example in `example/`, and `kit.json`. The example is `NAME.npy` of each
+    input and, in `expected/`, of each output as the bundle's TorchScript or program computes it.
+    `kit.json` lists their names.
 
     Args:
         target: A key of `rotary_export.deploy.targets.TARGETS`.
@@ -64,7 +70,8 @@ def deploy(
     """
     if target not in TARGETS:
         raise RotaryExportError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
-    source, path = Path(bundle), Path(out).absolute()
+    source, path = Path(bundle), find_out(out)
+    check_folder(path, force, _check_owned)
     progress("check the bundle")
     manifest = read_manifest(source)
     check_passed(source, manifest)
@@ -81,14 +88,17 @@ def deploy(
         ignore = shutil.ignore_patterns(*NOT_COPIED)
         for folder in (*([f"{SHARED}/{known.shared}"] if known.shared else []), target):
             shutil.copytree(KITS / folder, staging, ignore=ignore, dirs_exist_ok=True)
+        fit_page(staging / "README.md", graph)
+        opened = _select_formats(manifest, (known.format, known.also))
         (staging / "bundle").mkdir()
-        for name in (MANIFEST, *manifest.files):
+        (staging / "bundle" / MANIFEST).write_text(opened.to_json(), encoding="utf-8")
+        for name in opened.files:
             shutil.copy2(source / name, staging / "bundle" / name)
         progress("run the example")
-        facts = _write_example(staging, manifest, graph)
+        facts = _write_example(source, staging, manifest, graph)
         if known.prepare is not None:
             progress(f"write the files of {target} for this bundle")
-            known.prepare(staging, manifest, graph)
+            known.prepare(staging, opened, graph)
         kit = {"target": target, "rotary_export": __version__, **facts}
         (staging / FILE_NAME).write_text(json.dumps(kit, indent=1) + "\n", encoding="utf-8")
     return path
@@ -100,7 +110,25 @@ def _check_owned(path: Path) -> None:
         raise RotaryExportError(f"{path} exists and deploy did not write it; it was not changed")
 
 
-def _write_example(staging: Path, manifest: Manifest, graph: str) -> dict[str, object]:
+def _select_formats(manifest: Manifest, formats: Sequence[str | None]) -> Manifest:
+    """Return the manifest of a bundle without the other formats' files."""
+    graphs, left_out = {}, set()
+    for name, info in manifest.graphs.items():
+        files = {kind: file for kind, file in info.files.items() if kind in formats}
+        graphs[name] = replace(info, files=files)
+        left_out |= {file for kind, file in info.files.items() if kind not in formats}
+    left_out |= {f"{file}{DATA_SUFFIX}" for file in left_out}
+    return replace(
+        manifest,
+        graphs=graphs,
+        files={name: digest for name, digest in manifest.files.items() if name not in left_out},
+        compiled_for=manifest.compiled_for if "aoti" in formats else {},
+    )
+
+
+def _write_example(
+    source: Path, staging: Path, manifest: Manifest, graph: str
+) -> dict[str, object]:
     """Write inputs and outputs of one call, and return their names and origin."""
     info = manifest.graphs[graph]
     batch_size, seq_len = next(iter(fit_shapes(manifest, graph, [SHAPE])))
@@ -108,7 +136,7 @@ def _write_example(staging: Path, manifest: Manifest, graph: str) -> dict[str, o
     runtime = next(
         r for r in ("torchscript", "program", "onnxruntime") if RUNTIMES[r] in info.files
     )
-    session = open_session(staging / "bundle", manifest, graph, runtime)
+    session = open_session(source, manifest, graph, runtime)
     outputs = session(**inputs)
     expected = staging / "example" / "expected"
     expected.mkdir(parents=True)

@@ -24,6 +24,7 @@ class Target:
         what: What deploy writes, in a few words.
         runs: What computes the rotary embedding there.
         format: The format of the bundle that it opens: "onnx", "torchscript", "program", "aoti".
+        also: A format that it opens, too, where the bundle has it.
         prepare: Writes the files that depend on the bundle into the folder, if there are any.
         shared: A folder of `kits/shared/`, whose files are copied too.
     """
@@ -33,6 +34,7 @@ class Target:
     format: str
     prepare: Prepare | None = None
     shared: str | None = None
+    also: str | None = None
 
 
 def _find(module: str, name: str) -> Prepare:
@@ -89,6 +91,7 @@ TARGETS: dict[str, Target] = {
         "our kernel, or TorchScript",
         "onnx",
         _find("triton", "write_repository"),
+        also="torchscript",
     ),
     "mlserver": Target(
         "the settings of an MLServer, and a client",
@@ -97,6 +100,9 @@ TARGETS: dict[str, Target] = {
         _find("mlserver", "prepare_mlserver"),
     ),
     "ray": Target(
-        "an application and a config file of Ray Serve, and a client", "our kernel", "onnx"
+        "an application and a config file of Ray Serve, and a client",
+        "our kernel",
+        "onnx",
+        _find("package_copy", "prepare_ray"),
     ),
 }

@@ -6,13 +6,15 @@ Source: Triton's model configuration, `model_config.proto`. Its dimensions omit 
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rotary_export.bundle.manifest import DATA_SUFFIX, GraphInfo, Manifest, TensorInfo
+from rotary_export.deploy.package_copy import copy_package
 from rotary_export.op import library as op_library
-from rotary_export.package import package_folders
 from rotary_export.serving.core import DATATYPES, MAX_BATCH_SIZE, find_batch_axes
 
 REPOSITORY = "model_repository"
@@ -21,8 +23,6 @@ QUEUE_MICROSECONDS = 500
 TYPES = {dtype: f"TYPE_{datatype}" for dtype, datatype in DATATYPES.items()} | {
     "bfloat16": "TYPE_BF16"
 }
-# Files of the package that the Python backend does not need.
-NOT_COPIED = ("csrc", "kits", "__pycache__", "librotary_export.so.*")
 
 
 def write_repository(staging: Path, manifest: Manifest, graph: str) -> None:
@@ -49,11 +49,24 @@ def write_repository(staging: Path, manifest: Manifest, graph: str) -> None:
 
     folder = _make_version(repository / f"{graph}_python")
     (staging / "model.py").rename(folder / "model.py")
-    shutil.copytree(bundle, folder / "bundle")
-    _copy_package(folder / "rotary_export")
+    shutil.copytree(bundle, folder / "bundle", copy_function=_link)
+    copy_package(folder / "rotary_export")
     types = TYPES | {"bfloat16": "TYPE_FP32"}  # the backend's numpy has no bfloat16
     python = _describe(info, "python", "model.py", batched, types=types, ragged=True)
     _write_configs(folder.parent, python, gpu=False)
+    _fit_page(staging / "README.md", [model.name for model in sorted(repository.iterdir())])
+
+
+def _fit_page(page: Path, models: Sequence[str]) -> None:
+    """Remove the rows and items of models that are not in the repository; name one that is."""
+    lines, is_left_out = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        row = re.match(r"(?:\| |- )`(\w+_(?:onnxruntime|pytorch|python))`(?: \||:)", line)
+        if not line.startswith("  "):  # else it goes on
+            is_left_out = row is not None and row[1] not in models
+        if not is_left_out:
+            lines.append(line.replace("MODEL", models[0]))
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _write_onnxruntime(
@@ -62,7 +75,7 @@ def _write_onnxruntime(
     folder, file = _make_version(model), info.files["onnx"]
     for name in (file, f"{file}{DATA_SUFFIX}"):
         if name in manifest.files:
-            shutil.copy2(bundle / name, folder / name)
+            _link(bundle / name, folder / name)
     shutil.copy2(op_library.op_library_path(), folder / op_library.LIBRARY_NAME)
     library = f"{MOUNT}/{model.name}/1/{op_library.LIBRARY_NAME}"
     operations = f'model_operations {{ op_library_filename: "{library}" }}\n'
@@ -71,10 +84,18 @@ def _write_onnxruntime(
 
 def _write_pytorch(bundle: Path, model: Path, info: GraphInfo, batched: bool) -> None:
     folder, file = _make_version(model), info.files["torchscript"]
-    shutil.copy2(bundle / file, folder / file)
+    _link(bundle / file, folder / file)
     names = {t.name: f"INPUT__{i}" for i, t in enumerate(info.inputs)}
     names |= {t.name: f"OUTPUT__{i}" for i, t in enumerate(info.outputs)}
     _write_configs(model, _describe(info, "pytorch", file, batched, names))
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """Make a hard link, so that weights are on the disk once; a copy where there are no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _make_version(model: Path) -> Path:
@@ -138,11 +159,3 @@ def _describe(
     if batched:
         lines += f"dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_MICROSECONDS} }}\n"
     return lines
-
-
-def _copy_package(to: Path) -> None:
-    """Copy this package, for a server without it."""
-    # More than one folder: an editable install keeps built files and sources apart.
-    for folder in package_folders():
-        ignore = shutil.ignore_patterns(*NOT_COPIED)
-        shutil.copytree(folder, to, ignore=ignore, dirs_exist_ok=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from rotary_export.bundle.atomic import check_folder, write_folder
+from rotary_export.bundle.folder import find_out, write_bundle
 from rotary_export.bundle.manifest import (
     DEFAULT_FORMATS,
     FILE_NAME,
@@ -18,16 +18,18 @@ from rotary_export.bundle.manifest import (
     GraphInfo,
     Manifest,
     hash_file,
-    read_manifest,
 )
+from rotary_export.compat.foreign_rope import PACKAGES, is_foreign_rope
 from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.aoti import check_compiler, compile_program
-from rotary_export.exporters.onnx import check_opset, export_onnx, minimum_onnxruntime
+from rotary_export.exporters.onnx import export_onnx, minimum_onnxruntime
 from rotary_export.exporters.program import export_program
 from rotary_export.exporters.torchscript import export_torchscript
 from rotary_export.graphs.config import check_config
+from rotary_export.graphs.foreign import convert_foreign_rope
 from rotary_export.graphs.graph import TRACED_SIZES, Graph, make_graphs
 from rotary_export.graphs.kinds import RopeModule
+from rotary_export.op.onnx_signature import check_opset
 from rotary_export.package import __version__, find_versions
 from rotary_export.proof.plain import compare_plain
 from rotary_export.proof.report import Report, check_report
@@ -54,13 +56,13 @@ class Bundle:
 
 
 def export(
-    module: RopeModule,
+    module: RopeModule | nn.Module,
     out: str | os.PathLike[str],
     *,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
-    interleaved: bool = False,
+    interleaved: bool | None = None,
     max_seq_len: int | None = None,
     batch_size: int | None = None,
     static: bool = False,
@@ -78,13 +80,15 @@ def export(
 
     Args:
         module: The embedding, with the buffers that it has now. They must be what the formula of
-            its arguments, or of its rope type, gives.
+            its arguments, or of its rope type, gives. A `RotaryEmbedding` of zeta or
+            x-transformers is exported as ours of its state dict.
         out: The folder to write; it must not exist, or be a bundle and `force` be given.
         num_heads: Heads of query; None: a dynamic axis.
         num_kv_heads: Heads of key; default: as num_heads.
         head_dim: H, >= module.dim; default: module.dim, or the config's. Channels past module.dim
             are copied.
-        interleaved: True: pairs (2i, 2i + 1); False: pairs (i, i + dim/2).
+        interleaved: True: pairs (2i, 2i + 1); False: pairs (i, i + dim/2). None: False, or the
+            layout of the module of zeta or x-transformers.
         max_seq_len: Rows of the tables; default: module.max_seq_len, or that of the config.
         batch_size: Of a static export.
         static: query and key have max_seq_len rows, of which the first seq_len are rotated.
@@ -103,12 +107,17 @@ def export(
             an existing bundle is as it was; so too for:
         CheckFailedError: The proof failed.
     """
+    producers = {"rotary_export": __version__} | find_versions(("torch", "onnx", "onnxscript"))
+    if is_foreign_rope(module):
+        package = PACKAGES[type(module).__module__.partition(".")[0]]
+        producers |= find_versions((package,))
+        module, interleaved = convert_foreign_rope(module, interleaved)
     config = check_config(
         module,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        interleaved=interleaved,
+        interleaved=False if interleaved is None else interleaved,
         max_seq_len=max_seq_len,
         batch_size=batch_size,
         static=static,
@@ -131,8 +140,7 @@ def export(
             opset=opset,
             graphs=graphs,
             minimum_onnxruntime=minimum_onnxruntime(opset),
-            producers={"rotary_export": __version__}
-            | find_versions(("torch", "onnx", "onnxscript")),
+            producers=producers,
             files={file.name: hash_file(file) for file in sorted(staging.iterdir())},
             compiled_for=COMPILED_FOR if "aoti" in formats else {},
         )
@@ -157,28 +165,6 @@ def check_formats(formats: Sequence[str]) -> None:
                 f"{', '.join(formats)}"
             )
         check_compiler()
-
-
-def find_out(out: str | os.PathLike[str]) -> Path:
-    """Return where a bundle is to be written, or refuse what is not a path."""
-    if not isinstance(out, (str, os.PathLike)):
-        raise RotaryExportError(f"out must be a path, got {out!r}")
-    return Path(out).absolute()
-
-
-def _check_owned(path: Path, force: bool) -> None:
-    """Refuse to replace a folder that is not a bundle; with force, also one that contains more."""
-    try:
-        manifest = read_manifest(path)
-    except RotaryExportError as error:
-        raise RotaryExportError(
-            f"{path} exists and is not a bundle; it is left as it is ({error})"
-        ) from None
-    for file in path.iterdir() if force else ():
-        if file.name not in (FILE_NAME, *manifest.files):
-            raise RotaryExportError(
-                f"{path} contains {file.name!r}, which is not of the bundle and would be lost"
-            )
 
 
 def _write_graph(
@@ -206,24 +192,6 @@ def _write_graph(
     return GraphInfo(graph.inputs, graph.outputs, files, rotary_nodes, function_body)
 
 
-def check_out(path: Path, force: bool) -> None:
-    """Check that a bundle can be written, before it is made.
-
-    Raises:
-        RotaryExportError: `path` already exists.
-    """
-    check_folder(path, force, lambda folder: _check_owned(folder, force))
-
-
-def write_bundle(path: Path, force: bool) -> AbstractContextManager[Path]:
-    """Return a context whose folder, a bundle to be, replaces `path` once the block has ended.
-
-    Raises:
-        RotaryExportError: `path` already exists, or can't be written.
-    """
-    return write_folder(path, force, lambda folder: _check_owned(folder, force))
-
-
 def finish_bundle(staging: Path, path: Path, manifest: Manifest, report: Report) -> Bundle:
     """Write the manifest, proof included, into the folder of `write_bundle`.
 
@@ -231,7 +199,6 @@ def finish_bundle(staging: Path, path: Path, manifest: Manifest, report: Report)
         CheckFailedError: The proof failed.
     """
     check_report(report)
-    skipped = dict.fromkeys(report.skipped, "was not on the exporting machine")
-    manifest = replace(manifest, parity=report.to_dict() | {"skipped": skipped})
+    manifest = replace(manifest, parity=report.to_dict())
     (staging / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return Bundle(path, manifest, report)

@@ -13,17 +13,14 @@ from onnxscript import ir, optimizer
 from rotary_export.compat.onnx_rewriter import match_by_operator
 from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_torch
-from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.program import make_dynamic_shapes
 from rotary_export.graphs.graph import Graph
 from rotary_export.graphs.plain import ZETA
 from rotary_export.op import spec
 from rotary_export.op.onnx_function import add_functions
 from rotary_export.op.onnx_schema import register_schema
-from rotary_export.op.onnx_signature import OLDEST_OPSET, FunctionSignature
+from rotary_export.op.onnx_signature import FunctionSignature
 from rotary_export.package import __version__
-
-NEWEST_OPSET = 25  # the exporter of torch 2.13 and onnxscript 0.7 writes no newer one
 
 # Only scalars are folded into the graph, which computes its tables from inv_freq and zeta.
 _FOLD_LIMIT = 1
@@ -135,13 +132,3 @@ def minimum_onnxruntime(opset: int) -> dict[str, str]:
     """
     fused = {22: "1.21", 23: "1.23", 24: "1.24", 25: "1.24"}
     return {"fused": fused.get(opset, "1.20"), "portable": "1.22" if opset < 23 else "1.24"}
-
-
-def check_opset(opset: int) -> None:
-    """Refuse an opset that the function bodies or the exporter don't support.
-
-    Raises:
-        RotaryExportError: It is out of range.
-    """
-    if not isinstance(opset, int) or not OLDEST_OPSET <= opset <= NEWEST_OPSET:
-        raise RotaryExportError(f"opset must be in [{OLDEST_OPSET}, {NEWEST_OPSET}], got {opset!r}")

@@ -104,8 +104,9 @@ def make_kind(module: object) -> RopeKind:
     kind = KINDS.get(type(module))  # type: ignore[arg-type]  # a subclass may compute something else
     if kind is None:
         raise RotaryExportError(
-            "module must be a rotary_export.RotaryEmbedding or ScaledRotaryEmbedding, "
-            f"got {type(module).__name__}"
+            "module must be a rotary_export.RotaryEmbedding or ScaledRotaryEmbedding, or the "
+            "RotaryEmbedding of zeta or x-transformers, "
+            f"got {type(module).__module__}.{type(module).__qualname__}"
         )
     return kind.from_module(module)
 

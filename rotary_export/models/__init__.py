@@ -2,6 +2,7 @@
 
 - `export_model.py`: the public function `export_model`; puts the steps together.
 - `source.py`: loads a model that the command line names.
+- `hub.py`: fetches a model of the Hugging Face hub.
 - `arguments.py`: a model's arguments and results as named tensors.
 - `cache.py`: key/value caches of transformers as named tensors, and back.
 - `dim_names.py`: names the sizes that stay dynamic.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rotary_export.bundle.folder import check_out, find_out, write_bundle
 from rotary_export.bundle.manifest import (
     DEFAULT_FORMATS,
     FILE_NAME,
@@ -25,12 +26,9 @@ from rotary_export.errors import RotaryExportError, UsageWarning
 from rotary_export.exporters.export import (
     Bundle,
     check_formats,
-    check_out,
-    find_out,
     finish_bundle,
-    write_bundle,
 )
-from rotary_export.exporters.onnx import check_opset, minimum_onnxruntime
+from rotary_export.exporters.onnx import minimum_onnxruntime
 from rotary_export.graphs.config import DTYPES
 from rotary_export.models.analyze import (
     Analysis,
@@ -44,6 +42,7 @@ from rotary_export.models.prove.prove import ProofOptions, RejectedError, prove
 from rotary_export.models.trace.snapshot import take_snapshot
 from rotary_export.models.write_graph import Written, write_covering, write_graph
 from rotary_export.models.write_onnx import MAX_INLINE_BYTES
+from rotary_export.op.onnx_signature import check_opset
 from rotary_export.package import __version__, find_versions
 from rotary_export.proof.models.compare import GRAPH
 from rotary_export.proof.models.frequencies import compare_frequencies

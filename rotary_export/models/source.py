@@ -1,4 +1,4 @@
-"""Loads the model that a command names: a factory, a Hugging Face folder, a config.json."""
+"""Loads the model that a command names: a factory, a Hugging Face model, a config.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rotary_export.bundle.json_file import read_json
 from rotary_export.compat.transformers import has_causal_lm
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.error_text import describe_error
+from rotary_export.models.hub import fetch_model, is_hub_id
 
 _EXAMPLE_SHAPE = (2, 7)
 
@@ -36,14 +37,15 @@ class Source:
     note: str = ""
 
 
-def load_source(source: str) -> Source:
+def load_source(source: str, revision: str | None = None) -> Source:
     """Load a model.
 
     Args:
         source: `package.module:factory`: a function without arguments that returns the model, or
             the model and its example inputs. The module is imported: **its code runs**. Or the
-            folder of a Hugging Face model with safetensors weights, or a config.json (random
-            weights); no code of either is run.
+            folder of a Hugging Face model with safetensors weights, or its name on the hub,
+            `org/name`, or a config.json (random weights); no code of these is run.
+        revision: Of a model on the hub: a branch, a tag or a commit.
 
     Returns:
         The model and example inputs.
@@ -52,6 +54,12 @@ def load_source(source: str) -> Source:
         RotaryExportError: It is none of these, or can't be loaded; the message is the reason.
     """
     path = Path(source)
+    is_local = path.is_dir() or path.suffix == ".json" or ":" in source
+    if not is_local and is_hub_id(source):
+        folder = fetch_model(source, revision)
+        return replace(_load_folder(folder), note=f"{source} at commit {folder.name}")
+    if revision is not None:
+        raise RotaryExportError(f"revision is for a model on the hub, org/name, got {source!r}")
     if path.is_dir():
         return _load_folder(path)
     if path.suffix == ".json":
@@ -59,8 +67,8 @@ def load_source(source: str) -> Source:
     module, colon, name = source.partition(":")
     if not colon or not all(part.isidentifier() for part in (*module.split("."), name)):
         raise RotaryExportError(
-            "SOURCE must be package.module:factory, the folder of a Hugging Face model or a "
-            f"config.json that exists, got {source!r}"
+            "SOURCE must be package.module:factory, the folder of a Hugging Face model, its name "
+            f"on the hub (org/name) or a config.json that exists, got {source!r}"
         )
     return _call_factory(source, module, name)
 

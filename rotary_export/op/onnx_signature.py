@@ -11,6 +11,7 @@ from rotary_export.op import spec
 
 NATIVE_OPSET = 23  # the first with ai.onnx::RotaryEmbedding
 OLDEST_OPSET = 18
+NEWEST_OPSET = 25  # the exporter of torch 2.13 and onnxscript 0.7 writes no newer one
 
 Dim = int | str | None
 
@@ -117,3 +118,13 @@ def read_signature(
         kv_num_heads=attributes.get("kv_num_heads", 0),
         opset=opset,
     )
+
+
+def check_opset(opset: int) -> None:
+    """Refuse an opset that the function bodies or the exporter don't support.
+
+    Raises:
+        RotaryExportError: It is out of range.
+    """
+    if not isinstance(opset, int) or not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+        raise RotaryExportError(f"opset must be in [{OLDEST_OPSET}, {NEWEST_OPSET}], got {opset!r}")

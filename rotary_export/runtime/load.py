@@ -12,6 +12,7 @@ from rotary_export.bundle.manifest import (
     Manifest,
     check_files,
     check_passed,
+    find_main_graph,
     read_manifest,
 )
 from rotary_export.errors import RotaryExportError
@@ -27,7 +28,7 @@ RUNTIMES = {
 
 def load(
     bundle_dir: str | os.PathLike[str],
-    graph: str = "rotate",
+    graph: str | None = None,
     runtime: str = "onnxruntime",
     providers: str | Sequence[str] = "auto",
     use_op_library: bool | str = "auto",
@@ -38,7 +39,7 @@ def load(
 
     Args:
         bundle_dir: The bundle's folder.
-        graph: "tables", "rotate" or "model".
+        graph: "tables", "rotate" or "model"; None: "rotate", or the one graph of a model's bundle.
         runtime: "onnxruntime", "torchscript", "program" or "aoti". Only the one file of that
             format is opened.
         providers: ONNX Runtime's execution providers by name, in order of preference; "auto":
@@ -63,6 +64,8 @@ def load(
         check_passed(path, manifest)
     if runtime not in [*RUNTIMES]:  # a list has no hash
         raise RotaryExportError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
+    if graph is None:
+        graph = find_main_graph(path, manifest)
     if graph not in [*manifest.graphs]:
         raise RotaryExportError(
             f"the bundle {path} has no graph {graph!r}; it has {', '.join(manifest.graphs)}"

@@ -14,6 +14,7 @@ from typing import Any
 
 from rotary_export.bundle.manifest import GraphInfo, Manifest
 from rotary_export.errors import RotaryExportError
+from rotary_export.package import hide_folders
 from rotary_export.runtime.load import RUNTIMES, open_session
 from rotary_export.runtime.providers import CPU, import_onnxruntime, library_refusal
 from rotary_export.runtime.session import Session
@@ -125,6 +126,6 @@ def list_ways(
             continue
         refusal = way.find_refusal(compiled_for)
         if refusal:
-            skipped[way.name] = refusal
+            skipped[way.name] = hide_folders(refusal)  # a bundle contains it
         else:
             yield way

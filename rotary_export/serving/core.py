@@ -14,7 +14,6 @@ from rotary_export.bundle.manifest import (
     GraphInfo,
     Manifest,
     TensorInfo,
-    find_main_graph,
     read_manifest,
 )
 from rotary_export.errors import RotaryExportError
@@ -88,7 +87,7 @@ class ServedModel:
             raise RotaryExportError(f"max_batch_size must be >= 1, got {max_batch_size}")
         path = Path(bundle_dir)
         manifest = read_manifest(path)
-        self._session = load(path, graph or find_main_graph(path, manifest), runtime)
+        self._session = load(path, graph, runtime)
         self._info = self._session.graph
         self._inputs = {info.name: info for info in self._info.inputs}
         self._axes = find_batch_axes(manifest, self._info)

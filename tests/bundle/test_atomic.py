@@ -43,6 +43,19 @@ def test_a_folder_is_replaced_only_with_force(tmp_path):
     assert list_names(tmp_path) == ["b"]
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RotaryExportError, match="file/b can't be written: Not a directory"):
+        check_folder(tmp_path / "file" / "b", True, accept)
+    with pytest.raises(RotaryExportError, match="can't be written: File name too long"):
+        check_folder(tmp_path / "b" / ("c" * 300), True, accept)
+    with pytest.raises(RotaryExportError, match="missing/m can't be written: No such file"):
+        check_file(tmp_path / "missing" / "m", True)
+    check_folder(tmp_path / "deep" / "er", False, refuse)
+    check_file(tmp_path / "m", False)
+    assert list_names(tmp_path) == ["file"]
+
+
 def test_a_folder_is_readable_by_others(tmp_path):
     with write_folder(tmp_path / "deep" / "b", False, accept):
         pass

@@ -3,6 +3,8 @@
 import json
 import os
 import pty
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from rotary_export.cli.examples import EXAMPLES
 from rotary_export.cli.main import cli
 
 EXPORT = ["export", "--dim", "8", "--use-xpos", "--max-seq-len", "16", "--num-heads", "2"]
@@ -149,6 +152,27 @@ def test_inspect_bundle_and_onnx(bundle):
     assert found["opsets"] == "rotary_export 1, ai.onnx 23"
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("\x1b[31mred", "\\x1b[31mred"), ("\ud800", "\\ud800")],
+    ids=["code", "half"],
+)
+def test_control_codes_of_a_file_are_escaped(bundle, tmp_path, name, shown):
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    rotate = manifest["graphs"].pop("rotate")
+    manifest |= {"name": name, "graphs": {name: rotate, "other": rotate}}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    result = call("inspect", copy)
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"bundle: {shown}\n")
+    assert f"\ngraph: {shown}\n" in result.stdout
+    refused = call("run", copy, "--input", "a=1", "--out", tmp_path / "o.npz")
+    assert f"it has {shown}, other" in refused.stderr
+    assert json.loads(call("inspect", copy, "--json").stdout)["bundle"] == name
+
+
 def test_doctor():
     result = call("doctor", "--json")
     assert result.exit_code == 0, result.output
@@ -209,6 +233,56 @@ def test_mistake_gets_one_line_and_exit_code_2(name, bundle, tmp_path, monkeypat
     assert sorted(os.listdir()) == before
 
 
+MODEL = ["export-model", "slow:make", "--quick"]  # the factory must not be called
+TOO_LATE = {
+    "export-opset": ([*EXPORT, "--opset", "26", "--out", "new"], "opset must be in [18, 25]"),
+    "export-out": ([*EXPORT, "--out", "mine"], "mine exists and is not a bundle"),
+    "export-bundle": ([*EXPORT, "--out", "B"], "B exists; force=True (--force) replaces it"),
+    "export-folder": ([*EXPORT, "--out", "file/new"], "file/new can't be written: Not a directory"),
+    "model-opset": ([*MODEL, "--opset", "17", "--out", "new"], "opset must be in [18, 25]"),
+    "model-opset-dry": ([*MODEL, "--opset", "17", "--dry-run"], "opset must be in [18, 25]"),
+    "model-out": ([*MODEL, "--out", "mine", "--force"], "mine exists and is not a bundle"),
+    "model-bundle": ([*MODEL, "--out", "B"], "B exists; force=True"),
+    "model-folder": ([*MODEL, "--out", "file/new"], "file/new can't be written"),
+    "model-kept": ([*MODEL, "--out", "new", "--keep-failed", "mine"], "mine exists and is not"),
+    "deploy-out": (["deploy", "node", "B", "--out", "mine"], "deploy did not write it"),
+    "deploy-folder": (["deploy", "node", "B", "--out", "file/kit"], "file/kit can't be written"),
+    "run-out": (["run", "B", "--input", "a=1", "--out", "file"], "file exists; force=True"),
+    "run-folder": (["run", "B", "--input", "a=1", "--out", "no/o.npz"], "no/o.npz can't be"),
+    "fuse-folder": (["fuse", "in.onnx", "no/o.onnx"], "no/o.onnx can't be written: No such file"),
+    "fuse-out": (["fuse", "in.onnx", "file"], "file exists; force=True"),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LATE)
+def test_what_is_written_is_checked_before_anything_is_loaded(name, bundle, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("loaded")
+
+    arguments, message = TOO_LATE[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("slow.py").write_text("raise SystemError('imported')\n")
+    Path("file").touch()
+    Path("mine").mkdir()
+    Path("mine", "notes.txt").touch()
+    Path("B").symlink_to(bundle)
+    for module, attribute in (
+        ("rotary_export.models.source", "load_source"),
+        ("rotary_export.exporters.export", "check_config"),
+        ("rotary_export.deploy.deploy", "check_files"),
+        ("rotary_export.cli.arrays", "read_inputs"),
+    ):
+        monkeypatch.setattr(f"{module}.{attribute}", refuse)
+    monkeypatch.setattr("rotary_export.cli.export._make_rope", refuse)
+    before = sorted(tmp_path.rglob("*"))
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1  # no progress before it
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_mistake_in_json(tmp_path):
     result = call("verify", tmp_path, "--json")
     assert result.exit_code == 2
@@ -217,12 +291,36 @@ def test_mistake_in_json(tmp_path):
 
 def test_a_closed_pipe_is_not_an_error(bundle):
     command = f"{sys.executable} -P -m rotary_export inspect {bundle} | head -n 1"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
-    assert done.stdout == "bundle: bundle\n"
+    command += "; echo ${PIPESTATUS[0]}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "bundle: bundle\n0\n"
     assert done.stderr == ""
 
 
-def test_sigterm_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("arguments", [["inspect"], ["inspect", "--json"], ["verify"]])
+def test_the_exit_code_is_that_of_the_command_when_nobody_reads(bundle, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-P", "-m", "rotary_export", *arguments, str(bundle)]
+    done = subprocess.run(command, stdout=writer, stderr=writer, check=False)
+    os.close(writer)
+    assert done.returncode == 0
+
+
+def test_progress_that_nobody_reads_does_not_stop_an_export(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-P", "-m", "rotary_export", *EXPORT, "--out", str(tmp_path / "b")]
+    done = subprocess.run(
+        [*command, "--format", "torchscript"], stdout=writer, stderr=writer, check=False
+    )
+    os.close(writer)
+    assert done.returncode == 0
+    assert (tmp_path / "b" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing(tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "rotary_export", *EXPORT, "--out", tmp_path / "b"],
         stderr=subprocess.PIPE,
@@ -231,20 +329,24 @@ def test_sigterm_leaves_nothing(tmp_path):
     for line in process.stderr:
         if line.startswith("export rotate.onnx"):
             assert list(tmp_path.iterdir())
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
             break
+    rest = process.stderr.read()
     process.stderr.close()
-    assert process.wait() == 128 + signal.SIGTERM
+    assert process.wait() == 128 + number
+    assert "Traceback" not in rest
+    assert ("rotary-export: interrupted" in rest) == (number == signal.SIGINT)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_terminal_gets_a_table_and_a_spinner(bundle):
+def run_on_terminal(*arguments, columns):
+    """Return what a command prints on a terminal, and its exit code."""
     parent, child = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "rotary_export", "verify", str(bundle)],
+        [sys.executable, "-P", "-m", "rotary_export", *map(str, arguments)],
         stdout=child,
         stderr=child,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "160"},
+        env=os.environ | {"TERM": "xterm", "COLUMNS": str(columns)},
     )
     os.close(child)
     chunks = []
@@ -254,11 +356,40 @@ def test_terminal_gets_a_table_and_a_spinner(bundle):
     except OSError:  # the other end is closed
         pass
     os.close(parent)
-    assert process.wait() == 0
-    text = b"".join(chunks).decode()
-    assert "┃" in text
+    return b"".join(chunks).decode(), process.wait()
+
+
+def test_terminal_gets_a_table_and_a_spinner(bundle):
+    text, code = run_on_terminal("verify", bundle, columns=160)
+    assert code == 0
+    assert re.search(r"\x1b\[1moutput +runtime ", text)
     assert "verify" not in text.splitlines()[-1]
     assert "proven: " in text
+
+
+@pytest.mark.parametrize("on_terminal", [True, False], ids=["terminal", "pipe"])
+def test_tables_fit_80_columns(bundle, on_terminal):
+    for arguments in (["verify", bundle], ["inspect", bundle], ["inspect", bundle / "rotate.onnx"]):
+        if on_terminal:
+            text, code = run_on_terminal(*arguments, columns=80)
+        else:
+            result = call(*arguments)
+            text, code = result.stdout, result.exit_code
+        assert code == 0
+        lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n").splitlines()
+        long = [line for line in lines if len(line) > 80 and "was compared at" not in line]
+        assert long == []
+        assert "…" not in text.replace("⠋", "")
+    assert "\n  attributes: rotary_embedding_dim=8" in text.replace("\r", "")
+
+
+@pytest.mark.parametrize("columns", [20, 200])
+def test_a_row_that_is_too_wide_for_the_terminal_becomes_a_block(bundle, columns):
+    inputs = ("--graph", "tables", "--input", "seq_len=3")
+    out = bundle.parent / f"o{columns}.npz"
+    text, _ = run_on_terminal("run", bundle, *inputs, "--out", out, columns=columns)
+    assert ("output: freqs\r\n  dtype: float32\r\n" in text) == (columns == 20)
+    assert ("freqs   float32  (16, 8)" in text) == (columns == 200)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +416,25 @@ def test_every_command_has_help(name):
     result = call(name, "--help")
     assert result.exit_code == 0
     assert result.stdout.startswith(f"Usage: cli {name} ")
+    for example in EXAMPLES[name]:
+        assert f"\n    {example}\n" in result.stdout
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_each_example_is_a_command_with_its_options(name):
+    assert len(EXAMPLES[name]) == 2
+    for example in EXAMPLES[name]:
+        program, *arguments = shlex.split(example)
+        assert program == "rotary-export"
+        assert name in ("cli", arguments[0])
+        if "--help" not in arguments:
+            command = cli.commands[arguments[0]]
+            command.make_context(arguments[0], arguments[1:])  # raises for an unknown option
+
+
+def test_the_help_of_the_program_has_examples():
+    text = call("--help").stdout
+    assert all(f"\n    {example}\n" in text for example in EXAMPLES["cli"])
 
 
 def test_missing_click_is_reported(tmp_path):
@@ -294,4 +444,21 @@ def test_missing_click_is_reported(tmp_path):
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
-    assert done.stderr == "the command line needs click: pip install 'rotary_export[cli]'\n"
+    assert done.stderr == (
+        "the command line needs click: pip install '.[cli]' in the checkout of rotary_export, "
+        "or 'FILE.whl[cli]' with its wheel\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["export", "RotaryEmbedding", "fuse"])
+def test_missing_torch_is_reported(name):
+    missing = "onnx" if name == "fuse" else "torch"
+    code = f"import sys; sys.modules[{missing!r}] = None\nfrom rotary_export import {name}"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"ModuleNotFoundError: rotary_export.{name} needs {missing}: pip install '.[export]' in "
+        "the checkout of rotary_export, or 'FILE.whl[export]' with its wheel"
+    )

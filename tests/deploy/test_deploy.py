@@ -63,6 +63,75 @@ def test_every_target_deploys_its_own_and_its_shared_files(name, tmp_path):
     assert list_own_imports(out) <= files
 
 
+def iterate_bundles():
+    yield "plain", get_bundle("plain")
+    yield "static", get_bundle("static")
+    yield "opset18", get_bundle("opset18")  # ONNX alone
+    yield "model", get_model_bundle()
+
+
+@pytest.mark.parametrize("name", [n for n, t in TARGETS.items() if t.format != "aoti"])
+def test_a_kit_contains_the_formats_that_it_opens_and_a_page_of_its_bundle(name, tmp_path):
+    for kind, bundle in iterate_bundles():
+        target, graphs = TARGETS[name], bundle.manifest.graphs.values()
+        if target.format not in next(iter(graphs)).files:
+            continue
+        if name == "tract" and kind == "model":
+            continue  # of opset 23, which tract can't open
+        out = deploy(name, bundle, tmp_path / f"{name}-{kind}")
+        manifest = read_manifest(out / "bundle")
+        check_files(out / "bundle", manifest)
+        formats = {target.format, target.also} & set(next(iter(graphs)).files)
+        wanted = {info.files[each] for info in graphs for each in formats}
+        assert list_files(out / "bundle") == wanted | {"manifest.json"}
+        page = (out / "README.md").read_text(encoding="utf-8")
+        assert not re.search(r"GRAPH|MODEL|<!-- (only|end only)", page)
+        blocks = "\n".join(re.findall(r"^```(?:ba)?sh\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
+        for file in re.findall(r"\bbundle/[\w.]+|[\w./]+\.(?:txt|py|yaml|mjs)\b", blocks):
+            assert (out / file).exists(), file
+        for model in re.findall(r"--load-model=(\w+)", blocks):
+            assert (out / "model_repository" / model / "config.pbtxt").is_file()
+
+
+@pytest.mark.parametrize("kind", ["plain", "static", "opset18", "model"])
+def test_the_repository_of_triton_holds_weights_once_and_its_page_names_its_models(kind, tmp_path):
+    bundle = dict(iterate_bundles())[kind]
+    out = deploy("triton", bundle, tmp_path / "kit")
+    for file in (out / "model_repository").rglob("*"):
+        if file.suffix in (".onnx", ".pt"):
+            assert file.samefile(out / "bundle" / file.name)
+    models = list_folders(out / "model_repository")
+    page = (out / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == models
+    assert set(re.findall(r"^- `(\w+)`:", page, re.MULTILINE)) == models
+    graph = "model" if kind == "model" else "rotate"
+    wanted = {"static": ("python",), "opset18": ("onnxruntime", "python")}
+    backends = wanted.get(kind, ("onnxruntime", "python", "pytorch"))
+    assert models == {f"{graph}_{backend}" for backend in backends}
+
+
+def test_a_kit_survives_the_change_of_its_bundle(tmp_path):
+    """Nothing in it is a link to the bundle that was deployed."""
+    bundle = copy_bundle("plain", tmp_path)
+    out = deploy("triton", bundle, tmp_path / "kit")
+    assert not any(
+        file.samefile(bundle / file.name)
+        for file in (out / "bundle").iterdir()
+        if file.name != "manifest.json"
+    )
+
+
+def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("os.link", refuse)
+    out = deploy("triton", get_bundle("plain"), tmp_path / "kit")
+    copies = [f for f in out.rglob("rotate.onnx")]
+    assert len(copies) == 3
+    assert len({file.read_bytes() for file in copies}) == 1
+
+
 OWN_IMPORT = re.compile(r'(?:from |import\()"\./([\w.]+)"|#include "([\w.]+)"')
 
 

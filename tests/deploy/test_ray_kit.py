@@ -42,6 +42,7 @@ def test_kit(python, tmp_path):
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its sockets on the loopback interface
         "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": str(kit),  # as the page has it: the kit has the package
     }
     log = tmp_path / "log"
     with start_reaper(folder), log.open("wb") as out:
@@ -85,7 +86,7 @@ def is_up(url):
 def test_without_ray_the_command_names_what_to_install(tmp_path):
     bundle = str(get_bundle("plain").path)
     cases = [
-        (": pip install 'rotary_export[ray]'", [bundle, "--engine", "ray"]),
+        (": pip install '.[ray]' in the checkout", [bundle, "--engine", "ray"]),
         ("--replicas must be 1 for the engine mlserver, got 2", [bundle, "--replicas", "2"]),
     ]
     for message, arguments in cases:

@@ -4,13 +4,14 @@ import ast
 import importlib.util
 import json
 import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.bundles import get_bundle, make_arrays
-from helpers.paths import KITS
+from helpers.paths import KITS, ROOT
 
 import rotary_export
 from rotary_export.bundle.manifest import TensorInfo
@@ -33,6 +34,7 @@ def find_definitions(module):
 def test_mlserver_settings_name_a_class_and_known_options(tmp_path):
     manifest = get_bundle("plain").manifest
     prepare_mlserver(tmp_path, manifest, "rotate")
+    assert (tmp_path / "rotary_export" / "serving" / "mlserver" / "model.py").is_file()
     settings = json.loads((tmp_path / "model-settings.json").read_text())
     module, _, name = settings["implementation"].rpartition(".")
     assert name in find_definitions(module)
@@ -65,7 +67,8 @@ def repository(tmp_path_factory):
     """The model repository for Triton of `plain`, without the copies of files."""
     staging = tmp_path_factory.mktemp("triton")
     (staging / "bundle").symlink_to(get_bundle("plain").path)
-    (staging / "model.py").write_bytes((KITS / "triton" / "model.py").read_bytes())
+    for name in ("model.py", "README.md"):
+        (staging / name).write_bytes((KITS / "triton" / name).read_bytes())
     write_repository(staging, get_bundle("plain").manifest, "rotate")
     return staging / "model_repository"
 
@@ -92,6 +95,15 @@ def test_triton_batches_up_to_the_limit_and_omits_the_batch(repository):
         assert text.count("dims: [ -1, -1, 24 ]") == 4  # query, key and the outputs
         assert text.count("dims: [ -1 ]") == 1  # position_ids
         assert ("allow_ragged_batch" in text) == ("python" in config.parts[-2])
+
+
+@pytest.mark.parametrize(("kit", "extra"), [("mlserver", "serve"), ("ray", "ray")])
+def test_requirements_of_servers_are_those_of_the_extras(kit, extra):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = {*project["dependencies"], *extras["cpu"], *extras["cli"], *extras[extra]}
+    wanted -= {"rotary_export[cli]"}
+    assert set((KITS / kit / "requirements.txt").read_text().split()) == wanted
 
 
 def test_the_signature_contains_inputs_outputs_and_limits(tmp_path):

@@ -134,9 +134,9 @@ EXPORTS = {
     "dtype int": (ROPE, {"dtype": torch.int64}, f"dtype must be one of {DTYPES}, got torch.int64"),
     "dtype str": (ROPE, {"dtype": "float32"}, f"dtype must be one of {DTYPES}, got float32"),
     "a subclass": (
-        type("Mine", (RotaryEmbedding,), {})(8, max_seq_len=16),
+        type("Mine", (RotaryEmbedding,), {"__module__": "theirs"})(8, max_seq_len=16),
         {},
-        "module must be a rotary_export.RotaryEmbedding or ScaledRotaryEmbedding, got Mine",
+        "or the RotaryEmbedding of zeta or x-transformers, got theirs.Mine",
     ),
     "float64": (
         RotaryEmbedding(8, max_seq_len=16).double(),

@@ -21,12 +21,13 @@ from onnx import ModelProto
 import rotary_export
 from rotary_export import RotaryEmbedding, RotaryExportError
 from rotary_export.compat.quiet import quiet_torch
-from rotary_export.exporters.onnx import check_opset, export_onnx
+from rotary_export.exporters.onnx import export_onnx
 from rotary_export.exporters.program import export_program
 from rotary_export.exporters.torchscript import export_torchscript
 from rotary_export.graphs.config import check_config
 from rotary_export.graphs.graph import TRACED_SIZES, Graph, make_graphs
 from rotary_export.op import spec
+from rotary_export.op.onnx_signature import check_opset
 
 OPSETS = range(18, 26)
 XPOS = {"use_xpos": True, "scale_base": 64}

@@ -21,7 +21,13 @@ def import_alone(name):
     if name in sys.modules:
         return sys.modules[name]
     package = name.partition(".")[0]
-    (folder,) = importlib.util.find_spec(package).submodule_search_locations
+    stubbed = sys.modules.get(package)
+    found = (
+        stubbed.__path__
+        if stubbed
+        else importlib.util.find_spec(package).submodule_search_locations
+    )
+    folder = found[0]
     parts = name.split(".")[:-1]
     for depth in range(1, len(parts) + 1):
         stub = types.ModuleType(".".join(parts[:depth]))

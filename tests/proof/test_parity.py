@@ -19,7 +19,7 @@ from helpers.bundles import (
 )
 from onnx import helper, numpy_helper
 
-from rotary_export import RotaryExportError, export, verify
+from rotary_export import RotaryExportError, export, package, verify
 from rotary_export.errors import CheckFailedError
 from rotary_export.graphs.config import read_config
 from rotary_export.graphs.graph import make_graphs
@@ -289,3 +289,30 @@ def test_what_is_not_here_is_skipped_with_its_reason(monkeypatch):
     ran = {row.runtime for row in report.rows}
     assert ran == {"formula", "stored (onnx)", "eager", "onnx.reference"}
     assert report.passed
+
+
+def test_a_bundle_contains_why_a_way_was_skipped_without_a_folder_of_the_machine(
+    monkeypatch, tmp_path
+):
+    folder = tmp_path / "of mine" / "rotary_export"
+    monkeypatch.setattr(op_library, "package_folders", lambda: [folder])
+    monkeypatch.setattr(package, "package_folders", lambda: [folder])
+    export(make_rope("opset18"), tmp_path / "b", formats=("onnx",))
+    text = (tmp_path / "b" / "manifest.json").read_text()
+    (reason,) = json.loads(text)["parity"]["skipped"].values()
+    assert reason.startswith("librotary_export.so must be beside the package's files, found none ")
+    assert "in rotary_export; `pip install .`" in reason
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("/usr/lib/libx.so: undefined symbol", "libx.so: undefined symbol"),
+        ("found none in /a/b, /c/d; see (/e/f)", "found none in b, d; see (f)"),
+        ("'/a b'", "'a b'"),
+        ("float32/float64, 1/2, https://x.org/a/b", "float32/float64, 1/2, https://x.org/a/b"),
+    ],
+)
+def test_folders_are_hidden(text, wanted):
+    assert package.hide_folders(text) == wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from helpers.bundles import (
     ROWS,
     SPECS,
     copy_bundle,
+    edit_manifest,
     get_bundle,
     make_arrays,
     make_rope,
@@ -230,6 +232,18 @@ def test_kernel_path_is_what_onnx_runtime_runs(name, use_op_library, tmp_path):
     assert session.kernel_path.startswith("fused") == (use_op_library is not False)
     assert session.providers == ("CPUExecutionProvider",)
     assert repr(session) == (f"<OrtSession rotate on CPUExecutionProvider: {session.kernel_path}>")
+
+
+def test_the_graph_that_is_opened_without_a_name(tmp_path):
+    assert load(get_bundle("plain")).graph_name == "rotate"
+    bundle = copy_bundle("plain", tmp_path)
+    rotate = json.loads((bundle / "manifest.json").read_text())["graphs"]["rotate"]
+    edit_manifest(bundle, graphs={"turn": rotate})
+    assert load(bundle).graph_name == "turn"
+    edit_manifest(bundle, graphs={"turn": rotate, "back": rotate})
+    wanted = "has no graph 'rotate' or 'model'; it has turn, back"
+    with pytest.raises(RotaryExportError, match=wanted):
+        load(bundle)
 
 
 def test_other_kernel_paths():

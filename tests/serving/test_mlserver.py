@@ -90,6 +90,7 @@ def test_kit(kind, python, tmp_path):
     ports = find_ports("127.0.0.1", 0, 0, 0)
     names = ("MLSERVER_HTTP_PORT", "MLSERVER_GRPC_PORT", "MLSERVER_METRICS_PORT")
     environment = make_environment(tmp_path) | dict(zip(names, map(str, ports), strict=True))
+    del environment["PYTHONPATH"]  # the kit has the package
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
             [python.with_name("mlserver"), "start", "."],

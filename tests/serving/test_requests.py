@@ -323,4 +323,4 @@ def test_ports():
 def test_without_the_extra_the_command_names_what_to_install():
     result = CliRunner().invoke(cli, ["serve", str(get_bundle("plain").path)])
     assert result.exit_code == 2
-    assert "serve needs mlserver: pip install 'rotary_export[serve]'" in result.stderr
+    assert "serve needs mlserver: pip install '.[serve]' in the checkout" in result.stderr

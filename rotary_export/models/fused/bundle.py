@@ -10,9 +10,10 @@ from typing import Any
 
 from onnxscript import ir
 
+from rotary_export.bundle.folder import check_out, find_out, write_bundle
 from rotary_export.bundle.manifest import Manifest, hash_file
 from rotary_export.errors import CheckFailedError, RotaryExportError
-from rotary_export.exporters.export import Bundle, check_out, find_out, finish_bundle, write_bundle
+from rotary_export.exporters.export import Bundle, finish_bundle
 from rotary_export.exporters.onnx import minimum_onnxruntime
 from rotary_export.fusion.check.compare import Check
 from rotary_export.fusion.check.feeds import Shape

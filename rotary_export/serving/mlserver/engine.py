@@ -11,6 +11,7 @@ from typing import Any
 
 from rotary_export.compat.mlserver import get_http_app
 from rotary_export.errors import RotaryExportError
+from rotary_export.package import describe_missing
 from rotary_export.serving.options import Options
 from rotary_export.types import Progress
 
@@ -22,9 +23,7 @@ try:
     from rotary_export.serving.mlserver.http_guard import add_guards
     from rotary_export.serving.mlserver.model import RotaryModel, opened
 except ImportError as error:
-    raise RotaryExportError(
-        f"serve needs {error.name}: pip install 'rotary_export[serve]'"
-    ) from None
+    raise RotaryExportError(describe_missing("serve", error.name, "serve")) from None
 
 _MIB = 2**20
 _POLL_S = 0.05

@@ -15,6 +15,7 @@ from typing import Any
 
 from rotary_export.compat.ray import make_settings
 from rotary_export.errors import RotaryExportError
+from rotary_export.package import describe_missing
 from rotary_export.serving.options import Options
 from rotary_export.serving.ports import Addresses
 from rotary_export.serving.ray.reaper import start_reaper
@@ -37,9 +38,7 @@ try:
 
     from rotary_export.serving.ray.app import METHODS, add_open_inference, build_app
 except ImportError as error:
-    raise RotaryExportError(
-        f"serve --engine ray needs {error.name}: pip install 'rotary_export[ray]'"
-    ) from None
+    raise RotaryExportError(describe_missing("serve --engine ray", error.name, "ray")) from None
 
 APPLICATION = "rotary_export"
 OBJECT_STORE_BYTES = 128 << 20

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers.planted import plant_fault
 from helpers.tiny_models import make_config, make_model
 
+import rotary_export
 from rotary_export.bundle.manifest import read_manifest
 from rotary_export.cli.main import cli
 
@@ -223,6 +225,15 @@ def test_other_commands_accept_the_bundle(folder, monkeypatch):
     result = CliRunner().invoke(cli, ["bench", out, "--shape", "1", "8", "--seconds", "0"])
     assert result.exit_code == 0, result.output
     assert "fused" in result.stdout
+    ids = np.arange(6).reshape(2, 3)
+    np.savez(folder / "inputs.npz", input_ids=ids, attention_mask=ids * 0 + 1, position_ids=ids % 3)
+    command = ["run", out, "--input", str(folder / "inputs.npz"), "--out", str(folder / "o.npz")]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("model ran on CPUExecutionProvider: fused")
+    result = CliRunner().invoke(cli, [*command, "--force", "--json"])
+    assert json.loads(result.stdout)["graph"] == "model"
+    assert rotary_export.load(out).graph_name == "model"
 
 
 @pytest.mark.parametrize("option", [[], ["--json"]], ids=["plain", "json"])
