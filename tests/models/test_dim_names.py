@@ -78,12 +78,14 @@ MASKS = {
     "cached": ((2, 1, 6, 11), 5, ("batch_size", 1, "seq_len", "past_seq_len + seq_len")),
     "three": ((2, 6, 6), 0, ("batch_size", "seq_len", "seq_len")),
     "two": ((6, 6), 0, ("seq_len", "seq_len")),
-    "one-row": ((2, 1, 1, 6), 0, ("batch_size", 1, 1, 6)),
+    "one-row": ((2, 1, 1, 6), 0, ("batch_size", 1, 1, "seq_len")),
+    "one-row-cached": ((2, 1, 1, 11), 5, ("batch_size", 1, 1, "past_seq_len + seq_len")),
+    "rows": ((2, 6), 0, ("batch_size", "seq_len")),
 }
 
 
 @pytest.mark.parametrize("case", MASKS)
-def test_square_masks(case):
+def test_masks(case):
     shape, past, dims = MASKS[case]
     tensors = {
         "input_ids": torch.ones(2, 6, dtype=torch.int64),
@@ -92,6 +94,33 @@ def test_square_masks(case):
     if past:
         tensors["past_key_values.0.key"] = torch.ones(2, 4, past, 8)
     assert name_dims(tensors, "auto").dims["attention_mask"] == dims
+
+
+def test_sequences_of_other_lengths_have_names_of_their_own():
+    tensors = {
+        "hidden_states": torch.ones(2, 6, 4),
+        "encoder_hidden_states": torch.ones(2, 5, 8),
+        "encoder_attention_mask": torch.ones(2, 1, 1, 5),
+        "context": torch.ones(2, 9, 8),
+        "image": torch.ones(2, 6, 8),
+    }
+    named = name_dims(tensors, "auto").dims
+    assert [dims[-1 if "mask" in name else 1] for name, dims in named.items()] == [
+        "seq_len",
+        "encoder_seq_len",
+        "encoder_seq_len",
+        "context_seq_len",
+        "seq_len",
+    ]
+
+
+@pytest.mark.parametrize("name", ["pos", "input_pos", "positions", "position_ids"])
+def test_positions_that_all_rows_share(name):
+    tensors = {"x": torch.ones(2, 6, 4), name: torch.arange(6)}
+    assert name_dims(tensors, "auto").dims[name] == ("seq_len",)
+    assert name_dims({"x": torch.ones(2, 6, 4), "lengths": torch.arange(6)}, "auto").dims[
+        "lengths"
+    ] == (6,)
 
 
 def test_sizes_are_narrowed():

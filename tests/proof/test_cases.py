@@ -17,6 +17,7 @@ from rotary_export.proof.models.input_values import (
     read_input_values,
     write_input_values,
 )
+from rotary_export.types import name_dtype
 
 INFOS = [
     TensorInfo("input_ids", "int64", ("batch_size", "seq_len")),
@@ -94,6 +95,21 @@ def test_integers_that_are_no_ids_are_repeated():
     assert source.repeat_rows((5,)).tolist() == [8, 7, 5, 8, 7]
     assert choose("position_ids", [0, 1, 2, 0], ("total",)).role == "rows"
     assert choose("position_ids", [[0, 1, 2, 0]], (1, "seq_len")).role == "position_ids"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "role"),
+    [
+        ("pos", [[0, 1, 2], [4, 5, 6]], "position_ids"),
+        ("input_pos", [[0, 0, 1]], "position_ids"),
+        ("pos", [[0, 3, 1]], "ids"),
+        ("pos", [[0.0, 1.0, 2.0]], "ids"),
+        ("tokens", [[0, 1, 2]], "ids"),
+        ("pos_weight", [[0, 1, 2]], "ids"),
+    ],
+)
+def test_positions_by_other_names_count(name, value, role):
+    assert choose(name, value, ("batch_size", "seq_len")).role == role
 
 
 def test_a_manifest_contains_few_rows():
@@ -188,6 +204,23 @@ def test_a_square_mask_is_causal_as_its_example(example, seen, hidden):
     mask = make_square(example).tensors[0]
     rows = torch.ones(4, 4, dtype=torch.bool).tril()
     assert torch.equal(mask, torch.where(rows, seen, hidden).to(mask.dtype).expand(2, 1, 4, 4))
+
+
+ONE_ROW = torch.tensor([[[[1, 1, 0]]], [[[1, 0, 0]]], [[[1, 1, 0]]]])
+
+
+@pytest.mark.parametrize(
+    ("example", "seen", "hidden"),
+    [(ONE_ROW.bool(), True, False), (~ONE_ROW.bool(), False, True), (ONE_ROW, 1, 0)],
+    ids=["seen", "hidden", "numbers"],
+)
+def test_a_mask_of_one_row_hides_padding(example, seen, hidden):
+    info = TensorInfo("mask", name_dtype(example.dtype), ("batch_size", 1, 1, "seq_len"))
+    source = choose("mask", example, info.shape)
+    assert source.role == "square_mask"
+    spec = CaseSpec({"batch_size": 2, "seq_len": 4}, padding="left")
+    mask = make_case([info], {"mask": source}, spec).tensors[0]
+    assert mask[:, 0, 0].tolist() == [[hidden, seen, seen, seen], [hidden, hidden, seen, seen]]
 
 
 def test_a_square_mask_hides_padding():

@@ -68,7 +68,7 @@ def trace_program(
                 program = program.run_decompositions({})
     except (Exception, SystemExit) as error:  # what the model and torch's tracer raise
         raise RotaryExportError(
-            f"torch.export can't trace the model: {explain_trace_error(error)}"
+            f"torch.export can't trace the model: {explain_trace_error(error)}{_name_script(module)}"
         ) from error
     for info, value in zip(infos, get_inputs(program), strict=True):
         for axis, (dim, size) in enumerate(zip(info.shape, value.shape, strict=True)):
@@ -77,10 +77,19 @@ def trace_program(
                 raise RotaryExportError(
                     f"tracing specialises {dim} to the constant {constant} (dimension {axis} of "
                     f"{info.name}){_find_location(program, constant)}; give it a fixed size with "
-                    "dynamic_shapes, or change the model there"
+                    f"dynamic_shapes, or change the model there{_name_script(module)}"
                 )
     _allow_small_sizes(program, infos, min_size or {})
     return program
+
+
+def _name_script(module: nn.Module) -> str:
+    """Name the first part that is compiled or traced, as the end of a sentence, or return ""."""
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            name = name.removeprefix("model.")
+            return f"; {name} is a ScriptModule: use the module that it was scripted or traced from"
+    return ""
 
 
 def _is_opaque(program: Any) -> bool:

@@ -15,6 +15,7 @@ from rotary_export.bundle.dims import SEQ, TOTAL, is_past
 _MASKED = 1e4  # numbers as large as that stand for infinity in a mask
 _MOST_ROWS = 16  # of an example, along each dimension that may vary
 _COORDINATES = re.compile(r"(^|[_.])(ids?|pos|positions?|coords?|coordinates|grid)($|[_.])")
+_POSITIONS = re.compile(r"(^|_)pos(itions?)?(_ids)?$")
 _TABLES = re.compile(r"cos|sin(?!g)|freq|rotary|rope|angle", re.IGNORECASE)
 
 
@@ -62,9 +63,11 @@ def choose_values(
         return InputValues("past", spread=_measure_spread(value))
     if name == "position_ids" and value.dim() > 1:
         return InputValues("position_ids")
+    if is_positions(name, value) and value.dim() == 2 and _counts(value):
+        return InputValues("position_ids")
     if "mask" in name and value.dim() == 2 and set(value.unique().tolist()) <= {0, 1}:
         return InputValues("mask")
-    if "mask" in name and value.dim() > 1 and value.numel() and _is_square(dims):
+    if "mask" in name and value.dim() > 1 and value.numel() and _is_mask_of_scores(dims):
         return InputValues("square_mask", value=_read_square_mask(value))
     if value.is_floating_point() and _holds_whole_numbers(name, value):
         return InputValues("ids", (int(value.min()), int(value.max())))
@@ -78,22 +81,37 @@ def choose_values(
     return InputValues("rows", value=value.tolist())
 
 
-def _is_square(dims: Sequence[int | str]) -> bool:
-    """Return whether the last sizes are those of new tokens, and of all tokens."""
-    return dims[-2] == SEQ and dims[-1] in (SEQ, TOTAL)
+def is_positions(name: str, value: Tensor) -> bool:
+    """Return whether an input is one of positions, by its name: "pos", "input_pos", "positions"."""
+    return not value.is_floating_point() and bool(_POSITIONS.search(name))
+
+
+def _counts(value: Tensor) -> bool:
+    """Return whether rows of numbers go up by 0 or 1."""
+    steps = value.long().diff()
+    return steps.numel() > 0 and bool(((steps == 0) | (steps == 1)).all())
+
+
+def _is_mask_of_scores(dims: Sequence[int | str]) -> bool:
+    """Return whether the last sizes are those of new tokens, or 1, and of all tokens."""
+    return dims[-2] in (SEQ, 1) and dims[-1] in (SEQ, TOTAL)
 
 
 def _read_square_mask(value: Tensor) -> list[Any]:
     """Return the value of what is seen and of what is hidden, and whether later tokens are hidden.
 
     A floating-point mask is added to scores. In another one, 1 is what is seen, unless the example
-    hides each token from itself.
+    hides each token from itself, or a single row is mostly 0.
     """
-    hides_later = bool((value[..., 0, -1] != value[..., 0, 0]).all())
+    rows, total = value.shape[-2:]
+    hides_later = rows > 1 and bool((value[..., 0, -1] != value[..., 0, 0]).all())
     if value.is_floating_point():
         return [0.0, torch.finfo(value.dtype).min, hides_later]
-    own = value.diagonal(value.shape[-1] - value.shape[-2], -2, -1)
-    return [0, 1, hides_later] if not own.any() else [1, 0, hides_later]
+    if rows == 1:
+        sees_ones = bool(value.double().mean() >= 0.5)
+    else:
+        sees_ones = bool(value.diagonal(total - rows, -2, -1).any())
+    return [1, 0, hides_later] if sees_ones else [0, 1, hides_later]
 
 
 def _holds_whole_numbers(name: str, value: Tensor) -> bool:

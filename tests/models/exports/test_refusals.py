@@ -89,6 +89,31 @@ def test_a_traced_module_is_refused(tmp_path):
         export_model(model, {"x": X}, tmp_path / "b")
 
 
+class Parts(nn.Module):
+    """Has a part that was compiled, or traced."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return rope_of(self.part(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_compiled_part_is_named(tmp_path):
+    model = Parts(torch.jit.script(nn.LayerNorm(16)))
+    with pytest.raises(RotaryExportError, match="; part is a ScriptModule: use the module that"):
+        export_model(model, {"x": X}, tmp_path / "b")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_traced_part_may_be_exported(tmp_path):
+    model = Parts(torch.jit.trace(nn.LayerNorm(16), (X,)))
+    bundle = export_model(model, {"x": X}, tmp_path / "b", formats=["onnx"])
+    assert bundle.manifest.graphs["model"].rotary_nodes == 1
+
+
 @pytest.mark.parametrize("case", DYNAMIC.values(), ids=DYNAMIC.keys())
 def test_refuses_dynamic_shapes(tmp_path, case):
     shapes, message = case
