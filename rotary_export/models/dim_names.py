@@ -22,8 +22,8 @@ from rotary_export.bundle.dims import (
 from rotary_export.compat.export_dims import GivenDim, read_dim
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.trace.legal_sizes import LegalSize
-from rotary_export.proof.models.input_values import is_positions
-from rotary_export.proof.models.input_values import is_positions
+from rotary_export.proof.models.input_values import find_tables, is_positions
+from rotary_export.proof.models.input_values import find_tables, is_positions
 
 Dims = tuple[int | str, ...]
 _KEYS = ("name", "min", "max", "multiple")  # of a size that is given as a dict
@@ -228,6 +228,7 @@ def _name_dims_auto(tensors: Mapping[str, Tensor]) -> dict[str, Dims]:
     lengths = [v.shape[1] for n, v in tensors.items() if _find_sequence(n, v) and "mask" not in n]
     seq = lengths[0] if lengths else None
     sequences = {} if seq is None else {seq: SEQ}  # by length
+    tables = find_tables(tensors)
     named: dict[str, Dims] = {}
     for name, value in tensors.items():
         dims: list[int | str] = list(value.shape)
@@ -244,6 +245,9 @@ def _name_dims_auto(tensors: Mapping[str, Tensor]) -> dict[str, Dims]:
         elif seq is not None and _is_square_mask(name, value, seq, past):
             dims[0] = BATCH if dims[0] == batch and value.dim() > 2 else dims[0]
             dims[-2:] = [SEQ, TOTAL if has_past else SEQ]
+        elif name in tables and dims[-2] == seq and (value.dim() > 2 or seq != batch):
+            dims[0] = BATCH if dims[0] == batch and value.dim() > 2 else dims[0]
+            dims[-2] = SEQ
         elif value.dim() and dims[0] == batch:
             dims[0] = BATCH
             axis = _find_sequence(name, value)

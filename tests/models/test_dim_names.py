@@ -123,6 +123,24 @@ def test_positions_that_all_rows_share(name):
     ] == (6,)
 
 
+TABLES = {
+    "rows": ((6, 4), ("seq_len", 4)),
+    "one-batch": ((1, 6, 4), (1, "seq_len", 4)),
+    "batch": ((2, 6, 4), ("batch_size", "seq_len", 4)),
+    "heads": ((2, 1, 6, 4), ("batch_size", 1, "seq_len", 4)),
+    "other": ((5, 4), (5, 4)),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_tables_of_cosines_and_sines(case):
+    shape, dims = TABLES[case]
+    angles = torch.rand(shape)
+    tensors = {"x": torch.ones(2, 6, 8), "emb.0": angles.cos(), "emb.1": angles.sin()}
+    named = name_dims(tensors, "auto").dims
+    assert (named["emb.0"], named["emb.1"]) == (dims, dims)
+
+
 def test_sizes_are_narrowed():
     named = NamedDims({"x": ("b", "n + past", 3), "y": ("n", "past")}, {"b": 2}, {"n": 50})
     narrowed = named.narrow({"n": LegalSize(16, 8), "past": LegalSize(5, 1)})

@@ -14,6 +14,7 @@ from rotary_export.proof.models.cases import Case, CaseSpec, make_case
 from rotary_export.proof.models.input_values import (
     InputValues,
     choose_values,
+    find_tables,
     read_input_values,
     write_input_values,
 )
@@ -30,6 +31,7 @@ SOURCES = {
     "past_key_values.0.value": InputValues("past"),
 }
 SIZES = {"batch_size": 2, "seq_len": 3, "past_seq_len": 5}
+ANGLES = torch.arange(5)[:, None] * 0.5 ** torch.arange(4)
 
 
 def test_a_past_is_what_the_model_keeps():
@@ -68,7 +70,8 @@ def test_another_seed_is_another_draw():
 
 
 def choose(name, value, dims=()):
-    return choose_values(name, torch.as_tensor(value), dims, None)
+    value = torch.as_tensor(value)
+    return choose_values(name, value, dims, None, name in find_tables({name: value}))
 
 
 def test_the_infinity_of_a_mask_is_no_spread():
@@ -83,6 +86,28 @@ def test_tables_are_the_rows_of_the_example(name):
     assert source.role == "rows"
     assert torch.equal(source.repeat_rows((3, 4)), tables[:3])
     assert torch.equal(source.repeat_rows((12, 4))[5:10], tables)
+
+
+COS, SIN = ANGLES.cos(), ANGLES.sin()
+BY_VALUE = {
+    "two": ({"a": COS, "x": torch.ones(5, 4), "b": SIN}, {"a", "b"}),
+    "half": ({"a.0": COS.half(), "a.1": SIN.half()}, {"a.0", "a.1"}),
+    "bfloat16": ({"a.0": COS.bfloat16(), "a.1": SIN.bfloat16()}, {"a.0", "a.1"}),
+    "joined": ({"a": torch.cat((SIN, COS), -1)}, {"a"}),
+    "pairs": ({"a": torch.stack((COS, SIN), -1)}, {"a"}),
+    "stacked": ({"a": torch.stack((COS, SIN))}, {"a"}),
+    "cosines-alone": ({"a": COS, "b": COS}, set()),
+    "random": ({"a": torch.randn(5, 4), "b": torch.randn(5, 4)}, set()),
+    "other-sizes": ({"a": COS, "b": SIN[:4]}, set()),
+    "one-row": ({"a": COS[0], "b": SIN[0]}, set()),
+    "none": ({"a": COS[:0], "b": SIN[:0], "c": torch.ones(3)}, set()),
+}
+
+
+@pytest.mark.parametrize("case", BY_VALUE)
+def test_tables_are_found_by_their_values(case):
+    tensors, tables = BY_VALUE[case]
+    assert find_tables(tensors) == tables
 
 
 @pytest.mark.parametrize("name", ["hidden_states", "using", "single"])

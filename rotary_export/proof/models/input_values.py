@@ -49,7 +49,11 @@ class InputValues:
 
 
 def choose_values(
-    name: str, value: Tensor, dims: Sequence[int | str], limits: tuple[int, int] | None
+    name: str,
+    value: Tensor,
+    dims: Sequence[int | str],
+    limits: tuple[int, int] | None,
+    holds_tables: bool = False,
 ) -> InputValues:
     """Choose how to make more of an example input.
 
@@ -58,6 +62,7 @@ def choose_values(
         value: The example.
         dims: Of the input; a name is a size that may vary.
         limits: Of its ids, if they are known.
+        holds_tables: As `find_tables` found it.
     """
     if is_past(name):
         return InputValues("past", spread=_measure_spread(value))
@@ -69,9 +74,9 @@ def choose_values(
         return InputValues("mask")
     if "mask" in name and value.dim() > 1 and value.numel() and _is_mask_of_scores(dims):
         return InputValues("square_mask", value=_read_square_mask(value))
-    if value.is_floating_point() and _holds_whole_numbers(name, value):
+    if value.is_floating_point() and not holds_tables and _holds_whole_numbers(name, value):
         return InputValues("ids", (int(value.min()), int(value.max())))
-    if value.is_floating_point() and not _holds_tables(name, value):
+    if value.is_floating_point() and not holds_tables:
         return InputValues("values", spread=_measure_spread(value))
     if not value.is_floating_point() and value.dim() == 2 and value.numel() and "grid" not in name:
         return InputValues("ids", limits or (int(value.min()), int(value.max())))
@@ -125,9 +130,32 @@ def _holds_whole_numbers(name: str, value: Tensor) -> bool:
     return bool((value != value.flatten()[0]).any()) or bool(_COORDINATES.search(name))
 
 
-def _holds_tables(name: str, value: Tensor) -> bool:
-    """Return whether an input contains cosines, sines or angles: random numbers are none."""
-    return value.dim() > 1 and value.numel() > 0 and bool(_TABLES.search(name))
+def find_tables(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Find the inputs that contain cosines, sines or angles: random numbers are none.
+
+    - Their name says so.
+    - They are cosines and sines by value: the squares of two inputs, or of two parts of one, add up
+      to 1.
+    """
+    wide = {
+        name: value.detach().double()
+        for name, value in tensors.items()
+        if value.is_floating_point() and value.dim() > 1 and value.numel() > 1 and not is_past(name)
+    }
+    found = {name for name in wide if _TABLES.search(name)}
+    for name, value in wide.items():
+        parts = [value.chunk(2, -1), (value[..., 0::2], value[..., 1::2]), value.chunk(2, 0)]
+        if any(_is_circle(*both) for both in parts if len(both) == 2):
+            found.add(name)
+        found.update(other for other in wide if _is_circle(value, wide[other]) and other != name)
+    return found
+
+
+def _is_circle(cos: Tensor, sin: Tensor) -> bool:
+    """Return whether two tensors are cosines and sines, also rounded to a half type; no flags."""
+    if cos.shape != sin.shape or torch.equal(cos, cos.round()):
+        return False
+    return bool(((cos.square() + sin.square() - 1).abs() < 0.02).all())
 
 
 def _measure_spread(value: Tensor) -> tuple[float, float]:
