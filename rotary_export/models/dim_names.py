@@ -23,7 +23,6 @@ from rotary_export.compat.export_dims import GivenDim, read_dim
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.trace.legal_sizes import LegalSize
 from rotary_export.proof.models.input_values import find_tables, is_positions
-from rotary_export.proof.models.input_values import find_tables, is_positions
 
 Dims = tuple[int | str, ...]
 _KEYS = ("name", "min", "max", "multiple")  # of a size that is given as a dict
@@ -276,10 +275,9 @@ def _find_sequence(name: str, value: Tensor) -> int | None:
         return None
     if "mask" in name and value.dim() > 2 and value.shape[-2] == 1:
         return value.dim() - 1
-    ranks = (3,) if value.is_floating_point() else (2,)
-    if "mask" in name:
-        ranks += (2,)
-    return 1 if value.dim() in ranks else None
+    is_features = value.is_floating_point() and value.dim() == 3
+    is_ids = value.dim() == 2 and (not value.is_floating_point() or "mask" in name)
+    return 1 if is_features or is_ids else None
 
 
 def _is_square_mask(name: str, value: Tensor, seq: int, past: int) -> bool:

@@ -68,7 +68,8 @@ def trace_program(
                 program = program.run_decompositions({})
     except (Exception, SystemExit) as error:  # what the model and torch's tracer raise
         raise RotaryExportError(
-            f"torch.export can't trace the model: {explain_trace_error(error)}{_name_script(module)}"
+            f"torch.export can't trace the model: {explain_trace_error(error)}"
+            f"{_name_script(module)}"
         ) from error
     for info, value in zip(infos, get_inputs(program), strict=True):
         for axis, (dim, size) in enumerate(zip(info.shape, value.shape, strict=True)):
