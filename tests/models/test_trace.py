@@ -1,5 +1,7 @@
 """Tracing tiny modules with dynamic sizes: specialised sizes, guards, names of output sizes."""
 
+import math
+
 import pytest
 import torch
 from helpers.tiny_modules import X, rope_of
@@ -48,6 +50,12 @@ def test_a_specialised_size_is_an_error_with_its_line():
     )
     with pytest.raises(RotaryExportError, match=message):
         trace(lambda x: x.reshape(x.shape[0], int(x.shape[1]), 16), (X, DIMS))
+
+
+def test_the_line_of_a_size_in_an_expression():
+    message = r"specialises s to the constant 6 \(dimension 1 of x0\), at .*test_trace\.py, line"
+    with pytest.raises(RotaryExportError, match=message):
+        trace(lambda x: x * math.log(x.shape[1] + 3), (X, DIMS))
 
 
 def test_what_depends_on_values_is_an_error_with_its_line():

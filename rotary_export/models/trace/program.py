@@ -19,6 +19,7 @@ from rotary_export.compat.sizes import (
     Environment,
     get_constant,
     get_lower_bound,
+    is_fixed_by,
     locate_guards,
     set_lower_bound,
 )
@@ -147,12 +148,12 @@ def _allow_small_sizes(
 
 
 def _find_location(program: Any, size: int) -> str:
-    """Find the line at which a symbolic size became a number."""
+    """Find the line at which a symbolic size became a number: by itself, or in an expression."""
     environment = Environment.find(get_inputs(program))
-    for guard in environment.list_guards() if environment is not None else ():
-        if re.search(rf"\b{size}\b", str(guard.expression)):
-            return format_location(guard)
-    return ""
+    guards = environment.list_guards() if environment is not None else []
+    named = [guard for guard in guards if re.search(rf"\b{size}\b", str(guard.expression))]
+    fixing = [guard for guard in guards if is_fixed_by(guard.expression, size)]
+    return format_location((named or fixing)[0]) if named or fixing else ""
 
 
 def get_inputs(program: Any) -> list[Tensor]:
