@@ -32,3 +32,14 @@ def test_is_computed_as_a_float(name):
     x = torch.randn(3, 10)
     got = run(write(adapt_program(program, 23)), [x])[0]
     torch.testing.assert_close(got, CASES[name](x), rtol=1e-6, atol=1e-6)
+
+
+def repeat(x):
+    counts = 1 + 2 * (rows(x) == 1).long()
+    return x.repeat_interleave(counts, 1, output_size=x.shape[1] + 2)
+
+
+def test_the_number_of_repeated_rows_may_be_given():
+    program = trace(Function(repeat), [torch.randn(2, 7)], [("b", "s")])
+    x = torch.randn(3, 10)
+    assert torch.equal(run(write(adapt_program(program, 23)), [x])[0], repeat(x))

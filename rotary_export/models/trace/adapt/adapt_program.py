@@ -17,6 +17,7 @@ from rotary_export.models.trace.adapt.composites import replace_composites
 from rotary_export.models.trace.adapt.graph_edit import ATEN, GraphEditor
 
 _SUBTRACT_FROM = ATEN.rsub.Scalar
+_REPEATS = (ATEN.repeat_interleave.Tensor, ATEN.repeat_interleave.self_Tensor)
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -31,6 +32,7 @@ def adapt_program(program: Any, opset: int) -> Any:
        them as float32, so that they become infinite. The end of that range takes their place.
     5. Operators on bools: see `bools.py`.
     6. Composite operators: see `composites.py`.
+    7. The size of the result that `repeat_interleave` may be told: torch.onnx has no such argument.
 
     Args:
         program: A `torch.export.ExportedProgram`; it is not changed.
@@ -56,6 +58,7 @@ def adapt_program(program: Any, opset: int) -> Any:
                 adapt_bools(node, edit)
             else:
                 node.args = tuple(map(_limit_number, node.args))
+                node.kwargs = {k: v for k, v in node.kwargs.items() if not _is_hint(node, k)}
         replace_composites(module.graph, edit)
     return program
 
@@ -67,8 +70,13 @@ def _list_calls(graph: Graph) -> list[Node]:
         if node.target == ATTENTION
         or _is_promoted(node)
         or is_bool_call(node)
+        or any(_is_hint(node, key) for key in node.kwargs)
         or any(_limit_number(value) is not value for value in node.args)
     ]
+
+
+def _is_hint(node: Node, argument: str) -> bool:
+    return node.target in _REPEATS and argument == "output_size"
 
 
 def _limit_number(value: Any) -> Any:
