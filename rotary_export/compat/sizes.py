@@ -98,12 +98,12 @@ def get_constant(size: int | torch.SymInt) -> int | None:
     return constant
 
 
-def is_fixed_by(expression: Any, size: int) -> bool:
-    """Whether a condition is an equation of one size that holds for this number alone."""
+def tells_apart(expression: Any, size: int, other: int) -> bool:
+    """Whether a condition is an equation of one size that holds for one number, not the other."""
     if not isinstance(expression, sympy.Eq) or len(expression.free_symbols) != 1:
         return False
     (symbol,) = expression.free_symbols
-    values = [expression.subs(symbol, number) for number in (size, size + 1)]
+    values = [expression.subs(symbol, number) for number in (size, other)]
     return values == [sympy.true, sympy.false]
 
 

@@ -108,10 +108,11 @@ def name_dims(
                     f"dynamic_shapes[{name!r}] has a sum with {term!r}, which no dimension is alone"
                 )
     for name, size in sizes.items():
-        low, high = named.min_size.get(name, 0), named.max_size.get(name, size)
-        if not low <= size <= high:
+        low, high = named.min_size.get(name, 0), named.max_size.get(name)
+        if size < low or (high is not None and size > high):
+            upper = "" if high is None else f" <= {high}"
             raise RotaryExportError(
-                f"dynamic_shapes limits {name} to {low} <= {name} <= {high}, the example has {size}"
+                f"dynamic_shapes limits {name} to {low} <= {name}{upper}, the example has {size}"
             )
     return named
 

@@ -52,10 +52,15 @@ def test_a_specialised_size_is_an_error_with_its_line():
         trace(lambda x: x.reshape(x.shape[0], int(x.shape[1]), 16), (X, DIMS))
 
 
-def test_the_line_of_a_size_in_an_expression():
-    message = r"specialises s to the constant 6 \(dimension 1 of x0\), at .*test_trace\.py, line"
+def add_root(x):
+    return x + torch.arange(int(x.shape[1] ** 0.5 + 0.5)).repeat(3)[:, None]
+
+
+@pytest.mark.parametrize("function", [lambda x: x * math.log(x.shape[1] + 3), add_root])
+def test_the_line_of_a_size_in_an_expression(function):
+    message = r"specialises s to the constant 9 \(dimension 1 of x0\), at .*test_trace\.py, line"
     with pytest.raises(RotaryExportError, match=message):
-        trace(lambda x: x * math.log(x.shape[1] + 3), (X, DIMS))
+        trace(function, (torch.randn(2, 9, 16), DIMS))
 
 
 def test_what_depends_on_values_is_an_error_with_its_line():

@@ -19,9 +19,9 @@ from rotary_export.compat.sizes import (
     Environment,
     get_constant,
     get_lower_bound,
-    is_fixed_by,
     locate_guards,
     set_lower_bound,
+    tells_apart,
 )
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.error_text import explain_trace_error, is_library
@@ -152,7 +152,12 @@ def _find_location(program: Any, size: int) -> str:
     environment = Environment.find(get_inputs(program))
     guards = environment.list_guards() if environment is not None else []
     named = [guard for guard in guards if re.search(rf"\b{size}\b", str(guard.expression))]
-    fixing = [guard for guard in guards if is_fixed_by(guard.expression, size)]
+    fixing = [
+        guard
+        for other in (size + 1, 4 * size)
+        for guard in guards
+        if tells_apart(guard.expression, size, other)
+    ]
     return format_location((named or fixing)[0]) if named or fixing else ""
 
 
