@@ -44,7 +44,7 @@ REFUSED = {
     "baked": (
         Baked(),
         {"x": X},
-        r"the traced branch only where seq_len is not a multiple of 7, at .*: give that size a",
+        r"the traced branch only where seq_len is not a multiple of 7, at .*: limit that size",
     ),
     "specialised": (
         Counted(),
