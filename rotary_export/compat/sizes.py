@@ -98,6 +98,15 @@ def get_constant(size: int | torch.SymInt) -> int | None:
     return constant
 
 
+def tells_apart(expression: Any, size: int, other: int) -> bool:
+    """Whether a condition is an equation of one size that holds for one number, not the other."""
+    if not isinstance(expression, sympy.Eq) or len(expression.free_symbols) != 1:
+        return False
+    (symbol,) = expression.free_symbols
+    values = [expression.subs(symbol, number) for number in (size, other)]
+    return values == [sympy.true, sympy.false]
+
+
 def list_bounds(program: Any) -> set[Any]:
     """Return the minima and maxima of sizes in a program's graph, as sympy expressions."""
     found: set[Any] = set()

@@ -171,7 +171,7 @@ def read_arguments(example_inputs: Mapping[str, Any]) -> tuple[list[Argument], d
         for a cache, `NAME.0` for a nested one.
 
     Raises:
-        RotaryExportError: There is no tensor, or a cache of an unsupported kind.
+        RotaryExportError: There is no tensor, a complex one, or a cache of an unsupported kind.
     """
     arguments: list[Argument] = []
     tensors: dict[str, Tensor] = {}
@@ -195,6 +195,12 @@ def read_arguments(example_inputs: Mapping[str, Any]) -> tuple[list[Argument], d
         raise RotaryExportError(
             f"example_inputs must hold at least one tensor, got {', '.join(example_inputs) or '{}'}"
         )
+    for name, value in tensors.items():
+        if value.is_complex():
+            raise RotaryExportError(
+                f"input {name} is complex, a bundle has real inputs only: pass "
+                "torch.view_as_real of it, and use torch.view_as_complex in the model"
+            )
     return arguments, tensors
 
 

@@ -30,15 +30,17 @@ def convert_model(
             if the model then fails, their tables are rounded to that type, once.
 
     Raises:
-        RotaryExportError: The model can't be copied, or converted.
+        RotaryExportError: The model can't be copied, or converted, or runs in its own type only.
     """
+    own = model
     kept: list[nn.Module] = []
     if any(p.is_floating_point() and p.dtype != dtype for p in model.parameters()):
         try:
             model, kept = _copy_as(model, dtype)
         except Exception as error:  # what deepcopy raises, and the model's own conversion
             raise RotaryExportError(
-                f"{type(model).__name__} can't be copied as {dtype}: {describe_error(error)}"
+                f"{type(model).__name__} can't be copied as {dtype}: {describe_error(error)}; "
+                "convert it, and export it without dtype"
             ) from error
 
     def convert(value: Any) -> Any:
@@ -52,29 +54,40 @@ def convert_model(
             inputs[name] = arguments[0].rebuild([convert(t) for t in tensors.values()])
         else:
             inputs[name] = pytree.map_leaves(convert, value)
-    if kept and not _runs(model, inputs):
-        _round_tables(model, inputs, kept, dtype)
+    failure = None if model is own else _find_failure(model, inputs)
+    if failure and kept:
+        failure = _round_tables(model, inputs, kept, dtype)
+    if failure and not _find_failure(own, example_inputs):
+        raise RotaryExportError(
+            f"{type(model).__name__} runs on its example inputs in its own type, but not as {dtype}"
+            f": {describe_error(failure)}; make tensors that it keeps buffers, or convert it, and "
+            "export it without dtype"
+        ) from failure
     return model, inputs
 
 
-def _runs(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+def _find_failure(model: nn.Module, inputs: Mapping[str, Any]) -> Exception | None:
+    """Run a model; return what it raises."""
     arguments, tensors = read_arguments(inputs)
     flat = FlatModel(model, arguments, find_extra_arguments(model, inputs))
     with take_snapshot(model), torch.no_grad():
         try:
             flat(*tensors.values())
-        except Exception:  # whatever the model raises
-            return False
-    return True
+        except Exception as error:  # whatever the model raises
+            return error
+    return None
 
 
 def _round_tables(
     model: nn.Module, inputs: Mapping[str, Any], kept: Sequence[nn.Module], dtype: torch.dtype
-) -> None:
+) -> Exception | None:
     """Round what modules with float32 frequencies return to the model's type, if it then runs.
 
     Most such modules do so themselves. Tables that stay float32 would make queries and keys
     float32, and values not.
+
+    Returns:
+        What the model raises all the same.
     """
 
     def round_leaf(leaf: Any) -> Any:
@@ -85,9 +98,11 @@ def _round_tables(
         return pytree.map_leaves(round_leaf, output)
 
     handles = [module.register_forward_hook(hook) for module in kept]
-    if not _runs(model, inputs):
+    failure = _find_failure(model, inputs)
+    if failure:
         for handle in handles:
             handle.remove()
+    return failure
 
 
 def _copy_as(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[nn.Module]]:

@@ -22,6 +22,7 @@ from rotary_export.bundle.dims import (
 from rotary_export.compat.export_dims import GivenDim, read_dim
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.trace.legal_sizes import LegalSize
+from rotary_export.proof.models.input_values import find_tables, is_positions
 
 Dims = tuple[int | str, ...]
 _KEYS = ("name", "min", "max", "multiple")  # of a size that is given as a dict
@@ -107,10 +108,11 @@ def name_dims(
                     f"dynamic_shapes[{name!r}] has a sum with {term!r}, which no dimension is alone"
                 )
     for name, size in sizes.items():
-        low, high = named.min_size.get(name, 0), named.max_size.get(name, size)
-        if not low <= size <= high:
+        low, high = named.min_size.get(name, 0), named.max_size.get(name)
+        if size < low or (high is not None and size > high):
+            upper = "" if high is None else f" <= {high}"
             raise RotaryExportError(
-                f"dynamic_shapes limits {name} to {low} <= {name} <= {high}, the example has {size}"
+                f"dynamic_shapes limits {name} to {low} <= {name}{upper}, the example has {size}"
             )
     return named
 
@@ -223,39 +225,60 @@ def _name_dims_auto(tensors: Mapping[str, Tensor]) -> dict[str, Dims]:
     batch = first.shape[0] if first is not None else 0
     has_past = any(map(is_past, tensors))
     past = next((v.shape[2] for n, v in tensors.items() if is_past(n)), 0)
-    lengths = [v.shape[1] for n, v in tensors.items() if _is_sequence(n, v) and "mask" not in n]
+    lengths = [v.shape[1] for n, v in tensors.items() if _find_sequence(n, v) and "mask" not in n]
     seq = lengths[0] if lengths else None
+    sequences = {} if seq is None else {seq: SEQ}  # by length
+    tables = find_tables(tensors)
     named: dict[str, Dims] = {}
     for name, value in tensors.items():
         dims: list[int | str] = list(value.shape)
-        own = "decoder_" if name.startswith("decoder_") else ""
         if is_past(name):
             dims[0], dims[2] = BATCH, PAST
         elif name == "position_ids" and value.dim() == 3:
             dims[1:] = [BATCH, SEQ]
-        elif name == "cache_position":
+        elif name == "cache_position" or (
+            is_positions(name, value) and value.dim() == 1 and dims[0] == seq != batch
+        ):
             dims[0] = SEQ
         elif name == "position_ids" and value.dim() == 2:
             dims = [BATCH if dims[0] == batch else dims[0], SEQ]
         elif seq is not None and _is_square_mask(name, value, seq, past):
             dims[0] = BATCH if dims[0] == batch and value.dim() > 2 else dims[0]
             dims[-2:] = [SEQ, TOTAL if has_past else SEQ]
+        elif name in tables and dims[-2] == seq and (value.dim() > 2 or seq != batch):
+            dims[0] = BATCH if dims[0] == batch and value.dim() > 2 else dims[0]
+            dims[-2] = SEQ
         elif value.dim() and dims[0] == batch:
             dims[0] = BATCH
-            if _is_sequence(name, value):
-                dims[1] = own + SEQ
-                grows = past > 0 or (has_past and "mask" in name)
-                if grows and seq is not None and value.shape[1] == past + seq:
-                    dims[1] = TOTAL
+            axis = _find_sequence(name, value)
+            grows = past > 0 or (has_past and "mask" in name)
+            if axis is None:
+                pass
+            elif grows and seq is not None and value.shape[axis] == past + seq:
+                dims[axis] = TOTAL
+            elif name.startswith("decoder_"):
+                dims[axis] = f"decoder_{SEQ}"
+            else:
+                part = "encoder" if name.startswith("encoder_") else name.replace(".", "_")
+                new = f"{part}_{SEQ}" if sequences else SEQ
+                dims[axis] = sequences.setdefault(value.shape[axis], new)
         named[name] = tuple(dims)
     return named
 
 
-def _is_sequence(name: str, value: Tensor) -> bool:
-    """Return whether dimension 1 is a sequence: of ids (B, S), masks, or features (B, S, C)."""
+def _find_sequence(name: str, value: Tensor) -> int | None:
+    """Find the dimension that is a sequence; None: there is none.
+
+    - Of ids and of masks (B, S), of features (B, S, C), it is the second one.
+    - Of masks (B, ..., 1, S) that all tokens share, it is the last one.
+    """
     if is_past(name) or "pixel" in name or "grid" in name:
-        return False
-    return value.dim() == (3 if value.is_floating_point() else 2)
+        return None
+    if "mask" in name and value.dim() > 2 and value.shape[-2] == 1:
+        return value.dim() - 1
+    is_features = value.is_floating_point() and value.dim() == 3
+    is_ids = value.dim() == 2 and (not value.is_floating_point() or "mask" in name)
+    return 1 if is_features or is_ids else None
 
 
 def _is_square_mask(name: str, value: Tensor, seq: int, past: int) -> bool:

@@ -133,11 +133,18 @@ def _translate(program: Any, opset: int) -> Any:
 def _find_way_out(program: Any, opset: int) -> str:
     """Return what to do where torch.onnx fails: another opset, if one works."""
     other = 22 if opset > 22 else 23
+    # A decomposition may make sizes constants, with which the same opset would do, wrongly.
+    if _can_translate(program, other) and not _can_translate(program, opset):
+        return f"it can with opset={other} (--opset {other})"
+    return "use other operators there, or leave 'onnx' out of formats"
+
+
+def _can_translate(program: Any, opset: int) -> bool:
     try:
-        _translate(program, other)
-    except Exception:  # as at the opset that was asked for
-        return "use other operators there, or leave 'onnx' out of formats"
-    return f"it can with opset={other} (--opset {other})"
+        _translate(program, opset)
+    except Exception:  # what torch's exporter raises
+        return False
+    return True
 
 
 def _rename(model: ir.Model, info: GraphInfo, symbols: Mapping[str, str]) -> None:

@@ -184,3 +184,17 @@ def test_tables_stay_float32_where_the_model_accepts_them():
     model.weight = nn.Parameter(torch.ones(2))
     copy, inputs = convert_model(model, {"x": torch.randn(3, 4)}, torch.float16)
     assert copy(**inputs).dtype == torch.float32
+
+
+def test_a_model_that_runs_in_its_own_type_only_is_an_error():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    model[0].register_forward_hook(lambda module, args, output: output + torch.ones(4))
+    message = "runs on its example inputs in its own type, but not as torch.float16: RuntimeError"
+    with pytest.raises(RotaryExportError, match=f"Sequential {message}.*; make tensors that it"):
+        convert_model(model, {"input": torch.ones(2, 4)}, torch.float16)
+
+
+def test_a_complex_input_is_an_error():
+    inputs = {"x": torch.ones(2), "turns": (torch.ones(2), torch.ones(2, dtype=torch.complex64))}
+    with pytest.raises(RotaryExportError, match=r"input turns.1 is complex.* torch.view_as_real"):
+        read_arguments(inputs)

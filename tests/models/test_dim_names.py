@@ -49,7 +49,7 @@ def test_a_tuple_of_sizes_as_torch_export_has_it():
 
 WRONG = {
     "no-multiple": ((None, "7 * n"), r"x must have a size 7 \* n, got \(2, 24\)"),
-    "too-small": ((None, {"name": "n", "min": 25}), "limits n to 25 <= n <= 24, the example has"),
+    "too-small": ((None, {"name": "n", "min": 25}), "limits n to 25 <= n, the example has 24"),
     "too-large": ((None, {"name": "n", "max": 23}), "limits n to 0 <= n <= 23, the example has 24"),
     "difference": ((None, Dim("n") - 1), "must be a name, a sum 'a \\+ b' or a multiple"),
     "number": (
@@ -78,12 +78,14 @@ MASKS = {
     "cached": ((2, 1, 6, 11), 5, ("batch_size", 1, "seq_len", "past_seq_len + seq_len")),
     "three": ((2, 6, 6), 0, ("batch_size", "seq_len", "seq_len")),
     "two": ((6, 6), 0, ("seq_len", "seq_len")),
-    "one-row": ((2, 1, 1, 6), 0, ("batch_size", 1, 1, 6)),
+    "one-row": ((2, 1, 1, 6), 0, ("batch_size", 1, 1, "seq_len")),
+    "one-row-cached": ((2, 1, 1, 11), 5, ("batch_size", 1, 1, "past_seq_len + seq_len")),
+    "rows": ((2, 6), 0, ("batch_size", "seq_len")),
 }
 
 
 @pytest.mark.parametrize("case", MASKS)
-def test_square_masks(case):
+def test_masks(case):
     shape, past, dims = MASKS[case]
     tensors = {
         "input_ids": torch.ones(2, 6, dtype=torch.int64),
@@ -92,6 +94,51 @@ def test_square_masks(case):
     if past:
         tensors["past_key_values.0.key"] = torch.ones(2, 4, past, 8)
     assert name_dims(tensors, "auto").dims["attention_mask"] == dims
+
+
+def test_sequences_of_other_lengths_have_names_of_their_own():
+    tensors = {
+        "hidden_states": torch.ones(2, 6, 4),
+        "encoder_hidden_states": torch.ones(2, 5, 8),
+        "encoder_attention_mask": torch.ones(2, 1, 1, 5),
+        "context": torch.ones(2, 9, 8),
+        "image": torch.ones(2, 6, 8),
+    }
+    named = name_dims(tensors, "auto").dims
+    assert [dims[-1 if "mask" in name else 1] for name, dims in named.items()] == [
+        "seq_len",
+        "encoder_seq_len",
+        "encoder_seq_len",
+        "context_seq_len",
+        "seq_len",
+    ]
+
+
+@pytest.mark.parametrize("name", ["pos", "input_pos", "positions", "position_ids"])
+def test_positions_that_all_rows_share(name):
+    tensors = {"x": torch.ones(2, 6, 4), name: torch.arange(6)}
+    assert name_dims(tensors, "auto").dims[name] == ("seq_len",)
+    assert name_dims({"x": torch.ones(2, 6, 4), "lengths": torch.arange(6)}, "auto").dims[
+        "lengths"
+    ] == (6,)
+
+
+TABLES = {
+    "rows": ((6, 4), ("seq_len", 4)),
+    "one-batch": ((1, 6, 4), (1, "seq_len", 4)),
+    "batch": ((2, 6, 4), ("batch_size", "seq_len", 4)),
+    "heads": ((2, 1, 6, 4), ("batch_size", 1, "seq_len", 4)),
+    "other": ((5, 4), (5, 4)),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_tables_of_cosines_and_sines(case):
+    shape, dims = TABLES[case]
+    angles = torch.rand(shape)
+    tensors = {"x": torch.ones(2, 6, 8), "emb.0": angles.cos(), "emb.1": angles.sin()}
+    named = name_dims(tensors, "auto").dims
+    assert (named["emb.0"], named["emb.1"]) == (dims, dims)
 
 
 def test_sizes_are_narrowed():

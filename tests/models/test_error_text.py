@@ -98,6 +98,26 @@ def test_another_opset_is_named_where_it_works(tmp_path, monkeypatch):
         export_model(model, inputs, tmp_path / "b", formats=["onnx"])
 
 
+def test_no_opset_is_named_where_a_second_try_works(tmp_path, monkeypatch):
+    """Decompositions may leave sizes constant, with which a graph can be written, wrongly."""
+    from rotary_export.models import write_onnx
+
+    adapt, tries = write_onnx.adapt_program, []
+
+    def fail_once(program, opset):
+        tries.append(opset)
+        if len(tries) == 1:
+            raise TypeError("not at first")
+        return adapt(program, opset)
+
+    monkeypatch.setattr(write_onnx, "adapt_program", fail_once)
+    model = Model(lambda x, ids: x + ids[..., None])
+    inputs = {"x": X, "ids": torch.arange(6).repeat(2, 1)}
+    with pytest.raises(RotaryExportError, match=r"not at first.*; use other operators there, or"):
+        export_model(model, inputs, tmp_path / "b", formats=["onnx"])
+    assert tries == [23, 22, 23]
+
+
 def test_the_line_is_not_one_of_a_library_that_computes_for_the_model():
     trace = "\n".join(
         f'  File "{file}", line {line}, in {name}'

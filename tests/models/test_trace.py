@@ -1,5 +1,7 @@
 """Tracing tiny modules with dynamic sizes: specialised sizes, guards, names of output sizes."""
 
+import math
+
 import pytest
 import torch
 from helpers.tiny_modules import X, rope_of
@@ -48,6 +50,17 @@ def test_a_specialised_size_is_an_error_with_its_line():
     )
     with pytest.raises(RotaryExportError, match=message):
         trace(lambda x: x.reshape(x.shape[0], int(x.shape[1]), 16), (X, DIMS))
+
+
+def add_root(x):
+    return x + torch.arange(int(x.shape[1] ** 0.5 + 0.5)).repeat(3)[:, None]
+
+
+@pytest.mark.parametrize("function", [lambda x: x * math.log(x.shape[1] + 3), add_root])
+def test_the_line_of_a_size_in_an_expression(function):
+    message = r"specialises s to the constant 9 \(dimension 1 of x0\), at .*test_trace\.py, line"
+    with pytest.raises(RotaryExportError, match=message):
+        trace(function, (torch.randn(2, 9, 16), DIMS))
 
 
 def test_what_depends_on_values_is_an_error_with_its_line():

@@ -14,9 +14,11 @@ from rotary_export.proof.models.cases import Case, CaseSpec, make_case
 from rotary_export.proof.models.input_values import (
     InputValues,
     choose_values,
+    find_tables,
     read_input_values,
     write_input_values,
 )
+from rotary_export.types import name_dtype
 
 INFOS = [
     TensorInfo("input_ids", "int64", ("batch_size", "seq_len")),
@@ -29,6 +31,7 @@ SOURCES = {
     "past_key_values.0.value": InputValues("past"),
 }
 SIZES = {"batch_size": 2, "seq_len": 3, "past_seq_len": 5}
+ANGLES = torch.arange(5)[:, None] * 0.5 ** torch.arange(4)
 
 
 def test_a_past_is_what_the_model_keeps():
@@ -67,7 +70,8 @@ def test_another_seed_is_another_draw():
 
 
 def choose(name, value, dims=()):
-    return choose_values(name, torch.as_tensor(value), dims, None)
+    value = torch.as_tensor(value)
+    return choose_values(name, value, dims, None, name in find_tables({name: value}))
 
 
 def test_the_infinity_of_a_mask_is_no_spread():
@@ -84,6 +88,28 @@ def test_tables_are_the_rows_of_the_example(name):
     assert torch.equal(source.repeat_rows((12, 4))[5:10], tables)
 
 
+COS, SIN = ANGLES.cos(), ANGLES.sin()
+BY_VALUE = {
+    "two": ({"a": COS, "x": torch.ones(5, 4), "b": SIN}, {"a", "b"}),
+    "half": ({"a.0": COS.half(), "a.1": SIN.half()}, {"a.0", "a.1"}),
+    "bfloat16": ({"a.0": COS.bfloat16(), "a.1": SIN.bfloat16()}, {"a.0", "a.1"}),
+    "joined": ({"a": torch.cat((SIN, COS), -1)}, {"a"}),
+    "pairs": ({"a": torch.stack((COS, SIN), -1)}, {"a"}),
+    "stacked": ({"a": torch.stack((COS, SIN))}, {"a"}),
+    "cosines-alone": ({"a": COS, "b": COS}, set()),
+    "random": ({"a": torch.randn(5, 4), "b": torch.randn(5, 4)}, set()),
+    "other-sizes": ({"a": COS, "b": SIN[:4]}, set()),
+    "one-row": ({"a": COS[0], "b": SIN[0]}, set()),
+    "none": ({"a": COS[:0], "b": SIN[:0], "c": torch.ones(3)}, set()),
+}
+
+
+@pytest.mark.parametrize("case", BY_VALUE)
+def test_tables_are_found_by_their_values(case):
+    tensors, tables = BY_VALUE[case]
+    assert find_tables(tensors) == tables
+
+
 @pytest.mark.parametrize("name", ["hidden_states", "using", "single"])
 def test_other_floats_are_random(name):
     assert choose(name, torch.randn(5, 4), ("seq_len", 4)).role == "values"
@@ -94,6 +120,21 @@ def test_integers_that_are_no_ids_are_repeated():
     assert source.repeat_rows((5,)).tolist() == [8, 7, 5, 8, 7]
     assert choose("position_ids", [0, 1, 2, 0], ("total",)).role == "rows"
     assert choose("position_ids", [[0, 1, 2, 0]], (1, "seq_len")).role == "position_ids"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "role"),
+    [
+        ("pos", [[0, 1, 2], [4, 5, 6]], "position_ids"),
+        ("input_pos", [[0, 0, 1]], "position_ids"),
+        ("pos", [[0, 3, 1]], "ids"),
+        ("pos", [[0.0, 1.0, 2.0]], "ids"),
+        ("tokens", [[0, 1, 2]], "ids"),
+        ("pos_weight", [[0, 1, 2]], "ids"),
+    ],
+)
+def test_positions_by_other_names_count(name, value, role):
+    assert choose(name, value, ("batch_size", "seq_len")).role == role
 
 
 def test_a_manifest_contains_few_rows():
@@ -188,6 +229,23 @@ def test_a_square_mask_is_causal_as_its_example(example, seen, hidden):
     mask = make_square(example).tensors[0]
     rows = torch.ones(4, 4, dtype=torch.bool).tril()
     assert torch.equal(mask, torch.where(rows, seen, hidden).to(mask.dtype).expand(2, 1, 4, 4))
+
+
+ONE_ROW = torch.tensor([[[[1, 1, 0]]], [[[1, 0, 0]]], [[[1, 1, 0]]]])
+
+
+@pytest.mark.parametrize(
+    ("example", "seen", "hidden"),
+    [(ONE_ROW.bool(), True, False), (~ONE_ROW.bool(), False, True), (ONE_ROW, 1, 0)],
+    ids=["seen", "hidden", "numbers"],
+)
+def test_a_mask_of_one_row_hides_padding(example, seen, hidden):
+    info = TensorInfo("mask", name_dtype(example.dtype), ("batch_size", 1, 1, "seq_len"))
+    source = choose("mask", example, info.shape)
+    assert source.role == "square_mask"
+    spec = CaseSpec({"batch_size": 2, "seq_len": 4}, padding="left")
+    mask = make_case([info], {"mask": source}, spec).tensors[0]
+    assert mask[:, 0, 0].tolist() == [[hidden, seen, seen, seen], [hidden, hidden, seen, seen]]
 
 
 def test_a_square_mask_hides_padding():

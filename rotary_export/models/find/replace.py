@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rotary_export.compat import pytree
-from rotary_export.errors import CheckFailedError
+from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.models.find.calls import RecordedCall, flatten_arguments
 from rotary_export.models.find.candidates import Candidate
 from rotary_export.models.find.lowering import (
@@ -95,9 +95,16 @@ def replace_calls(
                 held = [leaf for index, leaf in enumerate(leaves) if index not in sources]
                 memo[memo_key] = [held, own], tables
             tables = memo[memo_key][1]
-            rotated = run_as_is(
-                lambda: rotate_call([leaves[s] for s in sources], tables, lowering, rotate_slots)
-            )
+            try:
+                rotated = run_as_is(
+                    lambda: rotate_call(
+                        [leaves[s] for s in sources], tables, lowering, rotate_slots
+                    )
+                )
+            except RotaryExportError:
+                if check:  # where the model itself fails, its own error is raised
+                    run_as_is(lambda: own.run(*args, **kwargs))
+                raise
             counts[candidate.name] += 1
             if check:
                 output = run_as_is(lambda: own.run(*args, **kwargs))

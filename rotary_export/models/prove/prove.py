@@ -152,8 +152,8 @@ def prove(
         if constraints.conditions:
             failure += (
                 "; the model takes the traced branch only where "
-                f"{'; '.join(constraints.conditions)}: give that size a fixed one with "
-                "dynamic_shapes, or change the model there"
+                f"{'; '.join(constraints.conditions)}: limit that size with dynamic_shapes (min, "
+                "max), give it a fixed one, or change the model there"
             )
         manifest = replace(manifest, parity=report.to_dict() | {"passed": False, "error": failure})
         raise RejectedError(failure, manifest, case, options.seed)

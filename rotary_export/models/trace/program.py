@@ -21,6 +21,7 @@ from rotary_export.compat.sizes import (
     get_lower_bound,
     locate_guards,
     set_lower_bound,
+    tells_apart,
 )
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.error_text import explain_trace_error, is_library
@@ -69,6 +70,7 @@ def trace_program(
     except (Exception, SystemExit) as error:  # what the model and torch's tracer raise
         raise RotaryExportError(
             f"torch.export can't trace the model: {explain_trace_error(error)}"
+            f"{_name_script(module)}"
         ) from error
     for info, value in zip(infos, get_inputs(program), strict=True):
         for axis, (dim, size) in enumerate(zip(info.shape, value.shape, strict=True)):
@@ -77,10 +79,19 @@ def trace_program(
                 raise RotaryExportError(
                     f"tracing specialises {dim} to the constant {constant} (dimension {axis} of "
                     f"{info.name}){_find_location(program, constant)}; give it a fixed size with "
-                    "dynamic_shapes, or change the model there"
+                    f"dynamic_shapes, or change the model there{_name_script(module)}"
                 )
     _allow_small_sizes(program, infos, min_size or {})
     return program
+
+
+def _name_script(module: nn.Module) -> str:
+    """Name the first part that is compiled or traced, as the end of a sentence, or return ""."""
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            name = name.removeprefix("model.")
+            return f"; {name} is a ScriptModule: use the module that it was scripted or traced from"
+    return ""
 
 
 def _is_opaque(program: Any) -> bool:
@@ -137,12 +148,17 @@ def _allow_small_sizes(
 
 
 def _find_location(program: Any, size: int) -> str:
-    """Find the line at which a symbolic size became a number."""
+    """Find the line at which a symbolic size became a number: by itself, or in an expression."""
     environment = Environment.find(get_inputs(program))
-    for guard in environment.list_guards() if environment is not None else ():
-        if re.search(rf"\b{size}\b", str(guard.expression)):
-            return format_location(guard)
-    return ""
+    guards = environment.list_guards() if environment is not None else []
+    named = [guard for guard in guards if re.search(rf"\b{size}\b", str(guard.expression))]
+    fixing = [
+        guard
+        for other in (size + 1, 4 * size)
+        for guard in guards
+        if tells_apart(guard.expression, size, other)
+    ]
+    return format_location((named or fixing)[0]) if named or fixing else ""
 
 
 def get_inputs(program: Any) -> list[Tensor]:

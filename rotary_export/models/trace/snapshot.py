@@ -32,7 +32,9 @@ class Snapshot:
             plain = {name: v for name, v in vars(module).items() if name not in ATTRIBUTES_OF_TORCH}
             self._attributes.append((module, plain))
             kept = [v for v in plain.values() if type(v) in (dict, list, set)]
-            self._contents += [(v, v.copy()) for v in (get_buffers(module), *kept)]
+            if not isinstance(module, torch.jit.ScriptModule):  # its registry is not in Python
+                kept.append(get_buffers(module))
+            self._contents += [(v, v.copy()) for v in kept]
             registries = [v for name, v in vars(module).items() if name in ATTRIBUTES_OF_TORCH]
             self._registries += [(v, v.copy()) for v in registries if isinstance(v, (dict, set))]
 

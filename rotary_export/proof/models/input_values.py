@@ -15,6 +15,7 @@ from rotary_export.bundle.dims import SEQ, TOTAL, is_past
 _MASKED = 1e4  # numbers as large as that stand for infinity in a mask
 _MOST_ROWS = 16  # of an example, along each dimension that may vary
 _COORDINATES = re.compile(r"(^|[_.])(ids?|pos|positions?|coords?|coordinates|grid)($|[_.])")
+_POSITIONS = re.compile(r"(^|_)pos(itions?)?(_ids)?$")
 _TABLES = re.compile(r"cos|sin(?!g)|freq|rotary|rope|angle", re.IGNORECASE)
 
 
@@ -48,7 +49,11 @@ class InputValues:
 
 
 def choose_values(
-    name: str, value: Tensor, dims: Sequence[int | str], limits: tuple[int, int] | None
+    name: str,
+    value: Tensor,
+    dims: Sequence[int | str],
+    limits: tuple[int, int] | None,
+    holds_tables: bool = False,
 ) -> InputValues:
     """Choose how to make more of an example input.
 
@@ -57,18 +62,21 @@ def choose_values(
         value: The example.
         dims: Of the input; a name is a size that may vary.
         limits: Of its ids, if they are known.
+        holds_tables: As `find_tables` found it.
     """
     if is_past(name):
         return InputValues("past", spread=_measure_spread(value))
     if name == "position_ids" and value.dim() > 1:
         return InputValues("position_ids")
+    if is_positions(name, value) and value.dim() == 2 and _counts(value):
+        return InputValues("position_ids")
     if "mask" in name and value.dim() == 2 and set(value.unique().tolist()) <= {0, 1}:
         return InputValues("mask")
-    if "mask" in name and value.dim() > 1 and value.numel() and _is_square(dims):
+    if "mask" in name and value.dim() > 1 and value.numel() and _is_mask_of_scores(dims):
         return InputValues("square_mask", value=_read_square_mask(value))
-    if value.is_floating_point() and _holds_whole_numbers(name, value):
+    if value.is_floating_point() and not holds_tables and _holds_whole_numbers(name, value):
         return InputValues("ids", (int(value.min()), int(value.max())))
-    if value.is_floating_point() and not _holds_tables(name, value):
+    if value.is_floating_point() and not holds_tables:
         return InputValues("values", spread=_measure_spread(value))
     if not value.is_floating_point() and value.dim() == 2 and value.numel() and "grid" not in name:
         return InputValues("ids", limits or (int(value.min()), int(value.max())))
@@ -78,22 +86,37 @@ def choose_values(
     return InputValues("rows", value=value.tolist())
 
 
-def _is_square(dims: Sequence[int | str]) -> bool:
-    """Return whether the last sizes are those of new tokens, and of all tokens."""
-    return dims[-2] == SEQ and dims[-1] in (SEQ, TOTAL)
+def is_positions(name: str, value: Tensor) -> bool:
+    """Return whether an input is one of positions, by its name: "pos", "input_pos", "positions"."""
+    return not value.is_floating_point() and bool(_POSITIONS.search(name))
+
+
+def _counts(value: Tensor) -> bool:
+    """Return whether rows of numbers go up by 0 or 1."""
+    steps = value.long().diff()
+    return steps.numel() > 0 and bool(((steps == 0) | (steps == 1)).all())
+
+
+def _is_mask_of_scores(dims: Sequence[int | str]) -> bool:
+    """Return whether the last sizes are those of new tokens, or 1, and of all tokens."""
+    return dims[-2] in (SEQ, 1) and dims[-1] in (SEQ, TOTAL)
 
 
 def _read_square_mask(value: Tensor) -> list[Any]:
     """Return the value of what is seen and of what is hidden, and whether later tokens are hidden.
 
     A floating-point mask is added to scores. In another one, 1 is what is seen, unless the example
-    hides each token from itself.
+    hides each token from itself, or a single row is mostly 0.
     """
-    hides_later = bool((value[..., 0, -1] != value[..., 0, 0]).all())
+    rows, total = value.shape[-2:]
+    hides_later = rows > 1 and bool((value[..., 0, -1] != value[..., 0, 0]).all())
     if value.is_floating_point():
         return [0.0, torch.finfo(value.dtype).min, hides_later]
-    own = value.diagonal(value.shape[-1] - value.shape[-2], -2, -1)
-    return [0, 1, hides_later] if not own.any() else [1, 0, hides_later]
+    if rows == 1:
+        sees_ones = bool(value.double().mean() >= 0.5)
+    else:
+        sees_ones = bool(value.diagonal(total - rows, -2, -1).any())
+    return [1, 0, hides_later] if sees_ones else [0, 1, hides_later]
 
 
 def _holds_whole_numbers(name: str, value: Tensor) -> bool:
@@ -107,9 +130,32 @@ def _holds_whole_numbers(name: str, value: Tensor) -> bool:
     return bool((value != value.flatten()[0]).any()) or bool(_COORDINATES.search(name))
 
 
-def _holds_tables(name: str, value: Tensor) -> bool:
-    """Return whether an input contains cosines, sines or angles: random numbers are none."""
-    return value.dim() > 1 and value.numel() > 0 and bool(_TABLES.search(name))
+def find_tables(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Find the inputs that contain cosines, sines or angles: random numbers are none.
+
+    - Their name says so.
+    - They are cosines and sines by value: the squares of two inputs, or of two parts of one, add up
+      to 1.
+    """
+    wide = {
+        name: value.detach().double()
+        for name, value in tensors.items()
+        if value.is_floating_point() and value.dim() > 1 and value.numel() > 1 and not is_past(name)
+    }
+    found = {name for name in wide if _TABLES.search(name)}
+    for name, value in wide.items():
+        parts = [value.chunk(2, -1), (value[..., 0::2], value[..., 1::2]), value.chunk(2, 0)]
+        if any(_is_circle(*both) for both in parts if len(both) == 2):
+            found.add(name)
+        found.update(other for other in wide if _is_circle(value, wide[other]) and other != name)
+    return found
+
+
+def _is_circle(cos: Tensor, sin: Tensor) -> bool:
+    """Return whether two tensors are cosines and sines, also rounded to a half type; no flags."""
+    if cos.shape != sin.shape or torch.equal(cos, cos.round()):
+        return False
+    return bool(((cos.square() + sin.square() - 1).abs() < 0.02).all())
 
 
 def _measure_spread(value: Tensor) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rotary_export import export_model, load
+from rotary_export import RotaryExportError, export_model, load
 
 FREQUENCIES = 0.5 ** torch.arange(4)
 ANGLES = torch.arange(48)[:, None] * FREQUENCIES
@@ -88,3 +88,52 @@ def test_tables_are_compared_up_to_their_end(tmp_path):
     assert bundle.report.unverified["tables past position 47"] == "the model fails there"
     far = {row.case for row in bundle.report.rows if row.case.startswith("positions up to")}
     assert far == {"positions up to 47"}
+
+
+class FromPosition(Counted):
+    """Slices its table at a position that is an input, as decoders of Meta do."""
+
+    def forward(self, x, start):
+        return apply_rotary_complex(x, self.table[start : start + x.shape[1]])
+
+
+def test_a_slice_at_a_position_that_is_an_input(tmp_path):
+    """Longer inputs than the table has rows are refused by the model, and are no case."""
+    inputs = {"x": torch.randn(2, 6, 8), "start": torch.tensor(3)}
+    bundle = export_model(FromPosition(), inputs, tmp_path / "b", formats=["onnx"])
+    other = {"x": torch.randn(3, 11, 8), "start": torch.tensor(37)}
+    got = torch.as_tensor(load(bundle, "model")(**other)["output"])
+    torch.testing.assert_close(got, FromPosition()(**other), rtol=0, atol=1e-5)
+
+
+class Inline(nn.Module):
+    """Complex numbers without a function; the heads of its attention are joined by a view."""
+
+    def forward(self, x):
+        turns = torch.polar(torch.ones_like(ANGLES), ANGLES)[: x.shape[1]]
+        heads = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2))) * turns
+        turned = torch.view_as_real(pairs).flatten(-2)
+        attended = nn.functional.scaled_dot_product_attention(turned, turned, heads)
+        return attended.transpose(1, 2).flatten(2)
+
+
+def test_an_inline_rotation_in_front_of_a_view(tmp_path):
+    bundle = export_model(Inline(), {"x": torch.randn(2, 6, 16)}, tmp_path / "b", formats=["onnx"])
+    assert bundle.manifest.graphs["model"].rotary_nodes == 1
+    x = torch.randn(3, 11, 16)
+    for options in ({}, {"use_op_library": False}):
+        got = torch.as_tensor(load(bundle, "model", **options)(x=x)["output"])
+        torch.testing.assert_close(got, Inline()(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("formats", [["onnx"], ["torchscript", "program"]])
+def test_a_complex_input_is_refused(tmp_path, formats):
+    inputs = {"x": torch.randn(2, 6, 8), "turns": torch.polar(torch.ones(6, 4), ANGLES[:6])}
+
+    class Given(nn.Module):
+        def forward(self, x, turns):
+            return apply_rotary_complex(x, turns)
+
+    with pytest.raises(RotaryExportError, match=r"input turns is complex.* torch.view_as_real"):
+        export_model(Given(), inputs, tmp_path / "b", formats=formats)

@@ -52,14 +52,30 @@ MASKS = {
 }
 
 
+def check(bundle, model, inputs):
+    with torch.no_grad():
+        want = model(**inputs)
+    for options in ({}, {"use_op_library": False}):
+        got = torch.as_tensor(load(bundle, "model", **options)(**inputs)["output"])
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("opset", [22, 23])
 @pytest.mark.parametrize("make_mask", MASKS.values(), ids=MASKS)
 def test_a_padded_batch(tmp_path, make_mask, opset):
     model = Encoder(make_mask).eval()
     bundle = export_model(model, make_inputs(2, 6), tmp_path / "b", formats=["onnx"], opset=opset)
-    other = make_inputs(4, 9)
-    with torch.no_grad():
-        want = model(**other)
-    for options in ({}, {"use_op_library": False}):
-        got = torch.as_tensor(load(bundle, "model", **options)(**other)["output"])
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    check(bundle, model, make_inputs(4, 9))
+
+
+@pytest.mark.parametrize("name", ["bool", "float"])
+def test_a_mask_of_one_row_as_an_input(tmp_path, name):
+    def make(batch, length):
+        inputs = make_inputs(batch, length)
+        return inputs | {"attention_mask": MASKS[name](inputs["attention_mask"])}
+
+    model = Encoder(lambda mask: mask).eval()
+    bundle = export_model(model, make(2, 6), tmp_path / "b", formats=["onnx"])
+    shapes = [info.shape for info in bundle.manifest.graphs["model"].inputs]
+    assert shapes[1] == ("batch_size", 1, 1, "seq_len")
+    check(bundle, model, make(4, 9))

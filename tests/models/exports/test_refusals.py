@@ -44,7 +44,7 @@ REFUSED = {
     "baked": (
         Baked(),
         {"x": X},
-        r"the traced branch only where seq_len is not a multiple of 7, at .*: give that size a",
+        r"the traced branch only where seq_len is not a multiple of 7, at .*: limit that size",
     ),
     "specialised": (
         Counted(),
@@ -87,6 +87,31 @@ def test_a_traced_module_is_refused(tmp_path):
     model = torch.jit.trace(Plain(), (X,))
     with pytest.raises(RotaryExportError, match=r"a ScriptModule \(Plain\), which torch.export"):
         export_model(model, {"x": X}, tmp_path / "b")
+
+
+class Parts(nn.Module):
+    """Has a part that was compiled, or traced."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return rope_of(self.part(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_compiled_part_is_named(tmp_path):
+    model = Parts(torch.jit.script(nn.LayerNorm(16)))
+    with pytest.raises(RotaryExportError, match="; part is a ScriptModule: use the module that"):
+        export_model(model, {"x": X}, tmp_path / "b")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_traced_part_may_be_exported(tmp_path):
+    model = Parts(torch.jit.trace(nn.LayerNorm(16), (X,)))
+    bundle = export_model(model, {"x": X}, tmp_path / "b", formats=["onnx"])
+    assert bundle.manifest.graphs["model"].rotary_nodes == 1
 
 
 @pytest.mark.parametrize("case", DYNAMIC.values(), ids=DYNAMIC.keys())

@@ -27,6 +27,8 @@ _COMPOSITE = frozenset(
     "take_along_dim tensor_split tile to type_as unflatten view_as where".split()
 )
 
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
 
 def pair_complex(program: Any) -> Any:
     """Write the complex numbers of a program as pairs of real ones.
@@ -140,4 +142,7 @@ def _rewrite(program: Any) -> None:
                 edit.replace(node, value)
     for node in reversed(old):
         program.graph.erase_node(node)
+    for node in program.graph.nodes:  # pairs have other strides, which a view may not fit
+        if node.target in _VIEWS:
+            node.target = torch.ops.aten.reshape.default
     program.graph_module.recompile()

@@ -231,5 +231,6 @@ RULES: dict[str, Rule] = {
     "ne": compare,
     "sym_size": moves.read_size,
     "sym_numel": moves.read_size,
+    "sym_storage_offset": moves.read_size,  # of a slice at a position that is an input
     "_assert_tensor_metadata": _drop,
 }

@@ -1,0 +1,155 @@
+"""Inputs whose values matter: numbers of a row, packed positions, tables, masks of scores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.tiny_models import make_model
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache
+
+from rotary_export import export_model, load
+
+H = 8
+FREQUENCIES = 0.5 ** torch.arange(H // 2)
+ROWS = 12  # of the stored tables
+
+
+def find_tables(positions):
+    angles = (positions[..., None] * FREQUENCIES).repeat(*[1] * positions.dim(), 2)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x, cos, sin):
+    """Rotate x, (..., S, H), by tables (..., S, H)."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class Model(nn.Module):
+    """One head of attention over features, and what its subclass does with another input."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.project, self.embed = nn.Linear(H, H), nn.Embedding(9, H)
+        cos, sin = find_tables(torch.arange(ROWS))
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def attend(self, x, cos, sin, mask=None):
+        turned = apply_rotary(self.project(x), cos, sin)
+        return scaled_dot_product_attention(turned, turned, x, mask)
+
+
+class Labels(Model):
+    """A label and a length for each row, as in diffusion and speech models."""
+
+    def forward(self, x, labels, lengths):
+        mask = (torch.arange(x.shape[1]) < lengths[:, None])[:, None]
+        x = x + self.embed(labels)[:, None]
+        return self.attend(x, *find_tables(torch.arange(x.shape[1])), mask)
+
+
+class Packed(Model):
+    """Sequences one behind the other: ids restart, and there are more tokens than table rows."""
+
+    def forward(self, tokens, position_ids):
+        return self.attend(self.embed(tokens), self.cos[position_ids], self.sin[position_ids])
+
+
+class Given(Model):
+    """Is given its cosines and sines."""
+
+    def forward(self, x, emb):
+        return self.attend(x, *emb)
+
+
+class Masked(Model):
+    """Is given a mask of scores."""
+
+    def forward(self, x, attention_mask):
+        return self.attend(x, *find_tables(torch.arange(x.shape[1])), attention_mask[:, 0])
+
+
+def make_labels(batch, length):
+    labels = torch.randint(0, 9, (batch,))
+    lengths = torch.randint(1, length + 1, (batch,), dtype=torch.int32)
+    return {"x": torch.randn(batch, length, H), "labels": labels, "lengths": lengths}
+
+
+def make_packed(batch, length):
+    total = batch * length
+    ids = torch.arange(length).repeat(batch)
+    return {"tokens": torch.randint(0, 9, (total,)), "position_ids": ids}
+
+
+def make_given(batch, length):
+    return {"x": torch.randn(batch, length, H), "emb": find_tables(torch.arange(length))}
+
+
+def make_masked(batch, length):
+    mask = torch.ones(batch, 1, length, length, dtype=torch.bool).tril()
+    return {"x": torch.randn(batch, length, H), "attention_mask": mask}
+
+
+CASES = {
+    "numbers": (Labels, make_labels),
+    "packed": (Packed, make_packed),
+    "tables": (Given, make_given),
+    "mask": (Masked, make_masked),
+}
+
+
+def name_inputs(inputs):
+    """Name nested tensors as bundles do."""
+    named = {}
+    for name, value in inputs.items():
+        if isinstance(value, tuple):
+            named |= {f"{name}.{n}": each for n, each in enumerate(value)}
+        else:
+            named[name] = value
+    return named
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_is_equal_at_other_sizes(tmp_path, case):
+    make_module, make_inputs = CASES[case]
+    model = make_module().eval()
+    bundle = export_model(model, make_inputs(2, 6), tmp_path / "b", quick=True)
+    assert bundle.manifest.graphs["model"].rotary_nodes >= 1
+    inputs = make_inputs(3, 11)
+    with torch.no_grad():
+        want = model(**inputs)
+    for options in ({}, {"use_op_library": False}, {"runtime": "program"}):
+        got = torch.as_tensor(load(bundle, "model", **options)(**name_inputs(inputs))["output"])
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_a_mask_of_scores_with_a_cache(tmp_path):
+    model = make_model("llama", num_hidden_layers=1)
+
+    def make(batch, past):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=torch.randint(0, 90, (batch, past)), past_key_values=cache)
+        return {
+            "input_ids": torch.randint(0, 90, (batch, 1)),
+            "attention_mask": torch.zeros(batch, 1, 1, past + 1),
+            "position_ids": torch.full((batch, 1), past),
+            "past_key_values": cache,
+        }
+
+    bundle = export_model(model, make(2, 5), tmp_path / "b", formats=["onnx"], quick=True)
+    inputs = make(3, 9)
+    (layer,) = inputs["past_key_values"].layers
+    feeds = {name: inputs[name] for name in list(inputs)[:3]}
+    feeds |= {
+        "past_key_values.0.key": layer.keys.clone(),
+        "past_key_values.0.value": layer.values.clone(),
+    }
+    with torch.no_grad():
+        want = model(**inputs).logits
+    got = torch.as_tensor(load(bundle, "model")(**feeds)["logits"])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
