@@ -9,6 +9,7 @@ import json
 
 import pytest
 from helpers.bundles import check_refused, copy_bundle, edit_manifest, make_rope, update_hash
+from torch._inductor import config as inductor_config
 
 import rotary_export
 from rotary_export import load
@@ -36,13 +37,14 @@ def test_needs_a_compiler(tmp_path, monkeypatch):
 
 
 def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "false"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "out").mkdir()
     act = lambda: rotary_export.export(  # noqa: E731
         make_rope("plain"), tmp_path / "out" / "b", formats=("program", "aoti")
     )
-    check_refused("AOTInductor can't compile tables.pt2: ", act, tmp_path / "out")
+    # Not by monkeypatch, whose end leaves no such setting for the tests that follow.
+    with inductor_config.patch({"cpp.cxx": (None, "false")}):
+        check_refused("AOTInductor can't compile tables.pt2: ", act, tmp_path / "out")
 
 
 def add_compiled(bundle, **compiled_for):
