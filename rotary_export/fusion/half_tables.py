@@ -34,6 +34,7 @@ _EXACT = set(
     "Transpose Expand Tile Flatten Neg Abs Where Max Min Clip Constant".split()
 )
 _CASTS = {"Cast", "CastLike"}
+_SIZES = {"Shape", "Size"}
 _KEPT = {"Constant", "ConstantOfShape", "DequantizeLinear", "QuantizeLinear"}
 
 
@@ -131,6 +132,7 @@ def widen_tables(model: ir.Model, turns: Collection[str]) -> tuple[ir.Model, lis
     for value, twin in changed:
         same = value.dtype is None or value.dtype == twin.dtype
         _take_over(value, twin if same else _cast(twin, value.dtype))
+    twins.take_sizes()
     model.functions.update(own)
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
@@ -207,6 +209,13 @@ class _Twins:
             else:
                 self._repeat(node)
         return self._known[value]
+
+    def take_sizes(self) -> None:
+        """Let sizes be read from twins: two computations of one size are not known to be equal."""
+        for value, twin in self._known.items():
+            for user, index in [*value.uses()] if twin is not value else ():
+                if user.op_type in _SIZES and not user.domain:
+                    user.replace_input_with(index, twin)
 
     def _widen(self, value: ir.Value) -> ir.Value:
         """Cast what is stored, or an input; restore frequencies that have a closed form."""

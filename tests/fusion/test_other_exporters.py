@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.fuse_graphs import find_rotary, run, write_genai
 from helpers.tiny_models import make_cache, make_model
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import Tensor, nn
 
 import rotary_export
@@ -110,9 +111,12 @@ class Esm(Attention):
         return self.turn(x, cos, sin, rotate_half(x[..., :R]))
 
 
-@pytest.mark.parametrize("kind", [Cohere, Glm, GptJ, Esm], ids=lambda kind: kind.__name__)
-def test_what_optimum_writes(tmp_path, kind):
-    model, file = kind().eval(), tmp_path / "in.onnx"
+KINDS = pytest.mark.parametrize("kind", [Cohere, Glm, GptJ, Esm], ids=lambda kind: kind.__name__)
+
+
+def write_rotation(kind: type[Attention], file: Path) -> nn.Module:
+    """Write a module by torch's old exporter, and return it."""
+    model = kind().eval()
     names = ["input_ids", "position_ids"]
     ids, positions = torch.ones(2, 5, dtype=torch.int64), torch.arange(5).repeat(2, 1)
     with quiet_torch():
@@ -120,16 +124,40 @@ def test_what_optimum_writes(tmp_path, kind):
             model, (ids, positions), file, dynamo=False, opset_version=18, input_names=names,
             dynamic_axes={name: {0: "batch_size", 1: "sequence_length"} for name in names},
         )  # fmt: skip
-    result = rotary_export.fuse(file)
-    nodes = 2 if kind is Esm else 1  # each of its calls computes its own tables
-    assert (len(result.fused), result.nodes, result.why) == (2, nodes, ())
+    return model
+
+
+def check_outputs(model: nn.Module, fused: onnx.ModelProto, tolerance: float) -> None:
+    """Compare a fused file with its module."""
     feeds = {"input_ids": torch.randint(0, 50, (3, 11)), "position_ids": torch.randint(64, (3, 11))}
-    given = {i.name for i in result.model.graph.input}
-    got = run(result.model, {name: feeds[name].numpy() for name in given})
+    given = {i.name for i in fused.graph.input}
+    got = run(fused, {name: feeds[name].numpy() for name in given})
     with torch.no_grad():
         want = model(*feeds.values())
     for ours, theirs in zip(got, want, strict=True):
-        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=2e-6)
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=tolerance)
+
+
+@KINDS
+def test_what_optimum_writes(tmp_path, kind):
+    model = write_rotation(kind, tmp_path / "in.onnx")
+    result = rotary_export.fuse(tmp_path / "in.onnx")
+    nodes = 2 if kind is Esm else 1  # each of its calls computes its own tables
+    assert (len(result.fused), result.nodes, result.why) == (2, nodes, ())
+    check_outputs(model, result.model, 2e-6)
+
+
+@KINDS
+@pytest.mark.parametrize("keep_io_types", [True, False], ids=["float32 in and out", "float16"])
+def test_what_optimum_writes_and_a_converter_made_float16(tmp_path, kind, keep_io_types):
+    """Channels whose number is known from a shape: that of what is put back to float32."""
+    model = write_rotation(kind, tmp_path / "in.onnx")
+    half = convert_float_to_float16(onnx.load(tmp_path / "in.onnx"), keep_io_types=keep_io_types)
+    result = rotary_export.fuse(half, float32_tables=True)
+    nodes = 2 if kind is Esm else 1
+    assert (len(result.fused), result.nodes, result.why) == (2, nodes, ())
+    assert len(result.half_tables) == (0 if kind is GptJ else 2)  # its tables are stored
+    check_outputs(model, result.model, 1e-2)
 
 
 class WithPast(nn.Module):
@@ -211,8 +239,6 @@ def test_a_decoder_with_a_cache(tmp_path, dynamo):
 @pytest.mark.parametrize("keep_io_types", [True, False], ids=["float32 in and out", "float16"])
 def test_a_decoder_that_onnx_runtime_s_converter_made_float16(tmp_path, dynamo, keep_io_types):
     """Unsorted nodes, float32 outputs of float16 arithmetic, and tables computed in float16."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
     file = tmp_path / "in.onnx"
     model, names = write_decoder(file, dynamo)
     half = convert_float_to_float16(onnx.load(file), keep_io_types=keep_io_types)
