@@ -11,8 +11,8 @@ from typing import Any
 def match_by_operator() -> Iterator[None]:
     """Let onnxscript try a pattern of several results only at nodes of its first operator.
 
-    It tries them at every node, each time with a list of all nodes of the graph: of a model of 24
-    layers that takes longer than the rest of the export. Nothing else matches.
+    It tries them at every node, each time with a list of all nodes of the graph. That is quadratic:
+    a quarter of the export of a model of 24 layers. The same nodes match.
     """
     try:
         from onnxscript.rewriter._basics import MatchResult

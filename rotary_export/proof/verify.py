@@ -34,7 +34,7 @@ def verify(bundle_dir: str | os.PathLike[str], progress: Progress = ignore_progr
     check_files(path, manifest)
     if GRAPH in manifest.graphs:
         report = compare_model(path, manifest, remake_cases(path, manifest), progress)
-        if FUSED in manifest.config:
+        if FUSED in manifest.config and report.rows:
             report.reference = report.rows[0].runtime
         return report
     return compare_plain(path, manifest, progress)

@@ -33,7 +33,8 @@ from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.fusion.read import read_model
 from rotary_export.measure.benchmark import bench_bundle
 from rotary_export.models.fused.bundle import write_fused_bundle
-from rotary_export.models.fused.describe import find_max_positions
+from rotary_export.models.fused.describe import describe_file, find_max_positions
+from rotary_export.proof.models.input_values import read_input_values
 from rotary_export.runtime.onnx_file import name_dims, read_onnx_file
 from rotary_export.serving.core import ServedModel
 
@@ -290,3 +291,13 @@ def test_weights_that_are_inputs_are_not_asked_for(tmp_path):
     onnx.save(model, tmp_path / "in.onnx")
     inputs = read_onnx_file(tmp_path / "in.onnx").graphs["model"].inputs
     assert [info.name for info in inputs] == ["position_ids", "query", "key"]
+
+
+def test_tables_that_are_inputs_stay_as_they_are(tmp_path):
+    text = """<ir_version: 8, opset_import: ["": 18]>
+    turn (float[batch, seq, 8] x, float[batch, seq, 8] cos) => (float[batch, seq, 8] y) {
+        y = Mul(x, cos)
+    }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    values = read_input_values(describe_file(tmp_path / "m.onnx").config["input_values"])
+    assert (values["x"].role, values["cos"].role) == ("values", "rows")

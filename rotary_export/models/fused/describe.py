@@ -15,7 +15,7 @@ from rotary_export.fusion.check.feeds import SHAPES, Shape, count_rows, make_fee
 from rotary_export.fusion.read import read_model
 from rotary_export.fusion.rules.join import is_rotary
 from rotary_export.fusion.values import read_dims
-from rotary_export.proof.models.input_values import choose_values, write_input_values
+from rotary_export.proof.models.input_values import choose_values, find_tables, write_input_values
 from rotary_export.runtime.onnx_file import GRAPH, read_onnx_file
 from rotary_export.runtime.session import check_session_inputs
 from rotary_export.types import Array
@@ -44,12 +44,13 @@ def make_config(model: ir.Model, info: GraphInfo) -> dict[str, Any]:
     feeds = make_feeds(model.graph, SHAPES[0])
     rows = {value.name: count_rows(value) for value in model.graph.inputs}
     longest = find_max_positions(model)
+    made = {tensor.name: _to_torch(feeds[tensor.name]) for tensor in info.inputs}
+    tables = find_tables(made)
     sources = {}
     for tensor in info.inputs:
-        count = rows.get(tensor.name)
+        name, count = tensor.name, rows.get(tensor.name)
         limits = None if count is None else (0, count - 1)
-        made = _to_torch(feeds[tensor.name])
-        sources[tensor.name] = choose_values(tensor.name, made, tensor.shape, limits)
+        sources[name] = choose_values(name, made[name], tensor.shape, limits, name in tables)
     return {
         "traced_sizes": find_sizes(info, feeds),
         "length_thresholds": [],
