@@ -1,9 +1,11 @@
 """Every private name of torch, transformers and the servers that the package touches.
 
 quiet.py              loggers and warnings of torch and its exporters
+onnx_export.py        all that torch.onnx and onnxscript need not do
 onnx_translations.py  the registry of torch.onnx's translations
 onnx_rewriter.py      the pattern matcher of onnxscript's rewriter
 onnx_decompositions.py  the decomposition of a program by torch.onnx
+onnx_promotion.py     the casts that torch.onnx adds where types are mixed
 dispatch.py           torch.utils._python_dispatch: what sees every operator, and its schema
 pytree.py             torch.utils._pytree: nested arguments as flat lists
 sizes.py              symbolic sizes of a traced program: its shape environment, guards and ranges

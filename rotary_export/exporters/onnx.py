@@ -10,9 +10,7 @@ import onnxscript
 import torch
 from onnxscript import ir, optimizer
 
-from rotary_export.compat.onnx_rewriter import match_by_operator
-from rotary_export.compat.onnx_translations import reuse_translations
-from rotary_export.compat.quiet import quiet_torch
+from rotary_export.compat.onnx_export import skip_needless_work
 from rotary_export.exporters.program import make_dynamic_shapes
 from rotary_export.graphs.graph import Graph
 from rotary_export.graphs.plain import ZETA
@@ -65,7 +63,7 @@ def export_onnx(
         The signatures of its rotary nodes, one per function body.
     """
     register_schema()
-    with quiet_torch(), reuse_translations(), match_by_operator():
+    with skip_needless_work():
         program: Any = torch.onnx.export(
             graph.module,
             example,

@@ -13,10 +13,7 @@ import torch
 from onnxscript import ir, optimizer
 
 from rotary_export.bundle.manifest import GraphInfo
-from rotary_export.compat.onnx_decompositions import decompose_if_needed
-from rotary_export.compat.onnx_rewriter import match_by_operator
-from rotary_export.compat.onnx_translations import reuse_translations
-from rotary_export.compat.quiet import quiet_torch
+from rotary_export.compat.onnx_export import skip_needless_work
 from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.onnx import strip_metadata, translate_op
 from rotary_export.exporters.onnx_file import take_weights, write_model
@@ -86,7 +83,7 @@ def write_onnx(
             f"{_find_way_out(program, opset)}"
         ) from error
     model = exported.model
-    with quiet_torch(), match_by_operator():
+    with skip_needless_work():
         optimizer.optimize_ir(model, output_size_limit=_FOLD_LIMIT)
     _rename(model, info, symbols)
     strip_metadata(model)
@@ -115,7 +112,7 @@ def _translate(program: Any, opset: int) -> Any:
     """Translate a program by torch.onnx."""
     op = torch.ops.rotary_export.rotary_embedding.default
     # Without gradients: the op has none for tables, which learned frequencies require.
-    with quiet_torch(), reuse_translations(), decompose_if_needed(), torch.no_grad():
+    with skip_needless_work(), torch.no_grad():
         return torch.onnx.export(
             adapt_program(program, opset),
             (),

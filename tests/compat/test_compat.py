@@ -16,6 +16,7 @@ from rotary_export.compat.dispatch import DispatchMode, is_in_place
 from rotary_export.compat.einx import broadcast_with_symbols
 from rotary_export.compat.export_dims import GivenDim, read_dim
 from rotary_export.compat.onnx_decompositions import decompose_if_needed
+from rotary_export.compat.onnx_promotion import promote_without_running
 from rotary_export.compat.onnx_rewriter import match_by_operator
 from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_loaders, quiet_torch
@@ -93,7 +94,35 @@ def test_torch_decomposes_what_it_can_not_translate(function, needed):
     assert _fx_passes.decompose_with_registry is own
 
 
-def test_patterns_of_several_results_are_tried_at_their_operator_alone(monkeypatch):
+def test_only_operators_of_mixed_types_run_where_casts_are_added(monkeypatch):
+    from torch.fx import Interpreter
+    from torch.onnx._internal.exporter._fx_passes import insert_type_promotion_nodes
+    from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter
+
+    class Mix(nn.Module):
+        def forward(self, x, n):
+            return (x.cos() * n).sin()
+
+    own, run, ran = _TypePromotionInterpreter.run_node, Interpreter.call_function, []
+
+    def count(self, target, args, options):
+        ran.append(str(target))
+        return run(self, target, args, options)
+
+    monkeypatch.setattr(Interpreter, "call_function", count)
+    graph = torch.export.export(Mix(), (torch.ones(3).half(), torch.ones(3))).graph_module
+    with promote_without_running():
+        insert_type_promotion_nodes(graph)
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    expected = ["aten.cos.default", "prims.convert_element_type.default", "aten.mul.Tensor"]
+    assert [str(node.target) for node in calls] == [*expected, "aten.sin.default"]
+    assert calls[1].args == (calls[0],)
+    assert calls[1].meta["val"].dtype == torch.float32
+    assert ran == expected[1:]
+    assert _TypePromotionInterpreter.run_node is own
+
+
+def test_patterns_are_tried_at_their_operator_alone(monkeypatch):
     from onnxscript import ir, rewriter
     from onnxscript.rewriter._matcher import SimplePatternMatcher
 
