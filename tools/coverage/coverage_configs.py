@@ -53,12 +53,31 @@ _SIZES = {
 _MAY_BE_NONE = ("num_experts_per_tok", "vocab_size", "n_routed_experts", "n_shared_experts")
 _IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
+_BLT = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "hidden_size_global": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+}
 # What makes a family rotate at all, where its default does not.
 _OWN: dict[str, dict[str, Any]] = {
     "esm": {"position_embedding_type": "rotary"},
     "bamba": {"attn_layer_indices": [1]},
     # torch.onnx has no attention with one key for all heads
     "falcon": {"multi_query": False, "num_kv_heads": 4},
+    # four models of bytes and patches, each with a configuration of its own
+    "blt": {
+        "vocab_size": 260,
+        "encoder_hash_byte_group_vocab": 99,
+        "patcher_config": _BLT,
+        "encoder_config": _BLT,
+        "decoder_config": _BLT,
+        "global_config": _BLT,
+    },
 }
 
 _LLAMA3 = {
