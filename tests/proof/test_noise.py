@@ -10,6 +10,7 @@ from torch import nn
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
 from rotary_export.errors import CheckFailedError
 from rotary_export.proof.comparison import to_comparable
+from rotary_export.proof.models import noise as noise_module
 from rotary_export.proof.models.cases import Case
 from rotary_export.proof.models.compare import compare_results
 from rotary_export.proof.models.noise import NoiseMeter
@@ -47,6 +48,15 @@ def measure(model, x, keep=None, **options):
 def test_is_half_an_ulp_of_the_type(dtype):
     noise = measure(Scale(), torch.full((2, 300), 1.5, dtype=dtype))
     assert 0.5 * EPSILON[dtype] <= noise <= EPSILON[dtype]
+
+
+@pytest.mark.parametrize("at", [0, 299, 300])
+def test_every_slice_of_a_large_output_is_perturbed(monkeypatch, at):
+    monkeypatch.setattr(noise_module, "_SLICE", 100)
+    x = torch.zeros(7, 43)  # three slices and a remainder
+    x.view(-1)[at] = 1.5
+    assert 0 < measure(Scale(), x, runs=20) <= EPSILON[torch.float32]
+    assert 0 < measure(Scale(), x.T, runs=20) <= EPSILON[torch.float32]  # not contiguous
 
 
 def test_is_that_of_the_narrowest_type_inside():

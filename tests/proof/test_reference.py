@@ -79,3 +79,14 @@ def test_a_long_case_that_would_take_too_long_is_left_out(monkeypatch):
     reference, measured = measure(Difference([]), CaseSpec(SIZES), long)
     assert len(measured) == 1
     assert "each of its runs would take about 0 s" in reference.left_out[long.name]
+
+
+def test_a_long_case_whose_outputs_are_too_large_is_left_out(monkeypatch):
+    monkeypatch.setattr(module, "_SPARE", 600 * 4 * 4 - 1)  # bytes of y: 600 rows of 4 in float32
+    long = CaseSpec({"batch_size": 1, "seq_len": 600}, optional=True)
+    reference, measured = measure(Difference([]), CaseSpec(SIZES), long)
+    assert len(measured) == 1
+    assert "its outputs alone would take about 0.0 GiB" in reference.left_out[long.name]
+    monkeypatch.setattr(module, "_SPARE", 600 * 4 * 4)
+    reference, measured = measure(Difference([]), CaseSpec(SIZES), long)
+    assert "index 100 is out of range" in reference.left_out[long.name]  # it was run

@@ -6,7 +6,6 @@ One session is open at a time, so that there are two copies of the weights at mo
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from rotary_export.errors import CheckFailedError, RotaryExportError, first_line
 from rotary_export.proof.comparison import compare
 from rotary_export.proof.models.cases import Case, CaseSpec, Run, make_case
 from rotary_export.proof.models.input_values import InputValues, read_input_values
+from rotary_export.proof.models.memory import release_memory
 from rotary_export.proof.models.reference import (
     MOST_NOISE,
     Measured,
@@ -35,7 +35,7 @@ from rotary_export.runtime.ways import REFERENCE, Way, list_ways
 from rotary_export.types import Array, Progress
 
 GRAPH = "model"
-LARGE = 2**26  # bytes of a bundle above which two open sessions would be felt
+_LARGE = 2**26  # bytes of a bundle above which two open sessions would be felt
 Results = list[dict[str, Array]]  # per case, by output
 
 
@@ -149,6 +149,8 @@ def compare_model(
     while ways:
         way = ways.pop(0)
         progress(f"verify {GRAPH}: {way.name}")
+        if _count_bytes(path) > _LARGE:
+            release_memory()  # the last session, too: torch.export's are in cycles
         try:
             kernel_path, results = _run_cases(path, manifest, way, [m.case for m in measured])
         except RotaryExportError as error:
@@ -159,8 +161,6 @@ def compare_model(
             if REFERENCE.name not in [row.runtime for row in report.rows]:
                 ways.insert(0, REFERENCE)
             continue
-        if _count_bytes(path) > LARGE:
-            gc.collect()  # a session is gone before the next one, cycles of torch.export included
         measured[:] = [
             each if each.eager is not None else replace(each, eager=ours)
             for each, ours in zip(measured, results, strict=True)

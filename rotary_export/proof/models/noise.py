@@ -28,6 +28,7 @@ from rotary_export.proof.models.cases import Case, Run
 from rotary_export.types import Array
 
 RUNS = 3
+_SLICE = 2**22  # elements that are perturbed at once
 _LARGEST = float(np.finfo(np.float64).max)  # JSON has no infinity
 Noise = dict[str, float]  # by output, the largest absolute change
 
@@ -92,9 +93,13 @@ def _move(leaf: Any, generator: torch.Generator, spacing: float = 0.0) -> Any:
         return leaf
     spacing = max(spacing, torch.finfo(leaf.dtype).eps)  # of a module that has not run yet
     wide = torch.float64 if leaf.dtype == torch.float64 else torch.float32
-    change = torch.rand(leaf.shape, generator=generator, dtype=wide).sub_(0.5).mul_(spacing)
-    moved = change.mul_(leaf).add_(leaf).to(leaf.dtype)
-    return torch.where(moved.isfinite(), moved, leaf)
+    result = torch.empty_like(leaf, memory_format=torch.contiguous_format)
+    pairs = zip(leaf.reshape(-1).split(_SLICE), result.view(-1).split(_SLICE), strict=True)
+    for part, into in pairs:  # logits of long sequences are larger than the weights of a model
+        change = torch.rand(part.shape, generator=generator, dtype=wide).sub_(0.5).mul_(spacing)
+        moved = change.mul_(part).add_(part).to(leaf.dtype)
+        torch.where(moved.isfinite(), moved, part, out=into)
+    return result
 
 
 class _PerturbOperators(DispatchMode):

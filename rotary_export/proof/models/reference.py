@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +24,7 @@ from rotary_export.types import Array, Progress
 MOST_NOISE = 0.05  # of the largest magnitude: past that, a case can't tell an error from rounding
 _DRAWS = 3  # of the values of a case that can't
 _LONGEST_RUN = 60.0  # seconds
+_SPARE = 2**28  # bytes that the outputs of a long case may take beside half the weights
 _MORE_RUNS = 32  # that measure the noise of a case whose error is not within it
 
 
@@ -71,6 +74,9 @@ class Reference:
     def __post_init__(self) -> None:
         self._meter = NoiseMeter(self.model, self.run)
         self._seconds = float("inf")  # per token, of the fastest run
+        self._bytes = float("inf")  # per token, of the outputs in float32, of the smallest run
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        self._spare = _SPARE + sum(tensor.nbytes for tensor in tensors) / 2
 
     def measure(self, cases: Iterable[Case | CaseSpec], progress: Progress) -> list[Measured]:
         """Run the model on cases, and measure its noise for each.
@@ -120,11 +126,9 @@ class Reference:
         """Run the model on one case, drawn again if it tells nothing; None if it takes too long."""
         if isinstance(case, Case):
             return self._run_case(case)
-        if case.is_long:
-            seconds = self._seconds * (case.length + case.sizes.get(PAST, 0))
-            if _LONGEST_RUN < seconds < float("inf"):
-                self.left_out[case.name] = f"each of its runs would take about {seconds:.0f} s"
-                return None
+        if case.is_long and (cost := self._find_cost(case)):
+            self.left_out[case.name] = cost
+            return None
         for draw in range(_DRAWS):
             spec = replace(case, seed=case.seed + 100 * draw)
             measured = self._run_case(make_case(self.infos, self.sources, spec, self.run))
@@ -132,13 +136,27 @@ class Reference:
                 break
         return measured
 
+    def _find_cost(self, case: CaseSpec) -> str:
+        """Return what a long case would take, if that is too much; else ""."""
+        seconds = self._seconds * (case.length + case.sizes.get(PAST, 0))
+        if _LONGEST_RUN < seconds < float("inf"):
+            return f"each of its runs would take about {seconds:.0f} s"
+        size = self._bytes * case.length
+        if self._spare < size < float("inf"):
+            return f"its outputs alone would take about {size / 2**30:.1f} GiB"
+        return ""
+
     def _run_case(self, case: Case) -> Measured:
         start = time.perf_counter()
         with self.check(case):
-            eager = case.read_outputs(self.run(case.tensors))
+            outputs = self.run(case.tensors)
+            eager = case.read_outputs(outputs)
         if case.spec is not None:
             tokens = case.spec.length * case.spec.sizes.get(BATCH, 1)
             self._seconds = min(self._seconds, (time.perf_counter() - start) / tokens)
+            size = sum(4 * math.prod(value.shape) for value in outputs.values())
+            self._bytes = min(self._bytes, size / tokens)
+        del outputs
         runs = 1 if case.spec is not None and case.spec.is_long else RUNS
         return Measured(case, eager, self._meter.measure(case, eager, runs))
 
