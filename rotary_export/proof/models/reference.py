@@ -76,7 +76,7 @@ class Reference:
         self._seconds = float("inf")  # per token, of the fastest run
         self._bytes = float("inf")  # per token, of the outputs in float32, of the smallest run
         tensors = itertools.chain(self.model.parameters(), self.model.buffers())
-        self._spare = _SPARE + sum(tensor.nbytes for tensor in tensors) / 2
+        self._spare = _SPARE + sum(t.numel() * t.element_size() for t in tensors) / 2
 
     def measure(self, cases: Iterable[Case | CaseSpec], progress: Progress) -> list[Measured]:
         """Run the model on cases, and measure its noise for each.
