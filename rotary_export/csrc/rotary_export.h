@@ -73,16 +73,31 @@ struct RotaryExportCall {
   int64_t rotary_embedding_dim;
   int64_t num_heads;
   int64_t kv_num_heads;
-  /* For callers with their own threads: the rows are split into `parts` parts of about the same
-   * size, and this call rotates part `part`. Each call checks all inputs. parts 0: all rows. */
-  int64_t part;
-  int64_t parts;
 };
 
 /* Rotates on the calling thread. Returns 0, or 1 with a sentence in `message`; nothing was written
  * then. A null call only reports whether the library can be used (see ROTARY_EXPORT_ISA). */
 ROTARY_EXPORT_PUBLIC int RotaryExportRotate(const struct RotaryExportCall* call, char* message,
                                             size_t message_size);
+
+/* One call whose rows several threads rotate together. Set `call` and `parts`; the rest is 0. The
+ * team, the call and the tensors must last until every thread has returned. */
+struct RotaryExportTeam {
+  const struct RotaryExportCall* call;
+  int64_t parts;      /* The rows are split into this many parts of about the same size. */
+  int64_t begun;      /* Threads begin the parts in order; this can exceed `parts`. */
+  int64_t ended;      /* Parts that are rotated or failed. */
+  int64_t failed;     /* Of these, those that failed: nothing of them was written. */
+  char message[1024]; /* Of the first that failed. */
+};
+
+/* Rotates parts that no thread has begun, one after the other. It returns when all parts have
+ * ended, those of other threads included: then all rows are rotated, or `failed` is not 0.
+ *
+ * Any number of threads can call it with the same team; one is enough. `team` is a
+ * struct RotaryExportTeam. The type of the function is that of the work of a thread in many
+ * libraries, GNU's OpenMP among them. */
+ROTARY_EXPORT_PUBLIC void RotaryExportRotateTeam(void* team);
 
 #ifdef __cplusplus
 } /* extern "C" */

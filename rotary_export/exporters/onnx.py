@@ -17,7 +17,7 @@ from rotary_export.graphs.plain import ZETA
 from rotary_export.op import spec
 from rotary_export.op.onnx_function import add_functions
 from rotary_export.op.onnx_schema import register_schema
-from rotary_export.op.onnx_signature import FunctionSignature
+from rotary_export.op.onnx_signature import NATIVE_OPSET, FunctionSignature
 from rotary_export.package import __version__
 
 # Only scalars are folded into the graph, which computes its tables from inv_freq and zeta.
@@ -126,7 +126,8 @@ def minimum_onnxruntime(opset: int) -> dict[str, str]:
     """Return the oldest ONNX Runtime that runs such a file, fused and portable.
 
     Measured in every dtype, with `tools/measure_minimum_ort`. Portable, older ones have bugs: in a
-    fusion of opset 18 to 22's bodies, and in their rotary op, which requires num_heads of a 4-D X.
+    fusion of opset 18 to 22's bodies; from opset 23 on, see `spec.MINIMUM_NATIVE_ORT`.
     """
     fused = {22: "1.21", 23: "1.23", 24: "1.24", 25: "1.24"}
-    return {"fused": fused.get(opset, "1.20"), "portable": "1.22" if opset < 23 else "1.24"}
+    portable = "1.22" if opset < NATIVE_OPSET else spec.MINIMUM_NATIVE_ORT
+    return {"fused": fused.get(opset, "1.20"), "portable": portable}

@@ -1,6 +1,8 @@
 """The op library's kernel on torch tensors in CPU memory: plain pointers, no link to libtorch.
 
-`csrc/rotary_export.h` documents `RotaryExportRotate`, which this file calls.
+`csrc/rotary_export.h` documents `RotaryExportRotate` and `RotaryExportRotateTeam`, which this file
+calls. The threads of a team run compiled code alone: no exception can end one before its rows are
+written, as Ctrl-C could end Python code.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,12 +52,20 @@ class _Tensor(ctypes.Structure):
 class _Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.POINTER(_Tensor)) for name in (*spec.INPUTS, *spec.OUTPUTS)),
-        *((name, ctypes.c_int64) for name in (*spec.ATTRIBUTES, "part", "parts")),
+        *((name, ctypes.c_int64) for name in spec.ATTRIBUTES),
     )
 
 
+class _Team(ctypes.Structure):
+    _fields_ = (
+        ("call", ctypes.POINTER(_Call)),
+        *((name, ctypes.c_int64) for name in ("parts", "begun", "ended", "failed")),
+        ("message", ctypes.c_char * _MESSAGE_SIZE),
+    )
+    tensors: Sequence[Tensor]  # Keeps the memory that the threads use.
+
+
 _PROCESS = os.getpid()
-_TeamFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @functools.cache
@@ -71,7 +81,7 @@ def _find_openmp() -> ctypes.CDLL | None:
     if not torch.backends.openmp.is_available() or not hasattr(loaded, "GOMP_parallel"):
         return None
     loaded.GOMP_parallel.argtypes = (
-        _TeamFunction,
+        ctypes.c_void_p,
         ctypes.c_void_p,
         ctypes.c_uint,
         ctypes.c_uint,
@@ -124,7 +134,11 @@ def rotate(inputs: Sequence[Tensor | None], attributes: Sequence[int]) -> tuple[
     for name, value in zip(spec.ATTRIBUTES, attributes, strict=True):
         setattr(call, name, int(value))
     count = (y.numel() + key_out.numel()) * x.element_size() // _THREAD_BYTES
-    _run(call, max(1, min(count, torch.get_num_threads())))
+    parts = min(count, torch.get_num_threads())
+    if parts > 1:
+        _rotate_in_threads(call, parts, [*tensors.values()])
+    else:
+        _rotate_here(call)
     return y, key_out
 
 
@@ -178,43 +192,35 @@ def _describe(tensor: Tensor | None) -> ctypes._Pointer[_Tensor] | None:
     )
 
 
-def _run(call: _Call, parts: int) -> None:
-    """Run a call in `parts` threads, this one included."""
+def _load_library() -> ctypes.CDLL:
     library = _find_library()
-    assert library is not None
-    messages = []
-
-    def run_part(part: int, parts: int) -> None:
-        own = _Call.from_buffer_copy(call)
-        own.part, own.parts = part, parts
-        message = ctypes.create_string_buffer(_MESSAGE_SIZE)
-        if library.RotaryExportRotate(ctypes.byref(own), message, _MESSAGE_SIZE):
-            messages.append(message.value.decode())
-
-    if parts == 1:
-        run_part(0, 1)
-    else:
-        _run_team(run_part, parts)
-    if messages:
-        raise RotaryExportError(messages[0])  # every part checks the whole call, so all agree
+    assert library is not None  # `can_rotate`
+    return library
 
 
-def _run_team(run_part: Callable[[int, int], None], parts: int) -> None:
-    """Call `run_part(part, parts)` in about `parts` threads. The kernel runs without Python's lock.
+def _rotate_here(call: _Call) -> None:
+    message = ctypes.create_string_buffer(_MESSAGE_SIZE)
+    if _load_library().RotaryExportRotate(ctypes.byref(call), message, _MESSAGE_SIZE):
+        raise RotaryExportError(message.value.decode())
+
+
+def _rotate_in_threads(call: _Call, parts: int, tensors: Sequence[Tensor]) -> None:
+    """Rotate in up to `parts` threads, this one included; return when all have ended.
 
     These are torch's own OpenMP threads if torch has them: idle, they would spin for some time
     after each of torch's operators, on the cores that ours need. They do not survive a fork.
     """
-    openmp = _find_openmp()
-    if openmp is not None and os.getpid() == _PROCESS:
-        team = _TeamFunction(
-            lambda _: run_part(openmp.omp_get_thread_num(), openmp.omp_get_num_threads())
-        )
-        openmp.GOMP_parallel(team, None, parts, 0)
-        return
-    threads = [threading.Thread(target=run_part, args=(part, parts)) for part in range(1, parts)]
-    for thread in threads:
-        thread.start()
-    run_part(0, parts)
-    for thread in threads:
-        thread.join()
+    rotate_team = _load_library().RotaryExportRotateTeam
+    team = _Team(ctypes.pointer(call), parts)
+    team.tensors = tensors
+    try:
+        openmp = _find_openmp()
+        if openmp is not None and os.getpid() == _PROCESS:
+            openmp.GOMP_parallel(rotate_team, ctypes.byref(team), parts, 0)
+        else:
+            for _ in range(parts - 1):
+                threading.Thread(target=rotate_team, args=(ctypes.byref(team),)).start()
+    finally:  # Rotates what no thread has begun, and waits for the others.
+        rotate_team(ctypes.byref(team))
+    if team.failed:
+        raise RotaryExportError(team.message.decode())

@@ -80,6 +80,8 @@ def _load_library(path: Path) -> ctypes.CDLL:
         library.RotaryExportInstructionSet.restype = ctypes.c_char_p
         library.RotaryExportProviders.restype = ctypes.c_char_p
         library.RotaryExportRotate.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
+        library.RotaryExportRotateTeam.argtypes = (ctypes.c_void_p,)
+        library.RotaryExportRotateTeam.restype = None
     except (OSError, AttributeError) as error:  # not loadable; loadable but not ours
         raise RotaryExportError(f"{path} must be a loadable op library, got: {error}") from error
     return library

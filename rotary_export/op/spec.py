@@ -35,6 +35,10 @@ TYPE_PAIRS = (
 )
 X_TYPES = tuple(dict.fromkeys(x for x, _ in TYPE_PAIRS))
 
+# The oldest ONNX Runtime whose ai.onnx::RotaryEmbedding checks position_ids: 1.24 reads outside the
+# tables. Older ones refuse a 4-D X without num_heads.
+MINIMUM_NATIVE_ORT = "1.25"
+
 Shape = Sequence[int]
 
 

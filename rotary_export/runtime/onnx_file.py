@@ -61,12 +61,13 @@ def read_onnx_file(path: Path) -> Manifest:
     names = name_dims(inputs)
     bodies = [f for f in model.functions if (f.domain, f.name) == (spec.DOMAIN, spec.OP_TYPE)]
     own = (spec.DOMAIN, spec.OP_TYPE)
+    native = [_is_native(body) for body in bodies]
     graph = GraphInfo(
         tuple(_rename(info, names) for info in inputs),
         tuple(_rename(info, names) for info in outputs),
         {"onnx": path.name},
         sum((node.domain, node.op_type) == own for node in model.graph.node),
-        "native" if bodies and all(_is_native(body) for body in bodies) else "primitive",
+        "native" if native and all(native) else "primitive",
     )
     floating = [info.dtype for info in (*outputs, *inputs) if "float" in info.dtype]
     return Manifest(
@@ -75,7 +76,10 @@ def read_onnx_file(path: Path) -> Manifest:
         dtype=floating[0] if floating else "float32",
         opset=opset,
         graphs={GRAPH: graph},
-        minimum_onnxruntime={"fused": "1.20", "portable": "1.0"},
+        minimum_onnxruntime={
+            "fused": "1.20",
+            "portable": spec.MINIMUM_NATIVE_ORT if any(native) else "1.0",
+        },
         producers={},
     )
 

@@ -9,8 +9,10 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from helpers.fuse_graphs import Graph, half, make_feeds, run
+from helpers.paths import EXPORTED
 
 from rotary_export.cli.main import cli
+from rotary_export.runtime.onnx_file import read_onnx_file
 
 
 @pytest.fixture
@@ -23,6 +25,12 @@ def file(tmp_path):
 
 def invoke(*arguments: object):
     return CliRunner().invoke(cli, [str(each) for each in arguments])
+
+
+def test_a_native_body_needs_an_onnxruntime_that_checks_positions(file):
+    assert read_onnx_file(file).minimum_onnxruntime == {"fused": "1.20", "portable": "1.0"}
+    native = EXPORTED / "plain" / "rotate.onnx"
+    assert read_onnx_file(native).minimum_onnxruntime == {"fused": "1.20", "portable": "1.25"}
 
 
 def test_fuse_writes_a_bundle_that_the_commands_open(file, tmp_path):

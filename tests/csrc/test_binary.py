@@ -28,6 +28,7 @@ def test_only_the_c_interface_is_exported():
         "RotaryExportInstructionSet",
         "RotaryExportProviders",
         "RotaryExportRotate",
+        "RotaryExportRotateTeam",
     }
 
 

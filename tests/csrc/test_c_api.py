@@ -7,12 +7,13 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 
 import numpy as np
 import pytest
 import torch
 from helpers.cases import make_inputs
-from helpers.kernel_calls import Call, rotate
+from helpers.kernel_calls import Call, Team, make_call, rotate
 from helpers.oracles import Tensors, assert_same_bits, compute_eager
 from helpers.paths import CSRC
 
@@ -36,23 +37,83 @@ def test_rotate_returns_the_bits_of_the_oracle(tensors):
         assert_same_bits(tensors[name], want)
 
 
+def rotate_team(team: Team) -> None:
+    op_library.load_library().RotaryExportRotateTeam(ctypes.byref(team))
+
+
+def make_team(tensors: Tensors, parts: int, **fields: int) -> Team:
+    return Team(ctypes.pointer(make_call(tensors, rotary_embedding_dim=4)), parts, **fields)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3, 10, 17])
-def test_rotate_in_parts(tensors, parts):
-    wanted = compute_eager(tensors, False)
-    untouched = []
-    for part in range(parts):
-        assert rotate(tensors, rotary_embedding_dim=4, part=part, parts=parts) == ""
-        untouched.append(int((tensors["Y"] == -77).sum()))
-    rows = [10 * part // parts for part in range(1, parts + 1)]  # of batch 2 and S 5
-    assert untouched == [(10 - done) * 3 * 8 for done in rows]
-    for name, want in zip(spec.OUTPUTS, wanted, strict=True):
+def test_a_team_of_one_thread_rotates_every_part(tensors, parts):
+    team = make_team(tensors, parts)
+    rotate_team(team)
+    assert (team.ended, team.failed, team.message) == (parts, 0, b"")
+    for name, want in zip(spec.OUTPUTS, compute_eager(tensors, False), strict=True):
         assert_same_bits(tensors[name], want)
 
 
-@pytest.mark.parametrize(("part", "parts"), [(-1, 2), (2, 2), (1, 0), (0, -1)])
-def test_rotate_refuses_a_part_that_is_none(tensors, part, parts):
-    message = rotate(tensors, rotary_embedding_dim=4, part=part, parts=parts)
-    assert message == f"part must be in [0, parts), got part={part}, parts={parts}"
+@pytest.mark.parametrize("parts", [2, 3, 10, 17])
+def test_a_part_is_its_share_of_the_rows(tensors, parts):
+    wanted = compute_eager(tensors, False)
+    rows = [10 * part // parts for part in range(parts + 1)]  # of batch 2 and S 5
+    for part in range(parts):
+        given = {name: x.clone() for name, x in tensors.items()}
+        team = make_team(given, parts, begun=part + 1, ended=part + 1)  # as if others were done
+        rotate_team(team)
+        for name, want in zip(spec.OUTPUTS, wanted, strict=True):
+            by_row = given[name].transpose(1, 2).flatten(0, 1), want.transpose(1, 2).flatten(0, 1)
+            assert (by_row[0][: rows[part + 1]] == -77).all()
+            assert_same_bits(*(x[rows[part + 1] :] for x in by_row))
+
+
+def test_threads_of_a_team_share_the_parts():
+    inputs = make_inputs(np.random.default_rng(1), rotary_dim=4)
+    (wanted,) = compute_eager(inputs, False)
+    for _ in range(200):
+        y = torch.full_like(inputs["X"], -77)
+        team = make_team(inputs | {"Y": y}, 5)
+        threads = [threading.Thread(target=rotate_team, args=(team,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        rotate_team(team)
+        assert (team.ended, team.failed) == (5, 0)
+        assert_same_bits(y, wanted)
+        for thread in threads:
+            thread.join()
+
+
+def test_a_team_waits_for_the_parts_of_other_threads(tensors):
+    team = make_team(tensors, 2, begun=1)  # Part 0 is another thread's.
+    thread = threading.Thread(target=rotate_team, args=(team,))
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    team.ended += 1
+    thread.join(30)
+    assert not thread.is_alive()
+    assert (team.ended, team.failed) == (2, 0)
+
+
+def test_every_part_of_a_team_reports_and_the_first_message_stays(tensors):
+    tensors["position_ids"][1, 4] = 8
+    team = make_team(tensors, 3)
+    rotate_team(team)
+    message = spec.bad_id_message(8, 1, 4, 8)
+    assert (team.ended, team.failed, team.message.decode()) == (3, 3, message)
+    assert (tensors["Y"] == -77).all()
+    second = make_team(tensors, 2, failed=1, message=b"first")
+    rotate_team(second)
+    assert (second.failed, second.message) == (3, b"first")
+
+
+@pytest.mark.parametrize("parts", [0, -1])
+def test_a_team_refuses_a_number_of_parts_that_is_none(tensors, parts):
+    team = make_team(tensors, parts)
+    rotate_team(team)
+    assert team.message.decode() == f"parts must be at least 1, got parts={parts}"
+    assert team.failed == 1
     assert (tensors["Y"] == -77).all()
 
 
@@ -246,11 +307,12 @@ def test_a_null_call_reports_whether_the_library_can_be_used(tmp_path, monkeypat
     assert message.value == b"ROTARY_EXPORT_ISA must "  # Cut to the caller's buffer.
 
 
-def test_spec_names_the_structs_fields():
+@pytest.mark.parametrize("struct", [Call, Team])
+def test_the_structs_of_the_header_have_these_fields(struct):
     header = (CSRC / "rotary_export.h").read_text()
-    body = header.split("struct RotaryExportCall {")[1].split("};")[0]
-    fields = re.findall(r"(\w+);", body)
-    assert fields == [name.lower() for name, _ in Call._fields_]
+    body = header.split(f"struct RotaryExport{struct.__name__} {{")[1].split("};")[0]
+    fields = re.findall(r"(\w+)(?:\[\d+\])?;", re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL))
+    assert fields == [name.lower() for name, *_ in struct._fields_]
 
 
 def test_the_program_of_the_page_is_plain_c_and_rotates(tmp_path):

@@ -55,6 +55,19 @@ def test_clean_under_address_and_undefined_behavior_sanitizer(tmp_path):
             assert re.fullmatch(rf"\d{{4}} calls, instruction set {isa}\n", out)
 
 
+def test_threads_of_a_team_have_no_data_race(tmp_path):
+    build(
+        tmp_path,
+        "kernel_sweep",
+        CMAKE_BUILD_TYPE="Debug",
+        CMAKE_CXX_FLAGS="-fsanitize=thread",
+        CMAKE_EXE_LINKER_FLAGS="-fsanitize=thread",
+    )
+    # Random addresses are off: a kernel can place memory where this sanitizer does not expect it.
+    out = run("setarch", "-R", tmp_path / "kernel_sweep")
+    assert re.fullmatch(r"\d{4} calls, instruction set \w+\n", out)
+
+
 def test_aarch64_returns_the_same_bits(tmp_path):
     install = "apt-get install g++-aarch64-linux-gnu qemu-user"
     require_program(AARCH64_COMPILER, install)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers.bundles import get_bundle, make_arrays, run_eager, to_numpy
+from helpers.bundles import edit_manifest, get_bundle, make_arrays, run_eager, to_numpy
 from helpers.paths import KITS, ROOT
 from helpers.target_runs import (
     TargetRun,
@@ -29,7 +30,7 @@ from rotary_export.proof.tolerances import TOLERANCES
 
 NAME = "cpp-onnxruntime"
 NEWEST = "1.31.1"
-OLDEST = {"fused": "1.23.2", "portable": "1.24.4"}  # of opset 23, of what setup_targets installs
+OLDEST = {"fused": "1.23.2", "portable": "1.25.1"}  # of opset 23, of what setup_targets installs
 OLDEST_18 = {"fused": "1.20.1", "portable": "1.23.2"}  # of opset 18
 SHAPES = ((1, 1), (3, 7), (2, 32))  # batch_size, seq_len; none was traced
 EPSILON = {name: float(ml_dtypes.finfo(name).eps) for name in ("float32", "float16", "bfloat16")}
@@ -220,7 +221,8 @@ def check_refused(message: str, done: subprocess.CompletedProcess[str], out: Pat
     ("name", "array", "mode", "message"),
     [
         ("position_ids", np.array([[31, 32]]), "run", "[0, 32), got 32 at batch 0, row 1"),
-        ("position_ids", np.array([[31, -1]]), "decode", "[0, 32), got -1 at batch 0, row 0"),
+        ("position_ids", np.array([[31, -1]]), "decode", "[0, 32), got -1 at batch 0, row 1"),
+        ("position_ids", np.array([[31.0, 0.0]]), "run", "position_ids must be int64"),
         ("position_ids", np.array([[1]]), "run", "position_ids must have shape"),
         ("position_ids", np.array([[1]]), "decode", "must have tokens, as many as query"),
         ("key", np.zeros((1, 2, 2, 20), np.float32), "run", "key for the following indices"),
@@ -240,11 +242,53 @@ def test_bad_arrays(name, array, mode, message, kit, tmp_path):
     assert len(done.stderr.splitlines()) <= 3  # as many as ONNX Runtime's own messages have
 
 
-def test_bad_id_without_the_library(kit, tmp_path):
-    arrays = make_arrays("plain", batch=1, seq_len=2) | {"position_ids": np.array([[0, 32]])}
+@pytest.mark.parametrize("bad", [-1, 32, 10**6, 2**40, -(2**63)])
+@pytest.mark.parametrize("mode", ["run", "decode"])
+def test_bad_ids_without_the_library(bad, mode, kit, tmp_path):
+    """In the words of the other kits; the second of two batch entries, the last of three rows."""
+    ids = np.array([[0, 1, 31], [2, 0, bad]])
+    arrays = make_arrays("plain", batch=2, seq_len=3) | {"position_ids": ids}
     out = tmp_path / "out"
-    done = call(kit, "run", save(tmp_path / "inputs", arrays), out, path="portable")
-    check_refused("position_ids value 32 at index 1 is out of range", done, out)
+    done = call(kit, mode, save(tmp_path / "inputs", arrays), out, path="portable")
+    check_refused(f"position_ids must be in [0, 32), got {bad} at batch 1, row 2", done, out)
+
+
+@pytest.mark.parametrize("limits", [{"max_size": {"seq_len": 2}}, {"min_size": {"seq_len": 4}}])
+def test_sizes_that_the_manifest_limits(limits, kit, tmp_path):
+    bundle, out = Path(shutil.copytree(kit / "bundle", tmp_path / "bundle")), tmp_path / "out"
+    graphs = json.loads((bundle / "manifest.json").read_text())["graphs"]
+    graphs["rotate"] |= limits
+    edit_manifest(bundle, graphs=graphs)
+    inputs = save(tmp_path / "inputs", make_arrays("plain", batch=1, seq_len=3))
+    sign = {"max_size": "<= 2", "min_size": ">= 4"}[next(iter(limits))]
+    done = call(kit, "run", inputs, out, graph=bundle / "rotate.onnx")
+    check_refused(f"seq_len must be {sign}, got 3", done, out)
+
+
+def test_damaged_manifests(kit, tmp_path):
+    bundle, out = Path(shutil.copytree(kit / "bundle", tmp_path / "bundle")), tmp_path / "out"
+    text = (bundle / "manifest.json").read_text()
+    for message, damaged in {
+        "manifest.json must be JSON, got ": text[:-20],
+        "manifest.json must be JSON, got [[": "[" * 100_000,
+        "manifest.json must have graphs": "{}",
+        "must describe rotate.onnx": text.replace("rotate.onnx", "other.onnx"),
+        "must describe the input query": text.replace('"query"', '"other"'),
+        "manifest.json must have minimum_onnxruntime": text.replace('"minimum_', '"other_'),
+        "needs ONNX Runtime >= new, got": text.replace('"fused": "1.23"', '"fused": "new"'),
+    }.items():
+        (bundle / "manifest.json").write_text(damaged)
+        done = call(kit, "run", kit / "example", out, graph=bundle / "rotate.onnx")
+        check_refused(message, done, out)
+
+
+def test_names_in_a_manifest_are_text_of_any_alphabet(kit, tmp_path):
+    bundle, out = Path(shutil.copytree(kit / "bundle", tmp_path / "bundle")), tmp_path / "out"
+    (bundle / "rotate.onnx").rename(bundle / "dreh\u00fcng \u56de.onnx")
+    text = (bundle / "manifest.json").read_text()
+    (bundle / "manifest.json").write_text(text.replace("rotate.onnx", "dreh\\u00fcng \\u56de.onnx"))
+    done = call(kit, "run", kit / "example", out, graph=bundle / "dreh\u00fcng \u56de.onnx")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("size", [0, 9, 50, 200])
@@ -261,7 +305,7 @@ def test_missing_files(kit, tmp_path):
         "RUNTIME: ": {"runtime": none},
         "is not ONNX Runtime": {"runtime": library},
         "Failed to load library": {"library": none},
-        "File doesn't exist": {"graph": none},
+        f"{tmp_path}/manifest.json can't be opened": {"graph": none},
     }.items():
         check_refused(message, call(kit, "run", example, out, **changed), out)
     check_refused("query.npy can't be opened", call(kit, "run", none, out), out)
@@ -278,11 +322,15 @@ def test_a_model_without_a_cache_is_not_decoded(kit, tmp_path):
     )
 
 
-def test_a_runtime_older_than_the_bundle_needs(kit, tmp_path):
-    """1.23 has the function body's op, but rejects a head that is rotated in part."""
+@pytest.mark.parametrize(
+    ("path", "version", "minimum"),
+    [("portable", "1.24.4", "1.25"), ("portable", "1.23.2", "1.25"), ("fused", "1.20.1", "1.23")],
+)
+def test_a_runtime_older_than_the_bundle_needs(path, version, minimum, kit, tmp_path):
+    """1.24 has the function body's op, but reads outside the tables at a bad position."""
     out = tmp_path / "out"
-    done = call(kit, "run", kit / "example", out, path="portable", version="1.23.2")
-    check_refused("RotaryEmbedding", done, out)
+    done = call(kit, "run", kit / "example", out, path=path, version=version)
+    check_refused(f"the bundle needs ONNX Runtime >= {minimum}, got {version}", done, out)
 
 
 def test_the_page_for_a_clone_names_what_is_there():

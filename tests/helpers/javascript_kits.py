@@ -17,7 +17,7 @@ from rotary_export.deploy.deploy import deploy
 from rotary_export.proof.tolerances import TOLERANCES
 from rotary_export.runtime.ways import FUNCTION_BODY
 
-NEWEST, OLDEST = "1.30.0", "1.24.1"  # of what setup_targets installs
+NEWEST, OLDEST = "1.30.0", "1.25.1"  # of what setup_targets installs
 SHAPES = ((1, 1), (3, 7), (2, 32))  # batch_size, seq_len; none was traced
 MODEL_SHAPES = ((1, 1), (3, 9))
 # Type: bundles, and how much the function body may differ from eager.

@@ -35,7 +35,15 @@ class Tensor(ctypes.Structure):
 class Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.POINTER(Tensor)) for name in (*spec.INPUTS, *spec.OUTPUTS)),
-        *((name, ctypes.c_int64) for name in (*spec.ATTRIBUTES, "part", "parts")),
+        *((name, ctypes.c_int64) for name in spec.ATTRIBUTES),
+    )
+
+
+class Team(ctypes.Structure):
+    _fields_ = (
+        ("call", ctypes.POINTER(Call)),
+        *((name, ctypes.c_int64) for name in ("parts", "begun", "ended", "failed")),
+        ("message", ctypes.c_char * 1024),
     )
 
 
@@ -89,12 +97,18 @@ def instruction_sets(folder: Path) -> list[str]:
     return message.split("one of ")[1].split(" on this machine")[0].split(", ")
 
 
-def rotate(tensors: Tensors, **attributes: int) -> str:
-    """Call the kernel; return its message, empty on success."""
+def make_call(tensors: Tensors, **attributes: int) -> Call:
+    """Describe a call. The tensors must outlive it."""
     call = Call(**attributes)
     for name, x in tensors.items():
         setattr(call, name, ctypes.pointer(describe(x)))
-    library = op_library._load_library(op_library.op_library_path())
+    return call
+
+
+def rotate(tensors: Tensors, **attributes: int) -> str:
+    """Call the kernel; return its message, empty on success."""
+    call = make_call(tensors, **attributes)
+    library = op_library.load_library()
     message = ctypes.create_string_buffer(1024)
     failed = library.RotaryExportRotate(ctypes.byref(call), message, len(message))
     assert bool(failed) == bool(message.value)

@@ -1,12 +1,13 @@
-// Sweeps the CPU kernel where Python does not run: under AddressSanitizer and
-// UndefinedBehaviorSanitizer, and on another processor in an emulator. Every buffer is a separate
-// allocation that ends with the numbers, so a sanitizer detects an access past it; without one,
-// guards around the outputs do. The oracle computes one number at a time and shares no code with
-// the kernel. Prints the number of calls, or the first that is wrong.
+// Sweeps the CPU kernel where Python does not run: under AddressSanitizer,
+// UndefinedBehaviorSanitizer and ThreadSanitizer, and on another processor in an emulator. Every
+// buffer is a separate allocation that ends with the numbers, so a sanitizer detects an access past
+// it; without one, guards around the outputs do. The oracle computes one number at a time and
+// shares no code with the kernel. Prints the number of calls, or the first that is wrong.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "rotary_export.h"
@@ -104,6 +105,7 @@ struct Case {
   bool interleaved, scaled, in_place;
   int64_t heads, seq_len, head_dim, rotary_dim;
   size_t in_offset, out_offset;
+  int64_t parts;
 };
 
 // a * b, rounded to the type of the computation. Volatile, so that no compiler fuses it with a sum.
@@ -206,6 +208,22 @@ class Buffer {
   size_t size_, offset_;
 };
 
+// Rotates on this thread, or in parts on this and another one. Returns whether it succeeded.
+bool Rotate(const RotaryExportCall& call, int64_t parts) {
+  RotaryExportTeam team = {};
+  team.call = &call;
+  team.parts = parts;
+  if (parts == 1) {
+    team.failed = RotaryExportRotate(&call, team.message, sizeof team.message);
+  } else {
+    std::thread other(RotaryExportRotateTeam, &team);
+    RotaryExportRotateTeam(&team);
+    other.join();
+  }
+  if (team.failed != 0) std::printf("%s\n", team.message);
+  return team.failed == 0;
+}
+
 // Runs `c` with `c.heads` query heads and one key head. Returns whether the outputs are right.
 bool Run(const Case& c) {
   const int64_t half = c.rotary_dim / 2;
@@ -240,11 +258,7 @@ bool Run(const Case& c) {
   call.scale_cache = c.scaled ? &scale_cache : nullptr;
   call.interleaved = c.interleaved;
   call.rotary_embedding_dim = c.rotary_dim;
-  char message[256];
-  if (RotaryExportRotate(&call, message, sizeof message) != 0) {
-    std::printf("%s\n", message);
-    return false;
-  }
+  if (!Rotate(call, c.parts)) return false;
   return SameNumbers(y_used.data(), Expect(c, x, tables, false), c.type) &&
          SameNumbers(key_used.data(), Expect(key_case, key, tables, true), c.type) &&
          y_used.GuardsHold() && key_used.GuardsHold();
@@ -258,14 +272,15 @@ void Try(Case c) {
     c.interleaved = interleaved != 0;
     c.scaled = Draw(2) != 0;
     c.in_place = Draw(3) == 0;
+    c.parts = Draw(4) == 0 ? 1 + static_cast<int64_t>(Draw(4)) : 1;
     c.table_type = Draw(2) != 0 ? c.type : int{ROTARY_EXPORT_FLOAT32};
     ++calls;
     if (Run(c)) continue;
     std::printf(
         "wrong: type=%d table_type=%d interleaved=%d scaled=%d in_place=%d heads=%d "
-        "seq_len=%d head_dim=%d rotary_dim=%d offsets=%d, %d\n",
+        "seq_len=%d head_dim=%d rotary_dim=%d offsets=%d, %d parts=%d\n",
         c.type, c.table_type, c.interleaved, c.scaled, c.in_place, int(c.heads), int(c.seq_len),
-        int(c.head_dim), int(c.rotary_dim), int(c.in_offset), int(c.out_offset));
+        int(c.head_dim), int(c.rotary_dim), int(c.in_offset), int(c.out_offset), int(c.parts));
     std::exit(1);
   }
 }

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 
 import pytest
 import torch
@@ -21,22 +22,17 @@ from rotary_export.op import cpu_kernel, spec
 LARGE = Case(batch=3, seq_len=11, rows=16, kv_heads=2, scaled=True)
 
 
-class Spy:
-    """The library, recording the parts that it computes."""
-
-    def __init__(self, library) -> None:
-        self.library = library
-        self.parts: list[tuple[int, int]] = []
-
-    def RotaryExportRotate(self, call, message, size):  # noqa: N802 (as in C)
-        self.parts.append((call._obj.part, call._obj.parts))
-        return self.library.RotaryExportRotate(call, message, size)
-
-
 @pytest.fixture
-def spy(monkeypatch):
-    made = Spy(cpu_kernel._find_library())
-    monkeypatch.setattr(cpu_kernel, "_find_library", lambda: made)
+def teams(monkeypatch):
+    """The teams of threads that the op made, with what the library counted in them."""
+    made = []
+
+    class Recorded(cpu_kernel._Team):
+        def __init__(self, *fields) -> None:
+            super().__init__(*fields)
+            made.append(self)
+
+    monkeypatch.setattr(cpu_kernel, "_Team", Recorded)
     return made
 
 
@@ -48,10 +44,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_the_kernel_is_called_once_for_small_tensors(spy, threads):
+def test_small_tensors_are_rotated_without_threads(teams, threads):
     threads(4)
     run(LARGE, LARGE.make_inputs())
-    assert spy.parts == [(0, 1)]
+    assert teams == []
 
 
 class Advice:
@@ -83,22 +79,142 @@ def test_large_pages_are_requested_for_memory_that_is_not_resident(monkeypatch):
         assert advice.called == called
 
 
+class OpenMP:
+    """GNU's OpenMP, recording how many threads were requested. `run` can replace the team's run."""
+
+    def __init__(self, run=None) -> None:
+        self.counts: list[int] = []
+        self.run = run or cpu_kernel._find_openmp().GOMP_parallel
+
+    def GOMP_parallel(self, function, team, count, flags):  # noqa: N802 (as in C)
+        self.counts.append(count)
+        self.run(function, team, count, flags)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Record the Python threads that are started."""
+    threads, start = [], threading.Thread.start
+    monkeypatch.setattr(
+        threading.Thread, "start", lambda thread: (threads.append(thread), start(thread))[1]
+    )
+    return threads
+
+
 @pytest.mark.parametrize("openmp", [True, False], ids=["openmp", "own"])
 @pytest.mark.parametrize("count", [2, 3, 7])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_threads_share_the_rows(count, batch, openmp, spy, threads, monkeypatch):
+def test_threads_share_the_rows(count, batch, openmp, teams, threads, started, monkeypatch):
     monkeypatch.setattr(cpu_kernel, "_THREAD_BYTES", 64)
-    if openmp:
-        assert cpu_kernel._find_openmp() is not None
-    else:
-        monkeypatch.setattr(cpu_kernel, "_find_openmp", lambda: None)
+    spy = OpenMP() if openmp else None
+    monkeypatch.setattr(cpu_kernel, "_find_openmp", lambda: spy)
     case = Case(batch=batch, seq_len=11, rows=16, kv_heads=2, scaled=True)
     inputs = case.make_inputs()
     threads(count)
     outputs = run(case, inputs)
-    assert sorted(spy.parts) == [(part, count) for part in range(count)]
+    assert [(team.parts, team.ended, team.failed) for team in teams] == [(count, count, 0)]
+    assert (spy.counts if spy else [len(started) + 1]) == [count]
     for got, want in zip(outputs, case.compute_eager(inputs), strict=True):
         assert_same_bits(got, want)
+
+
+class InterruptError(BaseException):
+    """As KeyboardInterrupt: no code of the package catches it by name."""
+
+
+def interrupt(*_):
+    raise InterruptError
+
+
+def run_nothing(function, team, count, flags):
+    pass
+
+
+def run_and_interrupt(function, team, count, flags):
+    function(team)
+    raise InterruptError
+
+
+def test_rows_are_written_even_if_no_thread_is_started(teams, threads, monkeypatch):
+    monkeypatch.setattr(cpu_kernel, "_THREAD_BYTES", 64)
+    monkeypatch.setattr(cpu_kernel, "_find_openmp", lambda: OpenMP(run_nothing))
+    threads(3)
+    inputs = LARGE.make_inputs()
+    for got, want in zip(run(LARGE, inputs), LARGE.compute_eager(inputs), strict=True):
+        assert_same_bits(got, want)
+    assert [team.ended for team in teams] == [3]
+
+
+@pytest.mark.parametrize("run_team", [interrupt, run_and_interrupt])
+def test_an_exception_around_openmp_is_raised_when_all_parts_have_ended(
+    run_team, teams, threads, monkeypatch
+):
+    monkeypatch.setattr(cpu_kernel, "_THREAD_BYTES", 64)
+    monkeypatch.setattr(cpu_kernel, "_find_openmp", lambda: OpenMP(run_team))
+    threads(3)
+    with pytest.raises(InterruptError):
+        run(LARGE, LARGE.make_inputs())
+    assert [team.ended for team in teams] == [3]
+
+
+@pytest.mark.parametrize("started_before", [0, 1])
+def test_an_exception_while_threads_start_is_raised_when_all_parts_have_ended(
+    started_before, started, teams, threads, monkeypatch
+):
+    monkeypatch.setattr(cpu_kernel, "_THREAD_BYTES", 64)
+    monkeypatch.setattr(cpu_kernel, "_find_openmp", lambda: None)
+    start = threading.Thread.start
+
+    def start_or_fail(thread):
+        if len(started) == started_before:
+            raise InterruptError
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_fail)
+    threads(4)
+    with pytest.raises(InterruptError):
+        run(LARGE, LARGE.make_inputs())
+    assert len(started) == started_before
+    assert [team.ended for team in teams] == [4]
+
+
+def test_a_team_keeps_the_memory_that_its_threads_use(teams, threads, monkeypatch):
+    monkeypatch.setattr(cpu_kernel, "_THREAD_BYTES", 64)
+    threads(2)
+    inputs = LARGE.make_inputs()
+    outputs = OP(*order(inputs))
+    kept = {x.data_ptr() for x in teams[0].tensors}
+    assert kept == {x.data_ptr() for x in (*inputs.values(), *outputs)}
+
+
+@pytest.mark.parametrize("openmp", [True, False], ids=["openmp", "own"])
+def test_signals_lose_no_rows(openmp, threads, monkeypatch):
+    """As Ctrl-C, at any moment of a call: it ends in the exception, or in the right rows."""
+    monkeypatch.setattr(cpu_kernel, "_THREAD_BYTES", 2**16)
+    if not openmp:
+        monkeypatch.setattr(cpu_kernel, "_find_openmp", lambda: None)
+    threads(2)
+    case = Case(batch=2, seq_len=256, rows=256, heads=8, head_dim=64)
+    inputs = case.make_inputs()
+    (want,) = run(case, inputs)
+    arguments = order(inputs)
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    interrupted = 0
+    try:
+        for i in range(300):
+            got = None
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-5 * (1 + i % 100))
+                got, _ = OP(*arguments)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except InterruptError:
+                interrupted += 1
+            if got is not None:
+                assert torch.equal(got, want)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert interrupted > 0
 
 
 def test_a_bad_id_in_one_thread_s_rows_is_named(threads, monkeypatch):
@@ -153,7 +269,7 @@ def test_a_lazily_negated_tensor_is_read_with_its_sign():
         assert_same_bits(OP(*order(given))[0], OP(*order(inputs))[0])
 
 
-def test_query_and_key_are_read_without_a_copy(spy, monkeypatch):
+def test_query_and_key_are_read_without_a_copy(monkeypatch):
     case = Case(kv_heads=2)
     inputs = case.make_inputs()
     wide = {name: inputs[name].transpose(1, 2).contiguous() for name in ("X", "key")}

@@ -1,6 +1,5 @@
 // Runs a bundle's ONNX graph on .npy files: all tokens at once or, as a decoder does, one by one.
 #define ORT_API_MANUAL_INIT  // OpenRuntime finds ONNX Runtime, of whatever version.
-#include <dlfcn.h>
 #include <onnxruntime_cxx_api.h>
 
 #include <chrono>
@@ -8,19 +7,8 @@
 #include <iostream>
 
 #include "array.h"
-
-// That of RegisterCustomOpsLibrary_V2, the newest function used here; later versions have it, too.
-constexpr uint32_t kApiVersion = 14;
-
-void OpenRuntime(const std::string& file) {
-  void* library = dlopen(file.c_str(), RTLD_NOW);
-  if (library == nullptr) throw std::runtime_error(std::string("RUNTIME: ") + dlerror());
-  auto get_base = reinterpret_cast<const OrtApiBase* (*)()>(dlsym(library, "OrtGetApiBase"));
-  Require(get_base != nullptr, "RUNTIME: " + file + " is not ONNX Runtime");
-  const OrtApi* api = get_base()->GetApi(kApiVersion);
-  Require(api != nullptr, "RUNTIME: " + file + " must be ONNX Runtime 1.14 or newer");
-  Ort::InitApi(api);
-}
+#include "manifest.h"
+#include "runtime.h"
 
 struct Tensor {
   std::string name;
@@ -40,7 +28,8 @@ struct Graph {
   std::vector<Tensor> inputs, outputs;
   int64_t tokens = 1;  // That come one by one.
 
-  Graph(Ort::Session* session, const std::string& folder, bool decode) : session(session) {
+  Graph(Ort::Session* session, const Manifest& manifest, const std::string& folder, bool decode)
+      : session(session) {
     for (size_t i = 0; i < session->GetInputCount(); ++i) {
       Tensor& in = inputs.emplace_back();
       in.name = session->GetInputNameAllocated(i, allocator).get();
@@ -55,6 +44,7 @@ struct Graph {
                 in.name + " must have tokens, as many as query, got shape " + ToText(shape));
         shape[in.axis] = 1;
       }
+      manifest.CheckInput(in.name, in.all, shape);
       in.bound = Ort::Value::CreateTensor(allocator, shape.data(), shape.size(), in.all.type);
       binding.BindInput(in.name.c_str(), in.bound);
     }
@@ -96,12 +86,14 @@ int main(int argc, char** argv) try {
   const std::string mode = words.empty() ? "" : words[0];
   Require((mode == "run" || mode == "decode" || mode == "time") && (argc == 6 || argc == 7),
           "usage: rotary_run run|decode|time RUNTIME GRAPH.onnx INPUTS OUTPUTS [OP_LIBRARY]");
-  OpenRuntime(words[1]);
+  const std::string version = OpenRuntime(words[1]);
+  const Manifest manifest(words[2]);
+  manifest.CheckVersion(version, argc == 7);
   Ort::Env env(ORT_LOGGING_LEVEL_FATAL);
   Ort::SessionOptions options;
   if (argc == 7) options.RegisterCustomOpsLibrary(words[5].c_str());
   Ort::Session session(env, words[2].c_str(), options);
-  Graph graph(&session, words[3], mode != "run");
+  Graph graph(&session, manifest, words[3], mode != "run");
   graph.Run(graph.tokens);
   for (int64_t count; mode == "time" && std::cin >> count;) {  // tools/bench/measure_cpp_latency.py
     const auto start = std::chrono::steady_clock::now();
