@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from rotary_export.errors import RotaryExportError
 
@@ -19,6 +20,16 @@ def check_path(path: str | os.PathLike[str]) -> None:
         is_valid = False
     if not is_valid:
         raise RotaryExportError(f"a path must be text without NUL, got {os.fspath(path)!r}")
+
+
+def identify(path: Path) -> tuple[int, int] | None:
+    """Return numbers that change when a folder replaces another; None: there is no such path."""
+    check_path(path)
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def cut_name(name: str, size: int) -> str:

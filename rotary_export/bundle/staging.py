@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,9 @@ from pathlib import Path
 
 from rotary_export.bundle.paths import cut_name
 from rotary_export.errors import InterruptedWarning
+
+with suppress(ImportError):  # Windows, where bundles can be read
+    import fcntl
 
 NEW, OLD, LOCK, MOVES = "new", "old", "lock", "moves.json"
 ListFiles = Callable[[Path], set[Path]]

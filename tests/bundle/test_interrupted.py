@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,8 @@ from rotary_export.bundle import atomic, staging
 from rotary_export.bundle.atomic import check_folder, write_files, write_folder
 from rotary_export.cli.main import cli
 from rotary_export.errors import InterruptedWarning
+
+load_module = importlib.import_module("rotary_export.runtime.load")  # also a function's name
 
 
 def accept(path: Path) -> None:
@@ -159,6 +163,22 @@ def test_the_old_folder_is_kept_where_something_else_was_made_since(out):
     (left,) = set(list_names(out.parent)) - {"b"}
     assert (out.parent / left / "old" / "file").read_text() == "old"
     assert list_names(out) == ["mine"]
+
+
+def test_a_bundle_that_is_replaced_while_it_is_loaded_is_refused(tmp_path, monkeypatch):
+    """Its manifest would be of one bundle, its graph of another."""
+    for name in ("b", "other"):
+        shutil.copytree(EXPORTED / "plain", tmp_path / name)
+    check = load_module.check_files
+
+    def replace(*arguments):
+        check(*arguments)
+        assert staging.exchange(tmp_path / "b", tmp_path / "other")
+
+    rotary_export.load(tmp_path / "b")
+    monkeypatch.setattr(load_module, "check_files", replace)
+    with pytest.raises(RotaryExportError, match="b was replaced while it was being loaded: load"):
+        rotary_export.load(tmp_path / "b")
 
 
 def test_a_command_prints_it_as_a_line(tmp_path):

@@ -191,6 +191,16 @@ def test_a_file_with_external_data_is_replaced_at_once(tmp_path, monkeypatch):
         assert len([name for name in list_names(tmp_path) if name.startswith("out.onnx.")]) == 1
 
 
+@pytest.mark.parametrize("name", ["x" * 250 + ".onnx", "\N{SNOWMAN}" * 83 + ".onnx", "data"])
+def test_names_may_be_as_long_as_the_system_allows(tmp_path, name):
+    source, out = tmp_path / "in.onnx", tmp_path / name
+    save_external(source)
+    for _ in range(2):
+        rotary_export.fuse(source).save(out, force=True)
+        assert len(list_names(tmp_path)) == 4
+    run(onnx.load(out), make_feeds(2, 5))
+
+
 @pytest.mark.parametrize("damage", ["missing", "short"])
 def test_external_data_must_be_there(tmp_path, damage):
     save_external(tmp_path / "in.onnx")

@@ -53,6 +53,7 @@ def run_child(work: Callable[[], object], seconds: float | None = None) -> int:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
             os.dup2(null, 2)
+            warnings.simplefilter("ignore", InterruptedWarning)
             work()
             status = 0
         finally:
@@ -218,15 +219,6 @@ def kill_all(works: Iterable[Work], count: int, seed: int) -> dict[str, Any]:
             print(json.dumps(rows[-1]), flush=True)
     kills = sum(row["random"] + row["placed"] for row in rows)
     return {"seed": seed, "kills": kills, "rows": rows}
-
-
-def tabulate(results: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
-    """Return the table of the results: headers and rows."""
-    names = ("random", "placed", "new", "restored", "lost", "mixed", "rubbish")
-    headers = ["what is killed", "at random", "placed", "new one there", *names[3:]]
-    rows = [[row["what"], *(row[name] for name in names)] for row in results["rows"]]
-    total = ["all", *(sum(row[name] for row in results["rows"]) for name in names)]
-    return headers, [*rows, total]
 
 
 def main() -> None:
