@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-TOOLS = ("bench", "coverage", "real", "targets", "teeth")
+TOOLS = ("bench", "coverage", "real", "soak", "targets", "teeth")
 sys.path += [str(ROOT / "tools" / folder) for folder in TOOLS]
 
 import coverage_report
+import kills_report
 import libraries_report
 import measure_real
 import performance_section
@@ -107,6 +108,11 @@ def write_teeth() -> str:
             format_table(*teeth_report.tabulate_sizes(rows)),
         )
     )
+
+
+def write_kills() -> str:
+    """What killed runs left, from tools/results/kills.json."""
+    return format_table(*kills_report.tabulate(_read_result("kills")))
 
 
 def write_performance() -> str:
@@ -308,6 +314,7 @@ def write_real_weights() -> str:
 DOCUMENTS = {
     "README.md": {"target_summary": write_target_summary, "headline": write_headline},
     "rotary_export/README.md": {"xpos_lengths": write_xpos_lengths},
+    "rotary_export/bundle/README.md": {"kills": write_kills},
     "rotary_export/proof/README.md": {
         "tolerances": write_tolerances,
         "proof": write_proof,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rotary_export.bundle.atomic import check_folder, write_folder
 from rotary_export.bundle.manifest import FILE_NAME, read_manifest
+from rotary_export.bundle.paths import check_path
 from rotary_export.errors import RotaryExportError
 
 
@@ -15,6 +16,7 @@ def find_out(out: str | os.PathLike[str]) -> Path:
     """Return where a bundle is to be written, or refuse what is not a path."""
     if not isinstance(out, (str, os.PathLike)):
         raise RotaryExportError(f"out must be a path, got {out!r}")
+    check_path(out)
     return Path(out).absolute()
 
 

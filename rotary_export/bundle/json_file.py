@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rotary_export.bundle.paths import check_path
 from rotary_export.errors import RotaryExportError
 
 
@@ -15,6 +16,7 @@ def read_json(path: Path) -> Any:
     Raises:
         RotaryExportError: The file does not exist, can't be read or is not valid JSON.
     """
+    check_path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

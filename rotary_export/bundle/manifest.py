@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rotary_export.bundle.json_file import read_json
+from rotary_export.bundle.paths import check_path
+from rotary_export.bundle.staging import describe_kept
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.op import spec
 
@@ -125,9 +127,11 @@ def read_manifest(bundle_dir: Path) -> Manifest:
         RotaryExportError: It is missing, not JSON, not a manifest, of a newer version than this
             package reads, or names a file outside the bundle.
     """
+    check_path(bundle_dir)
     path = bundle_dir / FILE_NAME
     if not path.is_file():
-        raise RotaryExportError(f"{bundle_dir} is not a bundle: it has no {FILE_NAME}")
+        kept = describe_kept(bundle_dir)
+        raise RotaryExportError(f"{bundle_dir} is not a bundle: it has no {FILE_NAME}{kept}")
     data = read_json(path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise RotaryExportError(f"{path} is not a {FORMAT} manifest")

@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 import rotary_export
 from rotary_export.bundle.folder import check_out, find_out
-from rotary_export.cli.options import bundle_options, revision_option
+from rotary_export.cli.options import PathType, bundle_options, revision_option
 from rotary_export.cli.report import print_report
 from rotary_export.cli.terminal import Terminal
 from rotary_export.errors import CheckFailedError, RotaryExportError, UsageWarning
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--dim", type=int, help="Number of rotated channels of a head; even.")
 @click.option(
     "--hf-config",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="A Hugging Face config.json (or its folder), in place of --dim: any rope type.",
 )
 @click.option("--layer-type", help="Of --hf-config, where its layers have several ropes.")
@@ -134,7 +134,7 @@ def _make_rope(options: dict[str, Any]) -> Any:
 @click.option("--case", help="Compare this one case of the proof; write nothing.")
 @click.option(
     "--keep-failed",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="Folder to write the bundle to if its proof fails.",
 )
 def export_model(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 import rotary_export
-from rotary_export.cli.options import force_option, json_option
+from rotary_export.cli.options import PathType, force_option, json_option
 from rotary_export.cli.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("source", metavar="IN.onnx", type=click.Path(path_type=Path))
-@click.argument("out", metavar="[OUT.onnx]", type=click.Path(path_type=Path), required=False)
+@click.argument("source", metavar="IN.onnx", type=PathType())
+@click.argument("out", metavar="[OUT.onnx]", type=PathType(), required=False)
 @click.option(
     "--why",
     is_flag=False,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--bundle",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="Folder to write a bundle to, which verify, bench, run, deploy and serve open.",
 )
 @force_option("an existing file or bundle")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from rotary_export.cli.options import json_option
+from rotary_export.cli.options import PathType, json_option
 from rotary_export.cli.terminal import Terminal
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PathType())
 @json_option
 def inspect(path: Path, as_json: bool) -> None:
     """Print the contents of PATH, a bundle or an .onnx file."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rotary_export.bundle.manifest import TensorInfo, read_manifest
+from rotary_export.bundle.staging import describe_kept
 from rotary_export.errors import RotaryExportError
 from rotary_export.op import library as op_library
 from rotary_export.op import spec
@@ -33,7 +34,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     if path.is_dir():
         return _inspect_bundle(path)
     if not path.is_file():
-        raise RotaryExportError(f"{path} does not exist")
+        raise RotaryExportError(f"{path} does not exist{describe_kept(path)}")
     return _inspect_onnx(path)
 
 

@@ -9,6 +9,9 @@ import json
 import os
 import signal
 import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -20,7 +23,7 @@ from rotary_export.cli.fuse import fuse
 from rotary_export.cli.inspect import doctor, inspect
 from rotary_export.cli.terminal import escape
 from rotary_export.cli.verify_run import bench, run, verify
-from rotary_export.errors import CheckFailedError, RotaryExportError
+from rotary_export.errors import CheckFailedError, InterruptedWarning, RotaryExportError
 from rotary_export.package import EXPORT_PACKAGES, __version__, describe_missing
 
 
@@ -32,23 +35,26 @@ class _Group(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:  # the reader, for example `head`, has ended
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
-        except KeyboardInterrupt:
-            self._fail("interrupted", 128 + signal.SIGINT)
-        except CheckFailedError as error:
-            self._fail(str(error), 1)
-        except RotaryExportError as error:
-            self._fail(str(error), 2)
-        except ModuleNotFoundError as error:
-            if error.name not in EXPORT_PACKAGES:
-                raise
-            self._fail(describe_missing("this", error.name, "export"), 2)
-        except OSError as error:
-            self._fail(f"{error.strerror or error}: {error.filename}", 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", InterruptedWarning)
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
+            try:
+                return super().invoke(ctx)
+            except BrokenPipeError:  # the reader, for example `head`, has ended
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(0)
+            except KeyboardInterrupt:
+                self._fail("interrupted", 128 + signal.SIGINT)
+            except CheckFailedError as error:
+                self._fail(str(error), 1)
+            except RotaryExportError as error:
+                self._fail(str(error), 2)
+            except ModuleNotFoundError as error:
+                if error.name not in EXPORT_PACKAGES:
+                    raise
+                self._fail(describe_missing("this", error.name, "export"), 2)
+            except OSError as error:
+                self._fail(f"{error.strerror or error}: {error.filename}", 2)
 
     @staticmethod
     def _fail(message: str, code: int) -> None:
@@ -56,6 +62,16 @@ class _Group(click.Group):
             print(json.dumps({"error": message}))
         click.echo(f"rotary-export: {escape(message)}", err=True)
         sys.exit(code)
+
+
+def _show_warning(
+    show: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any
+) -> None:
+    """Print what was done about an interrupted run as a line; other warnings as Python does."""
+    if issubclass(category, InterruptedWarning):
+        click.echo(f"rotary-export: {escape(str(message))}", err=True)
+    else:
+        show(message, category, *where)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -9,11 +9,25 @@ from typing import Any
 import click
 
 from rotary_export.bundle.manifest import DEFAULT_FORMATS, SUFFIXES
+from rotary_export.bundle.paths import check_path
 from rotary_export.op import spec
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+
+class PathType(click.Path):
+    """The path of a file or folder."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse what is not a path, then convert."""
+        check_path(value)
+        return super().convert(value, param, ctx)
+
+
+bundle_argument = click.argument("bundle", type=PathType())
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 
 revision_option = click.option(
@@ -23,9 +37,7 @@ revision_option = click.option(
 
 def out_option(required: bool = True) -> Decorator:
     """Return `--out`, the folder that a command writes."""
-    return click.option(
-        "--out", type=click.Path(path_type=Path), required=required, help="Folder to write."
-    )
+    return click.option("--out", type=PathType(), required=required, help="Folder to write.")
 
 
 def force_option(what: str) -> Decorator:

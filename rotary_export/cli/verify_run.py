@@ -9,7 +9,13 @@ import click
 
 import rotary_export
 from rotary_export.bundle.atomic import check_file
-from rotary_export.cli.options import bundle_argument, force_option, json_option, revision_option
+from rotary_export.cli.options import (
+    PathType,
+    bundle_argument,
+    force_option,
+    json_option,
+    revision_option,
+)
 from rotary_export.cli.report import print_report
 from rotary_export.cli.terminal import Terminal
 from rotary_export.measure.timing import SECONDS
@@ -82,7 +88,7 @@ def verify(
     required=True,
     help="NAME=FILE.npy, NAME=INTEGER, or FILE.npz; may be repeated.",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The .npz to write.")
+@click.option("--out", type=PathType(), required=True, help="The .npz to write.")
 @click.option("--graph", help="Default: rotate or model, whichever the bundle has.")
 @click.option("--runtime", default="onnxruntime", show_default=True)
 @click.option("--provider", "providers", multiple=True, help="Of ONNX Runtime; may be repeated.")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
+from rotary_export.bundle.copy_files import copy_tree
 from rotary_export.bundle.manifest import Manifest
 from rotary_export.package import package_folders
 
@@ -14,4 +14,4 @@ def copy_op_library(staging: Path, manifest: Manifest, graph: str) -> None:
     del manifest, graph  # The library does not depend on the bundle.
     # More than one folder: an editable install keeps built files and sources apart.
     folders = [folder / "csrc" for folder in package_folders()]
-    shutil.copytree(next(f for f in folders if f.is_dir()), staging / "csrc")
+    copy_tree(next(f for f in folders if f.is_dir()), staging / "csrc")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rotary_export.bundle.atomic import check_folder, write_folder
+from rotary_export.bundle.copy_files import copy_file, copy_tree
 from rotary_export.bundle.folder import find_out
 from rotary_export.bundle.manifest import (
     DATA_SUFFIX,
@@ -85,15 +85,14 @@ def deploy(
         )
     with write_folder(path, force, _check_owned) as staging:
         progress(f"copy the kit {target}")
-        ignore = shutil.ignore_patterns(*NOT_COPIED)
         for folder in (*([f"{SHARED}/{known.shared}"] if known.shared else []), target):
-            shutil.copytree(KITS / folder, staging, ignore=ignore, dirs_exist_ok=True)
+            copy_tree(KITS / folder, staging, NOT_COPIED)
         fit_page(staging / "README.md", graph)
         opened = _select_formats(manifest, (known.format, known.also))
         (staging / "bundle").mkdir()
         (staging / "bundle" / MANIFEST).write_text(opened.to_json(), encoding="utf-8")
         for name in opened.files:
-            shutil.copy2(source / name, staging / "bundle" / name)
+            copy_file(source / name, staging / "bundle" / name)
         progress("run the example")
         facts = _write_example(source, staging, manifest, graph)
         if known.prepare is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
+from rotary_export.bundle.copy_files import copy_tree
 from rotary_export.bundle.manifest import Manifest
 from rotary_export.package import package_folders
 
@@ -16,8 +16,7 @@ def copy_package(to: Path) -> None:
     """Copy this package, with its op library, into a new folder."""
     # More than one folder: an editable install keeps built files and sources apart.
     for folder in package_folders():
-        ignore = shutil.ignore_patterns(*NOT_COPIED)
-        shutil.copytree(folder, to, ignore=ignore, dirs_exist_ok=True)
+        copy_tree(folder, to, NOT_COPIED)
 
 
 def prepare_ray(staging: Path, manifest: Manifest, graph: str) -> None:

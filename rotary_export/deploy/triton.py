@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from rotary_export.bundle.copy_files import copy_file, copy_tree
 from rotary_export.bundle.manifest import DATA_SUFFIX, GraphInfo, Manifest, TensorInfo
 from rotary_export.deploy.package_copy import copy_package
 from rotary_export.op import library as op_library
@@ -49,7 +49,7 @@ def write_repository(staging: Path, manifest: Manifest, graph: str) -> None:
 
     folder = _make_version(repository / f"{graph}_python")
     (staging / "model.py").rename(folder / "model.py")
-    shutil.copytree(bundle, folder / "bundle", copy_function=_link)
+    copy_tree(bundle, folder / "bundle", copy=_link)
     copy_package(folder / "rotary_export")
     types = TYPES | {"bfloat16": "TYPE_FP32"}  # the backend's numpy has no bfloat16
     python = _describe(info, "python", "model.py", batched, types=types, ragged=True)
@@ -76,7 +76,7 @@ def _write_onnxruntime(
     for name in (file, f"{file}{DATA_SUFFIX}"):
         if name in manifest.files:
             _link(bundle / name, folder / name)
-    shutil.copy2(op_library.op_library_path(), folder / op_library.LIBRARY_NAME)
+    copy_file(op_library.op_library_path(), folder / op_library.LIBRARY_NAME)
     library = f"{MOUNT}/{model.name}/1/{op_library.LIBRARY_NAME}"
     operations = f'model_operations {{ op_library_filename: "{library}" }}\n'
     _write_configs(model, _describe(info, "onnxruntime", file, batched), operations)
@@ -90,12 +90,12 @@ def _write_pytorch(bundle: Path, model: Path, info: GraphInfo, batched: bool) ->
     _write_configs(model, _describe(info, "pytorch", file, batched, names))
 
 
-def _link(source: str | Path, target: str | Path) -> None:
+def _link(source: Path, target: Path) -> None:
     """Make a hard link, so that weights are on the disk once; a copy where there are no links."""
     try:
         os.link(source, target)
     except OSError:
-        shutil.copy2(source, target)
+        copy_file(source, target)
 
 
 def _make_version(model: Path) -> Path:

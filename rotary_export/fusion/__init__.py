@@ -2,6 +2,7 @@
 
 - `fuse.py`: the one entry: `fuse`, which puts the steps together.
 - `result.py`: `FuseResult`: what was fused, what was not and why; and how it is written.
+- `write.py`: writes a model with external data, which is named by its content.
 - `read.py`: reads a model, and refuses what is damaged or too new.
 - `sort_nodes.py`: puts nodes in order, as ONNX requires and ONNX Runtime does not.
 - `normalize.py`: flat, folded, with known shapes: the form that the rules read.

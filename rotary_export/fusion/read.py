@@ -13,6 +13,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnxscript import ir
 
+from rotary_export.bundle.paths import check_path
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError, first_line
 from rotary_export.fusion.sort_nodes import sort_nodes
@@ -68,6 +69,7 @@ def read_model(model: Model) -> ir.Model:
             f"model must be an onnx.ModelProto or a path, got {type(model).__name__}"
         )
     else:
+        check_path(model)
         try:
             proto = onnx.load(model, load_external_data=False)
         except DecodeError:
@@ -116,7 +118,7 @@ def load_small_tensors(model: ir.Model) -> None:
 
     Sizes, axes and slices are among them, which shape inference and constant folding read.
     """
-    for value in _list_initializers(model):
+    for value in list_initializers(model):
         if _is_small(value.const_value):
             value.const_value = _load(value.const_value)
     for node in model.graph.all_nodes():
@@ -133,7 +135,8 @@ def _load(tensor: Any) -> ir.Tensor[Any]:
     return ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
 
 
-def _list_initializers(model: ir.Model) -> list[ir.Value]:
+def list_initializers(model: ir.Model) -> list[ir.Value]:
+    """List the initializers of a model, those of its subgraphs among them."""
     return [value for graph in model.graphs() for value in graph.initializers.values()]
 
 
@@ -141,24 +144,25 @@ def list_files(model: Model, source: ir.Model) -> tuple[Path, ...]:
     """List the files that a model was read from, or still is."""
     if isinstance(model, onnx.ModelProto):
         return ()
-    data = {Path(tensor.path).absolute() for tensor in _external_tensors(source)}
+    data = {Path(tensor.path).absolute() for tensor in list_external_tensors(source)}
     return (Path(model).absolute(), *sorted(data))
 
 
-def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
-    tensors: list[object] = [value.const_value for value in _list_initializers(model)]
+def list_external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
+    """List the tensors that are in files of their own."""
+    tensors: list[object] = [value.const_value for value in list_initializers(model)]
     tensors += [a.value for n in model.graph.all_nodes() for a in n.attributes.values()]
     return [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
 
 
 def has_external(model: ir.Model) -> bool:
     """Return whether some weights are in files of their own."""
-    return bool(_external_tensors(model))
+    return bool(list_external_tensors(model))
 
 
 def _check_external(model: ir.Model, name: str) -> None:
     ends: dict[str, int] = {}
-    for tensor in _external_tensors(model):
+    for tensor in list_external_tensors(model):
         end = (tensor.offset or 0) + (tensor.length or 0)
         ends[str(tensor.path)] = max(end, ends.get(str(tensor.path), 0))
     for path, end in ends.items():

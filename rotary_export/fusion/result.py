@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from google.protobuf.message import DecodeError
 from onnxscript import ir
 
 from rotary_export.bundle.atomic import check_file, write_files
+from rotary_export.bundle.manifest import DATA_SUFFIX
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.fusion.candidates import NotReplaced
 from rotary_export.fusion.check.compare import Check
+from rotary_export.fusion.write import list_data, write_external
 
 
 class NothingFusedError(CheckFailedError):
@@ -88,9 +89,9 @@ class FuseResult:
         """Write the model; it appears whole or not at all.
 
         Args:
-            out: The file. External data is written beside it, into `<file name>.data`, or, if that
-                is of the file that is replaced, into `<file name>.data.1`.
-            force: Replace an existing file.
+            out: The file. External data is written beside it, into `<file name>.<hash>.data`. The
+                hash is of its content, so that a file never reads the data of another.
+            force: Replace an existing file, and its data.
 
         Returns:
             Its absolute path.
@@ -102,23 +103,24 @@ class FuseResult:
         self.check_compared()
         path = Path(out).absolute()
         check_out(path, force, self.sources)
-        old = _list_data(path)
-        first, second = _name_data(path)
-        data = second if path.with_name(first) in old else first
-        with write_files(path) as staging:
-            self.write(staging / path.name, data)
-        for file in old - {path.with_name(data)}:  # until here, the old file was whole
-            file.unlink(missing_ok=True)
+        with write_files(path, list_data, self.sources) as staging:
+            if self.folder is None:
+                self.write(staging / path.name)
+            else:
+                write_external(self._read(), staging / path.name)
         return path
 
-    def write(self, file: Path, data: str | None = None) -> None:
-        """Write the model into a folder that is being made, and its external data beside it."""
+    def write(self, file: Path) -> None:
+        """Write the model into a bundle that is being made, and its external data beside it."""
         if self.folder is None:
             file.write_bytes(self.model.SerializeToString())
         else:
-            model = ir.serde.deserialize_model(self.model)
-            ir.external_data.set_base_dir(model.graph, self.folder)
-            ir.save(model, file, external_data=data or f"{file.name}.data")
+            ir.save(self._read(), file, external_data=f"{file.name}{DATA_SUFFIX}")
+
+    def _read(self) -> ir.Model:
+        model = ir.serde.deserialize_model(self.model)
+        ir.external_data.set_base_dir(model.graph, self.folder or "")
+        return model
 
     def check_compared(self) -> None:
         """Refuse to write a model that was not compared.
@@ -128,24 +130,6 @@ class FuseResult:
         """
         if not self.check.comparisons:
             raise RotaryExportError("a dry run can't be written: the model was not compared")
-
-
-def _name_data(path: Path) -> tuple[str, str]:
-    """Return the two names of external data, of which a file and its successor have one each."""
-    return f"{path.name}.data", f"{path.name}.data.1"
-
-
-def _list_data(path: Path) -> set[Path]:
-    """Return those of the two that an existing file reads."""
-    if not path.is_file():
-        return set()
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except (DecodeError, OSError):  # it is replaced, whatever it is
-        return set()
-    entries = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
-    locations = {entry.value for entry in entries if entry.key == "location"}
-    return {path.with_name(name) for name in _name_data(path) if name in locations}
 
 
 def describe_why(why: Sequence[NotReplaced]) -> dict[str, Any]:
@@ -160,10 +144,9 @@ def check_out(path: Path, force: bool, sources: Sequence[Path]) -> None:
     """Refuse to replace an existing file without `force`, and a source always.
 
     Raises:
-        RotaryExportError: It, or its external data, exists.
+        RotaryExportError: It exists, or can't be written.
     """
-    for file in (path, *map(path.with_name, _name_data(path))):
-        check_file(file, force=True)
-        if file.exists() and any(s.exists() and file.samefile(s) for s in sources):
-            raise RotaryExportError(f"{file} is read from: the input is never replaced")
-        check_file(file, force)
+    check_file(path, force=True)
+    if any(path.exists() and s.exists() and path.samefile(s) for s in sources):
+        raise RotaryExportError(f"{path} is read from: the input is never replaced")
+    check_file(path, force)

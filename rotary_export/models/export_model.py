@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rotary_export.bundle.copy_files import copy_tree
 from rotary_export.bundle.folder import check_out, find_out, write_bundle
 from rotary_export.bundle.manifest import (
     DEFAULT_FORMATS,
@@ -277,7 +277,7 @@ def _warn_of_cache(analysis: Analysis, report: Report) -> None:
 def _keep(staging: Path, path: Path, manifest: Manifest, force: bool) -> None:
     """Write a rejected bundle to a folder of its own."""
     with write_bundle(path, force) as folder:
-        shutil.copytree(staging, folder, dirs_exist_ok=True)
+        copy_tree(staging, folder)
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
 

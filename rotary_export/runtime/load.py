@@ -15,6 +15,7 @@ from rotary_export.bundle.manifest import (
     find_main_graph,
     read_manifest,
 )
+from rotary_export.bundle.paths import identify
 from rotary_export.errors import RotaryExportError
 from rotary_export.runtime.session import Session
 
@@ -55,10 +56,11 @@ def load(
         The session; `session.providers` and `session.kernel_path` name what runs.
 
     Raises:
-        RotaryExportError: The bundle is damaged, lacks the graph or the format, or what was asked
-            for by name can't run here; the message names what is missing.
+        RotaryExportError: The bundle is damaged, is replaced meanwhile, lacks the graph or the
+            format, or what was asked for by name can't run here; the message names what is missing.
     """
     path = Path(bundle_dir)
+    folder = identify(path)
     manifest = read_manifest(path)
     if not allow_failed:
         check_passed(path, manifest)
@@ -78,7 +80,10 @@ def load(
         )
     file = files[RUNTIMES[runtime]]
     check_files(path, manifest, [n for n in manifest.files if n in (file, f"{file}{DATA_SUFFIX}")])
-    return open_session(path, manifest, graph, runtime, providers, use_op_library, require_fused)
+    session = open_session(path, manifest, graph, runtime, providers, use_op_library, require_fused)
+    if identify(path) != folder:
+        raise RotaryExportError(f"{path} was replaced while it was being loaded: load it again")
+    return session
 
 
 def open_session(

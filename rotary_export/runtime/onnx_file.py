@@ -13,6 +13,7 @@ from typing import Any
 
 from rotary_export.bundle.dims import BATCH, PAST, SEQ, TOTAL
 from rotary_export.bundle.manifest import GraphInfo, Manifest, TensorInfo
+from rotary_export.bundle.paths import check_path
 from rotary_export.errors import RotaryExportError
 from rotary_export.op import spec
 from rotary_export.runtime.load import open_session
@@ -45,6 +46,7 @@ def read_onnx_file(path: Path) -> Manifest:
     import onnx
     from google.protobuf.message import DecodeError
 
+    check_path(path)
     try:
         model = onnx.load(path, load_external_data=False)
     except (DecodeError, OSError) as error:

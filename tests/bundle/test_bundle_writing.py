@@ -9,6 +9,7 @@ from helpers.bundles import make_rope, read_tree
 
 import rotary_export
 from rotary_export import RotaryExportError
+from rotary_export.bundle import atomic
 from rotary_export.bundle.manifest import GraphInfo, read_manifest
 from rotary_export.errors import CheckFailedError
 from rotary_export.exporters import export as exporter
@@ -101,6 +102,7 @@ def test_a_failing_rename_leaves_the_old_bundle(tmp_path, quick, error, at):
     export_quick(out)
     before = read_tree(tmp_path)
     rename, calls = Path.rename, []
+    quick.setattr(atomic, "exchange", lambda *_: False)  # as on a system that can't
 
     def fail(self, target):
         calls.append(self)
@@ -109,6 +111,20 @@ def test_a_failing_rename_leaves_the_old_bundle(tmp_path, quick, error, at):
         return rename(self, target)
 
     quick.setattr(Path, "rename", fail)
+    with pytest.raises((RotaryExportError, KeyboardInterrupt)):
+        export_quick(out, opset=24, force=True)
+    assert read_tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [OSError(5, "I/O error"), KeyboardInterrupt()], ids=repr)
+def test_a_failing_exchange_leaves_the_old_bundle(tmp_path, quick, error):
+    def fail(*_):
+        raise error
+
+    out = tmp_path / "b"
+    export_quick(out)
+    before = read_tree(tmp_path)
+    quick.setattr(atomic, "exchange", fail)
     with pytest.raises((RotaryExportError, KeyboardInterrupt)):
         export_quick(out, opset=24, force=True)
     assert read_tree(tmp_path) == before
@@ -132,6 +148,19 @@ def test_a_bundle_that_came_in_the_meantime_stays(tmp_path, quick):
         return Report()
 
     quick.setattr(exporter, "compare_plain", compare)
-    with pytest.raises(RotaryExportError, match="can't be written: Directory not empty"):
+    with pytest.raises(RotaryExportError, match="b exists and is not a bundle"):
         export_quick(tmp_path / "b")
     assert read_tree(tmp_path) == {"b": None, "b/theirs": b"theirs"}
+
+
+def test_a_file_that_came_into_the_old_bundle_in_the_meantime_stays(tmp_path, quick):
+    def compare(*_):
+        (tmp_path / "b" / "theirs").write_text("theirs")
+        return Report()
+
+    export_quick(tmp_path / "b")
+    before = read_tree(tmp_path)
+    quick.setattr(exporter, "compare_plain", compare)
+    with pytest.raises(RotaryExportError, match="b contains 'theirs', which is not of the bundle"):
+        export_quick(tmp_path / "b", opset=24, force=True)
+    assert read_tree(tmp_path) == before | {"b/theirs": b"theirs"}

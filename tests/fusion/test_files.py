@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -82,14 +83,33 @@ def test_the_input_is_never_replaced(tmp_path):
     save_external(source, data.name)
     (tmp_path / "link.onnx").symlink_to(source)
     before = source.read_bytes(), data.read_bytes()
+    (tmp_path / "hard.onnx").hardlink_to(source)
     result = rotary_export.fuse(source)
-    for out, file in (("in.onnx", "in.onnx"), ("link.onnx", "link.onnx"), ("out.onnx", data.name)):
-        with pytest.raises(RotaryExportError, match=f"{file} is read from: the input is never"):
+    for out, message in (
+        ("in.onnx", "in.onnx is read from: the input is never replaced"),
+        ("hard.onnx", "hard.onnx is read from: the input is never replaced"),
+        (data.name, "out.onnx.data is read from: the input is never replaced"),
+        ("link.onnx", "link.onnx is a symbolic link to .*in.onnx, which is not replaced"),
+    ):
+        with pytest.raises(RotaryExportError, match=message):
             result.save(tmp_path / out, force=True)
         command = ["fuse", str(source), str(tmp_path / out), "--force"]
         assert CliRunner().invoke(cli, command).exit_code == 2
     assert (source.read_bytes(), data.read_bytes()) == before
-    assert list_names(tmp_path) == {"in.onnx", "link.onnx", "out.onnx.data"}
+    assert list_names(tmp_path) == {"in.onnx", "link.onnx", "hard.onnx", "out.onnx.data"}
+
+
+def test_data_that_the_input_reads_too_is_kept(tmp_path):
+    """`out.onnx` is a copy of the input: both name `out.onnx.data`."""
+    source, out, data = (tmp_path / name for name in ("in.onnx", "out.onnx", "out.onnx.data"))
+    save_external(source, data.name)
+    out.write_bytes(source.read_bytes())
+    before = source.read_bytes(), data.read_bytes()
+    rotary_export.fuse(source).save(out, force=True)
+    assert (source.read_bytes(), data.read_bytes()) == before
+    (new,) = list_names(tmp_path) - {"in.onnx", "out.onnx", "out.onnx.data"}
+    rotary_export.fuse(source).save(out, force=True)
+    assert list_names(tmp_path) == {"in.onnx", "out.onnx", "out.onnx.data", new}
 
 
 def test_what_can_t_be_written_leaves_nothing(file, tmp_path):
@@ -123,7 +143,9 @@ def test_external_data_is_read_and_written_as_such(tmp_path):
     assert result.folder == source.parent
     assert len(result.model.SerializeToString()) < 30_000
     result.save(out)
-    assert list_names(out.parent) == {"out.onnx", "out.onnx.data"}
+    (written,) = list_names(out.parent) - {"out.onnx"}
+    digest = hashlib.sha256((out.parent / written).read_bytes()).hexdigest()
+    assert written == f"out.onnx.{digest[:16]}.data"
     assert (source.parent / "weights.bin").read_bytes() == data
     case = make_feeds(2, 5)
     for got, want in zip(run(onnx.load(out), case), run(onnx.load(source), case), strict=True):
@@ -159,12 +181,24 @@ def test_a_file_with_external_data_is_replaced_at_once(tmp_path, monkeypatch):
         patch.setattr(os, "replace", stop_at_the_graph)
         with pytest.raises(KeyboardInterrupt):
             results[1].save(out, force=True)
-    assert moved == ["out.onnx.data.1", "out.onnx"]
+    assert len(moved) == 2
+    assert moved[1] == "out.onnx"
+    assert not (tmp_path / moved[0]).exists()
     np.testing.assert_allclose(run(onnx.load(out), case)[-1], old, rtol=0, atol=2e-5)
     for result, want in ((results[1], new), (results[0], old)):
         result.save(out, force=True)
         np.testing.assert_allclose(run(onnx.load(out), case)[-1], want, rtol=0, atol=4e-5)
         assert len([name for name in list_names(tmp_path) if name.startswith("out.onnx.")]) == 1
+
+
+@pytest.mark.parametrize("name", ["x" * 250 + ".onnx", "\N{SNOWMAN}" * 83 + ".onnx", "data"])
+def test_names_may_be_as_long_as_the_system_allows(tmp_path, name):
+    source, out = tmp_path / "in.onnx", tmp_path / name
+    save_external(source)
+    for _ in range(2):
+        rotary_export.fuse(source).save(out, force=True)
+        assert len(list_names(tmp_path)) == 4
+    run(onnx.load(out), make_feeds(2, 5))
 
 
 @pytest.mark.parametrize("damage", ["missing", "short"])
@@ -228,13 +262,13 @@ def test_small_tensors_of_external_data_are_read(tmp_path, threshold):
 
 def test_data_of_which_all_is_small_is_never_replaced(tmp_path):
     onnx.save(
-        make_model(), tmp_path / "in.onnx", save_as_external_data=True, location="out.onnx.data",
+        make_model(), tmp_path / "in.onnx", save_as_external_data=True, location="out.onnx",
         size_threshold=0,
     )  # fmt: skip
-    before = (tmp_path / "out.onnx.data").read_bytes()
+    before = (tmp_path / "out.onnx").read_bytes()
     with pytest.raises(RotaryExportError, match="is read from: the input is never replaced"):
         rotary_export.fuse(tmp_path / "in.onnx").save(tmp_path / "out.onnx", force=True)
-    assert (tmp_path / "out.onnx.data").read_bytes() == before
+    assert (tmp_path / "out.onnx").read_bytes() == before
 
 
 def test_a_small_tensor_of_a_constant_node_is_read(tmp_path):

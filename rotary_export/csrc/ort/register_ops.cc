@@ -25,8 +25,9 @@ constexpr Describe kProviders[] = {DescribeOp};
 constexpr int kOpCount = kTypePairCount * (sizeof kProviders / sizeof kProviders[0]);
 
 // Sessions keep plain pointers to the domain and its ops, and ORT does not report when the last
-// session ends: a registration lives as long as the process. Each runtime in the process has one;
-// usually there is one runtime.
+// session ends: a registration lives as long as the process. So does the library, which ORT would
+// unload with that session (nodelete in CMakeLists.txt). Each runtime in the process has one
+// registration; usually there is one runtime.
 struct Registration {
   const OrtApi* api;
   OrtCustomOpDomain* domain;
