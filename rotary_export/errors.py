@@ -1,8 +1,23 @@
-"""The exceptions of the package."""
+"""The exceptions of the package, and how text of other people's files is shown."""
+
+
+def escape(text: str) -> str:
+    """Return a text without control codes, line ends and halves of surrogates: one line.
+
+    Names and messages in files of others must reach neither a terminal nor a log as they are.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class RotaryExportError(ValueError):
-    """A user's mistake or an unusable file: one sentence that names the thing and the value."""
+    """A user's mistake or an unusable file: one sentence that names the thing and the value.
+
+    Args:
+        message: The sentence; what it quotes of a file is escaped here.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(escape(message.strip().replace("\n", " ")))
 
 
 class CheckFailedError(RotaryExportError):

@@ -21,6 +21,7 @@ FILE_NAME = "manifest.json"
 FORMAT = "rotary_export.bundle"
 FORMAT_VERSION = 1
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "program": ".pt2", "aoti": ".aoti.pt2"}
+CODE_FORMATS = ("torchscript", "program", "aoti")  # opening such a file can run code in it
 DEFAULT_FORMATS = ("onnx", "torchscript", "program")
 MAIN_GRAPHS = ("rotate", "model")  # a bundle has one of them
 DATA_SUFFIX = ".data"  # of the file beside GRAPH.onnx that contains a large model's weights
@@ -123,11 +124,12 @@ def read_manifest(bundle_dir: Path) -> Manifest:
 
     Raises:
         RotaryExportError: It is missing, not JSON, not a manifest, of a newer version than this
-            package reads, or names a file outside the bundle.
+            package reads, or names a file outside the bundle; or the folder contains a symlink.
     """
     path = bundle_dir / FILE_NAME
     if not path.is_file():
         raise RotaryExportError(f"{bundle_dir} is not a bundle: it has no {FILE_NAME}")
+    _check_links(bundle_dir)
     data = read_json(path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise RotaryExportError(f"{path} is not a {FORMAT} manifest")
@@ -161,6 +163,17 @@ def read_manifest(bundle_dir: Path) -> Manifest:
         if name not in manifest.files:
             raise RotaryExportError(f"{path} has no sha256 of {name!r}")
     return manifest
+
+
+def _check_links(bundle_dir: Path) -> None:
+    """Refuse a folder with symlinks, by which files outside would be read."""
+    for entry in bundle_dir.rglob("*"):
+        if entry.is_symlink():
+            raise RotaryExportError(
+                f"{bundle_dir} contains {str(entry.relative_to(bundle_dir))!r}, a symlink to "
+                f"{str(entry.readlink())!r}: a bundle has files alone (cp -rL copies what links "
+                "name)"
+            )
 
 
 def _check_version(path: Path, what: str, got: object, known: int) -> None:
@@ -209,6 +222,20 @@ def find_main_graph(bundle_dir: Path, manifest: Manifest) -> str:
         f"the bundle {bundle_dir} has no graph {' or '.join(map(repr, MAIN_GRAPHS))}; it has "
         f"{', '.join(manifest.graphs)}"
     )
+
+
+def check_openable(path: Path, manifest: Manifest, allow_code: bool) -> None:
+    """Refuse a bundle with a graph of which no file may be opened.
+
+    Raises:
+        RotaryExportError: All its files are of formats whose code may run, which is not allowed.
+    """
+    for name, graph in manifest.graphs.items():
+        if not allow_code and graph.files.keys() <= {*CODE_FORMATS}:
+            raise RotaryExportError(
+                f"{path} has {name} as {', '.join(graph.files)} alone, whose code may run here: "
+                "allow_code=True (--allow-code) opens them if you trust their author"
+            )
 
 
 def check_passed(path: Path, manifest: Manifest) -> None:

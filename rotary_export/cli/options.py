@@ -16,6 +16,9 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 
+allow_code_option = click.option(
+    "--allow-code", is_flag=True, help="Open TorchScript and .pt2 files, whose code may run here."
+)
 revision_option = click.option(
     "--revision", help="Of a SOURCE on the hub: a branch, a tag or a commit."
 )

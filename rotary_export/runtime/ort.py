@@ -50,7 +50,7 @@ class OrtSession(Session):
         check_version(ort.__version__, minimum_onnxruntime["fused" if fused else "portable"])
 
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised; logged, they would have raw names
         try:
             if fused:
                 options.register_custom_ops_library(str(op_library.op_library_path()))

@@ -279,12 +279,12 @@ BUNDLES = {
     "emptied": (lambda b: write(b, "rotate.onnx", b""), {}, NOT_OURS),
     "missing pt": (
         lambda b: (b / "rotate.pt").unlink(),
-        {"runtime": "torchscript"},
+        {"runtime": "torchscript", "allow_code": True},
         "rotate.pt is missing from the bundle",
     ),
     "changed pt2": (
         lambda b: write(b, "rotate.pt2", b"PK"),
-        {"runtime": "program"},
+        {"runtime": "program", "allow_code": True},
         f"rotate.pt2 in {{bundle}} {NOT_OURS}",
     ),
     "not ONNX": (
@@ -294,12 +294,12 @@ BUNDLES = {
     ),
     "not TorchScript": (
         lambda b: write(b, "rotate.pt", b"garbage", hashed=True),
-        {"runtime": "torchscript"},
+        {"runtime": "torchscript", "allow_code": True},
         "can't load rotate.pt: ",
     ),
     "not a program": (
         lambda b: write(b, "rotate.pt2", b"garbage", hashed=True),
-        {"runtime": "program"},
+        {"runtime": "program", "allow_code": True},
         "can't load rotate.pt2: ",
     ),
     "graph": (None, {"graph": "model"}, "has no graph 'model'; it has tables, rotate"),
@@ -311,19 +311,19 @@ BUNDLES = {
     ),
     "format": (
         lambda b: edit_graph(b, files={"onnx": "rotate.onnx"}),
-        {"runtime": "program"},
+        {"runtime": "program", "allow_code": True},
         "runtime 'program' needs rotate.pt2, but the bundle was exported with formats onnx",
     ),
     "provider": (None, {"providers": ["X"]}, "X is not in this ONNX Runtime; it has "),
     "providers": (
         None,
-        {"runtime": "program", "providers": ["CPUExecutionProvider"]},
+        {"runtime": "program", "allow_code": True, "providers": ["CPUExecutionProvider"]},
         "providers are ONNX Runtime's; 'program' has none",
     ),
     "use_op_library": (None, {"use_op_library": "x"}, "use_op_library must be 'auto', True or"),
     "library for torch": (
         None,
-        {"runtime": "torchscript", "use_op_library": True},
+        {"runtime": "torchscript", "allow_code": True, "use_op_library": True},
         "use_op_library=True: the op library is for ONNX Runtime, not 'torchscript'",
     ),
 }
