@@ -1,5 +1,8 @@
 """The exceptions of the package, and how text of other people's files is shown."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def escape(text: str) -> str:
     """Return a text without control codes, line ends and halves of surrogates: one line.
@@ -26,6 +29,27 @@ class CheckFailedError(RotaryExportError):
 
 class UsageWarning(UserWarning):
     """A bundle is right, but easy to use wrongly; its report has the same sentence as a note."""
+
+
+@contextmanager
+def explain_damage(what: str) -> Iterator[None]:
+    """Turn what a file of unexpected contents raises into one clear error.
+
+    Args:
+        what: What can't be done with which file.
+
+    Raises:
+        RotaryExportError: With `what`, and what was found.
+    """
+    try:
+        yield
+    except RotaryExportError:
+        raise
+    except Exception as error:  # KeyError, DecodeError, RuntimeError, ... by the damage
+        if isinstance(error, OSError):
+            raise RotaryExportError(f"{what}: {first_line(error)}") from error
+        found = f"{type(error).__name__}: {first_line(error)}"
+        raise RotaryExportError(f"{what}, its contents do not fit: {found}") from error
 
 
 def first_line(error: BaseException) -> str:

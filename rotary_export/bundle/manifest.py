@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rotary_export.bundle import schema
 from rotary_export.bundle.json_file import read_json
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.op import spec
@@ -130,30 +131,30 @@ def read_manifest(bundle_dir: Path) -> Manifest:
     if not path.is_file():
         raise RotaryExportError(f"{bundle_dir} is not a bundle: it has no {FILE_NAME}")
     _check_links(bundle_dir)
-    data = read_json(path)
+    data = read_json(path, is_finite=True)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise RotaryExportError(f"{path} is not a {FORMAT} manifest")
     _check_version(path, "format_version", data.get("format_version"), FORMAT_VERSION)
+    op = data.get("op")
+    if isinstance(op, dict):
+        _check_version(path, "op version", op.get("version"), spec.OP_VERSION)
     try:
-        _check_version(path, "op version", data["op"]["version"], spec.OP_VERSION)
-        manifest = Manifest(
-            name=str(data["name"]),
-            config=dict(data["config"]),
-            dtype=str(data["dtype"]),
-            opset=int(data["opset"]),
-            graphs={name: _read_graph(graph) for name, graph in data["graphs"].items()},
-            minimum_onnxruntime={
-                how: str(data["minimum_onnxruntime"][how]) for how in ("fused", "portable")
-            },
-            producers=dict(data["producers"]),
-            files=dict(data["files"]),
-            parity=dict(data["parity"]),
-            compiled_for={str(k): str(v) for k, v in data.get("compiled_for", {}).items()},
-        )
-    except RotaryExportError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise RotaryExportError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+        schema.check(data, schema.MANIFEST)
+        graphs = {name: _read_graph(graph) for name, graph in data["graphs"].items()}
+    except ValueError as error:
+        raise RotaryExportError(f"{path} is damaged: {error}") from None
+    manifest = Manifest(
+        name=data["name"],
+        config=data["config"],
+        dtype=data["dtype"],
+        opset=data["opset"],
+        graphs=graphs,
+        minimum_onnxruntime=data["minimum_onnxruntime"],
+        producers=data["producers"],
+        files=data["files"],
+        parity=data["parity"],
+        compiled_for=data.get("compiled_for", {}),
+    )
     compiled = any("aoti" in graph.files for graph in manifest.graphs.values())
     if compiled and manifest.compiled_for.keys() != {"system", "machine", "instruction_set"}:
         raise RotaryExportError(f"{path} does not name the machine that its compiled graphs need")
@@ -184,30 +185,39 @@ def _check_version(path: Path, what: str, got: object, known: int) -> None:
 
 
 def _read_graph(data: Mapping[str, Any]) -> GraphInfo:
-    def tensors(key: str) -> tuple[TensorInfo, ...]:
-        return tuple(
-            TensorInfo(
-                str(t["name"]),
-                str(t["dtype"]),
-                tuple(t["shape"]),
-                None if t["limits"] is None else (int(t["limits"][0]), int(t["limits"][1])),
-            )
-            for t in data[key]
+    """Read a graph that fits the schema.
+
+    Raises:
+        ValueError: What the schema can't state.
+    """
+
+    def read_tensor(tensor: Mapping[str, Any]) -> TensorInfo:
+        limits = tensor["limits"]
+        if limits is not None and len(limits) != 2:
+            raise ValueError(f"the limits of {tensor['name']} must be two, got {limits}")
+        return TensorInfo(
+            tensor["name"],
+            tensor["dtype"],
+            tuple(tensor["shape"]),
+            None if limits is None else (limits[0], limits[1]),
         )
 
-    files = {str(kind): str(file) for kind, file in data["files"].items()}
+    files = data["files"]
     if not files or not files.keys() <= SUFFIXES.keys():
         raise ValueError(f"files must be by format, of {', '.join(SUFFIXES)}, got {files}")
+    inputs, outputs = (tuple(map(read_tensor, data[key])) for key in ("inputs", "outputs"))
+    for tensors in (inputs, outputs):
+        names = [info.name for info in tensors]
+        if not names or len({*names}) < len(names):
+            raise ValueError(f"inputs and outputs must have different names, got {names}")
     return GraphInfo(
-        tensors("inputs"),
-        tensors("outputs"),
+        inputs,
+        outputs,
         files,
-        int(data["rotary_nodes"]),
-        str(data["function_body"]),
-        *(
-            {str(name): int(size) for name, size in data.get(key, {}).items()}
-            for key in ("max_size", "min_size")
-        ),
+        data["rotary_nodes"],
+        data["function_body"],
+        data.get("max_size", {}),
+        data.get("min_size", {}),
     )
 
 

@@ -26,7 +26,7 @@ from rotary_export.bundle.manifest import FILE_NAME as MANIFEST
 from rotary_export.deploy.example import SHAPE, make_example
 from rotary_export.deploy.page import fit_page
 from rotary_export.deploy.targets import TARGETS
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import RotaryExportError, explain_damage
 from rotary_export.package import __version__
 from rotary_export.proof.sample_inputs import fit_shapes
 from rotary_export.runtime.load import RUNTIMES, open_session
@@ -100,10 +100,11 @@ def deploy(
         for name in opened.files:
             shutil.copy2(source / name, staging / "bundle" / name)
         progress("run the example")
-        facts = _write_example(source, staging, manifest, graph, allow_code)
-        if known.prepare is not None:
-            progress(f"write the files of {target} for this bundle")
-            known.prepare(staging, opened, graph)
+        with explain_damage(f"{source} can't be deployed"):
+            facts = _write_example(source, staging, manifest, graph, allow_code)
+            if known.prepare is not None:
+                progress(f"write the files of {target} for this bundle")
+                known.prepare(staging, opened, graph)
         kit = {"target": target, "rotary_export": __version__, **facts}
         (staging / FILE_NAME).write_text(json.dumps(kit, indent=1) + "\n", encoding="utf-8")
     return path

@@ -13,7 +13,7 @@ from rotary_export.bundle.manifest import (
     find_main_graph,
     read_manifest,
 )
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import RotaryExportError, explain_damage
 from rotary_export.measure.machine import describe_machine
 from rotary_export.measure.timing import (
     SECONDS,
@@ -177,8 +177,11 @@ def bench_graph(
 
     rows: list[Measurement] = []
     noise = 0.0
-    for batch_size, seq_len in fit_shapes(manifest, name, shapes):
-        inputs = make_inputs(manifest, name, batch_size, seq_len)
+    with explain_damage(f"no inputs can be made for {path}"):
+        fitted = fit_shapes(manifest, name, shapes)
+    for batch_size, seq_len in fitted:
+        with explain_damage(f"no inputs can be made for {path}"):
+            inputs = make_inputs(manifest, name, batch_size, seq_len)
         progress(f"time batch_size={batch_size}, seq_len={seq_len}")
         calls = {name: _bind(session, inputs) for name, session in sessions.items()}
         if not rows:

@@ -65,6 +65,10 @@ def compare_plain(
     config = read_config(manifest.config)
     if missing := {"tables", "rotate"} - manifest.graphs.keys():
         raise RotaryExportError(f"the manifest has no graph {', '.join(sorted(missing))}")
+    if manifest.graphs["tables"].outputs != config.rope.describe_tables(
+        config.max_seq_len
+    ):  # before any is made
+        raise RotaryExportError("the manifest's graph 'tables' is not of its config")
     for info in manifest.graphs.values():
         check_rotary_nodes(path, info)
     stored = {

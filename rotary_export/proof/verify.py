@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from rotary_export.bundle.manifest import check_files, check_openable, read_manifest
+from rotary_export.errors import RotaryExportError, explain_damage
 from rotary_export.proof.models.compare import GRAPH, compare_model, remake_cases
 from rotary_export.proof.plain import compare_plain
 from rotary_export.proof.report import Report
@@ -41,10 +42,13 @@ def verify(
     manifest = read_manifest(path)
     check_files(path, manifest)
     check_openable(path, manifest, allow_code)
-    if GRAPH in manifest.graphs:
+    with explain_damage(f"{path} can't be verified"):
+        if GRAPH not in manifest.graphs:
+            return compare_plain(path, manifest, progress, allow_code=allow_code)
         cases = remake_cases(path, manifest, allow_code=allow_code)
         report = compare_model(path, manifest, cases, progress, allow_code=allow_code)
-        if FUSED in manifest.config and report.rows:
+        if not report.rows:
+            raise RotaryExportError(f"{path} has nothing that can be compared here")
+        if FUSED in manifest.config or not allow_code:
             report.reference = report.rows[0].runtime
         return report
-    return compare_plain(path, manifest, progress, allow_code=allow_code)

@@ -13,7 +13,7 @@ from typing import Any
 
 from rotary_export.bundle.dims import BATCH, PAST, SEQ, TOTAL
 from rotary_export.bundle.manifest import GraphInfo, Manifest, TensorInfo
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import RotaryExportError, explain_damage
 from rotary_export.op import spec
 from rotary_export.runtime.load import open_session
 from rotary_export.runtime.session import Session
@@ -56,7 +56,8 @@ def read_onnx_file(path: Path) -> Manifest:
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [_read_tensor(v) for v in model.graph.input if v.name not in stored]
     if not all(v.type.tensor_type.HasField("shape") for v in model.graph.output):
-        model = onnx.shape_inference.infer_shapes(model)
+        with explain_damage(f"{path} can't be read"):
+            model = onnx.shape_inference.infer_shapes(model)
     outputs = [_read_tensor(v, is_output=True) for v in model.graph.output]
     names = name_dims(inputs)
     bodies = [f for f in model.functions if (f.domain, f.name) == (spec.DOMAIN, spec.OP_TYPE)]

@@ -245,13 +245,17 @@ BUNDLES = {
         "has format_version 2; this rotary_export reads up to 1",
     ),
     "newer op": (lambda b: edit_manifest(b, op=NEW_OP), {}, "has op version 2; this rotary_export"),
-    "no op": (lambda b: edit_manifest(b, op=None), {}, "is damaged: KeyError: 'op'"),
-    "no files": (lambda b: edit_manifest(b, files=None), {}, "is damaged: KeyError: 'files'"),
-    "graphs list": (lambda b: edit_manifest(b, graphs=[1]), {}, "is damaged: AttributeError"),
-    "no limits": (
-        lambda b: edit_graph(b, inputs=[{"name": "x", "dtype": "a", "shape": [], "limits": []}]),
+    "no op": (lambda b: edit_manifest(b, op=None), {}, "is damaged: it has no 'op'"),
+    "no files": (lambda b: edit_manifest(b, files=None), {}, "is damaged: it has no 'files'"),
+    "graphs list": (
+        lambda b: edit_manifest(b, graphs=[1]),
         {},
-        "is damaged: IndexError",
+        "is damaged: graphs must be an object, got [1]",
+    ),
+    "no limits": (
+        lambda b: edit_graph(b, inputs=[{"name": "x", "dtype": "int8", "shape": [], "limits": []}]),
+        {},
+        "is damaged: the limits of x must be two, got []",
     ),
     "other graph's file": (
         lambda b: edit_graph(b, files={"onnx": "tables.onnx"}),
@@ -261,12 +265,12 @@ BUNDLES = {
     "no minimum": (
         lambda b: edit_manifest(b, minimum_onnxruntime={"fused": "1.23"}),
         {},
-        "is damaged: KeyError: 'portable'",
+        "is damaged: minimum_onnxruntime has no 'portable'",
     ),
     "unknown format": (
         lambda b: edit_graph(b, files={"tf": "x"}),
         {},
-        f"is damaged: ValueError: files must be by format, of {FORMATS}, got",
+        f"is damaged: files must be by format, of {FORMATS}, got",
     ),
     "parent": (lambda b: name_file(b, "../x"), {}, f"{OUTSIDE}'../x'"),
     "absolute": (lambda b: name_file(b, "/etc/passwd"), {}, f"{OUTSIDE}'/etc/passwd'"),
