@@ -11,6 +11,7 @@ from rotary_export.bundle.manifest import CODE_FORMATS, GraphInfo
 from rotary_export.errors import CheckFailedError
 from rotary_export.graphs.plain import ZETA
 from rotary_export.op.spec import DOMAIN, OP_TYPE
+from rotary_export.runtime.onnx_file import check_locations
 from rotary_export.runtime.torch_files import open_torch_file
 from rotary_export.types import Array
 
@@ -61,6 +62,7 @@ def check_rotary_nodes(path: Path, info: GraphInfo) -> None:
     if "onnx" not in info.files:
         return
     model = onnx.load(path / info.files["onnx"], load_external_data=False)
+    check_locations(model, info.files["onnx"])
     bodies = [f for f in model.functions if (f.domain, f.name) == (DOMAIN, OP_TYPE)]
     nodes = sum((node.domain, node.op_type) == (DOMAIN, OP_TYPE) for node in model.graph.node)
     is_native = bool(bodies) and all(OP_TYPE in [n.op_type for n in f.node] for f in bodies)

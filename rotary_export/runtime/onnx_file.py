@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from rotary_export.bundle.dims import BATCH, PAST, SEQ, TOTAL
@@ -79,6 +79,31 @@ def read_onnx_file(path: Path) -> Manifest:
         minimum_onnxruntime={"fused": "1.20", "portable": "1.0"},
         producers={},
     )
+
+
+def check_location(location: str, file: str) -> None:
+    """Refuse external data outside the folder of its file.
+
+    Args:
+        location: Of the data, as the file has it.
+        file: Name of the file.
+
+    Raises:
+        RotaryExportError: It is absolute, or leads out of the folder.
+    """
+    path = PurePath(location)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise RotaryExportError(
+            f"the external data of {file} must be in its folder, got the location {location!r}"
+        )
+
+
+def check_locations(model: Any, file: str) -> None:
+    """Check the location of each weight of an `onnx.ModelProto`; as `check_location`."""
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                check_location(entry.value, file)
 
 
 def load_onnx_file(

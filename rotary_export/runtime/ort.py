@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
-from rotary_export.errors import RotaryExportError, first_line
+from rotary_export.errors import RotaryExportError, explain_damage, first_line
 from rotary_export.op import library as op_library
 from rotary_export.runtime.providers import (
     CUDA,
@@ -63,11 +63,12 @@ class OrtSession(Session):
                 f"ONNX Runtime could not start {', '.join(missing)} and would run on "
                 f"{', '.join(got)}"
             )
-        for kind, values, infos in (
-            ("inputs", self._session.get_inputs(), graph.inputs),
-            ("outputs", self._session.get_outputs(), graph.outputs),
-        ):
-            _compare_tensors(f"{file.name} has the {kind}", values, infos, graph_name)
+        with explain_damage(f"{file.name} can't be compared"):  # names may be no UTF-8
+            for kind, values, infos in (
+                ("inputs", self._session.get_inputs(), graph.inputs),
+                ("outputs", self._session.get_outputs(), graph.outputs),
+            ):
+                _compare_tensors(f"{file.name} has the {kind}", values, infos, graph_name)
         if not graph.rotary_nodes:
             kernel_path = "primitive"
         else:

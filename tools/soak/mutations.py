@@ -135,9 +135,10 @@ def try_mutation(
         path = Path(shutil.copytree(subjects / subject, folder / subject))
         shutil.copytree(subjects / "outside", folder / "outside")
         os.chdir(folder)
+        what = ""
         for _ in range(draw.choice((1, 1, 2))):
             try:
-                what = damage(draw, path, subject != "file")
+                what = " and ".join(filter(None, (what, damage(draw, path, subject != "file"))))
             except (ValueError, LookupError, OSError, TypeError, zipfile.BadZipFile):
                 break  # damaged too much to be damaged once more
             except Exception as error:
