@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 BATCH, SEQ, PAST = "batch_size", "seq_len", "past_seq_len"
+_NUMBER = re.compile("0|[1-9][0-9]{0,17}")
 TOTAL = f"{PAST} + {SEQ}"  # what a key/value cache contains after a step
 
 
@@ -28,10 +29,11 @@ def read_terms(dim: str) -> list[tuple[int, str]]:
     terms = []
     for text in dim.split(" + "):
         factor, _, name = text.partition(" * ")
-        if text.isdigit():
+        if _NUMBER.fullmatch(text):
             terms.append((int(text), ""))
         else:
-            terms.append((int(factor), name) if factor.isdigit() else (1, text))
+            multiple = _NUMBER.fullmatch(factor) and factor != "0" and name
+            terms.append((int(factor), name) if multiple else (1, text))
     return terms
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rotary_export.bundle import schema
 from rotary_export.bundle.json_file import read_json
 from rotary_export.bundle.paths import check_path
 from rotary_export.bundle.staging import describe_kept
@@ -23,6 +24,7 @@ FILE_NAME = "manifest.json"
 FORMAT = "rotary_export.bundle"
 FORMAT_VERSION = 1
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "program": ".pt2", "aoti": ".aoti.pt2"}
+CODE_FORMATS = ("torchscript", "program", "aoti")  # opening such a file can run code in it
 DEFAULT_FORMATS = ("onnx", "torchscript", "program")
 MAIN_GRAPHS = ("rotate", "model")  # a bundle has one of them
 DATA_SUFFIX = ".data"  # of the file beside GRAPH.onnx that contains a large model's weights
@@ -125,37 +127,38 @@ def read_manifest(bundle_dir: Path) -> Manifest:
 
     Raises:
         RotaryExportError: It is missing, not JSON, not a manifest, of a newer version than this
-            package reads, or names a file outside the bundle.
+            package reads, or names a file outside the bundle; or the folder contains a symlink.
     """
     check_path(bundle_dir)
     path = bundle_dir / FILE_NAME
     if not path.is_file():
         kept = describe_kept(bundle_dir)
         raise RotaryExportError(f"{bundle_dir} is not a bundle: it has no {FILE_NAME}{kept}")
-    data = read_json(path)
+    _check_links(bundle_dir)
+    data = read_json(path, is_finite=True)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise RotaryExportError(f"{path} is not a {FORMAT} manifest")
     _check_version(path, "format_version", data.get("format_version"), FORMAT_VERSION)
+    op = data.get("op")
+    if isinstance(op, dict):
+        _check_version(path, "op version", op.get("version"), spec.OP_VERSION)
     try:
-        _check_version(path, "op version", data["op"]["version"], spec.OP_VERSION)
-        manifest = Manifest(
-            name=str(data["name"]),
-            config=dict(data["config"]),
-            dtype=str(data["dtype"]),
-            opset=int(data["opset"]),
-            graphs={name: _read_graph(graph) for name, graph in data["graphs"].items()},
-            minimum_onnxruntime={
-                how: str(data["minimum_onnxruntime"][how]) for how in ("fused", "portable")
-            },
-            producers=dict(data["producers"]),
-            files=dict(data["files"]),
-            parity=dict(data["parity"]),
-            compiled_for={str(k): str(v) for k, v in data.get("compiled_for", {}).items()},
-        )
-    except RotaryExportError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise RotaryExportError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+        schema.check(data, schema.MANIFEST)
+        graphs = {name: _read_graph(graph) for name, graph in data["graphs"].items()}
+    except ValueError as error:
+        raise RotaryExportError(f"{path} is damaged: {error}") from None
+    manifest = Manifest(
+        name=data["name"],
+        config=data["config"],
+        dtype=data["dtype"],
+        opset=data["opset"],
+        graphs=graphs,
+        minimum_onnxruntime=data["minimum_onnxruntime"],
+        producers=data["producers"],
+        files=data["files"],
+        parity=data["parity"],
+        compiled_for=data.get("compiled_for", {}),
+    )
     compiled = any("aoti" in graph.files for graph in manifest.graphs.values())
     if compiled and manifest.compiled_for.keys() != {"system", "machine", "instruction_set"}:
         raise RotaryExportError(f"{path} does not name the machine that its compiled graphs need")
@@ -167,6 +170,17 @@ def read_manifest(bundle_dir: Path) -> Manifest:
     return manifest
 
 
+def _check_links(bundle_dir: Path) -> None:
+    """Refuse a folder with symlinks, by which files outside would be read."""
+    for entry in bundle_dir.rglob("*"):
+        if entry.is_symlink():
+            raise RotaryExportError(
+                f"{bundle_dir} contains {str(entry.relative_to(bundle_dir))!r}, a symlink to "
+                f"{str(entry.readlink())!r}: a bundle has files alone (cp -rL copies what links "
+                "name)"
+            )
+
+
 def _check_version(path: Path, what: str, got: object, known: int) -> None:
     if not isinstance(got, int) or not 1 <= got <= known:
         raise RotaryExportError(
@@ -175,30 +189,39 @@ def _check_version(path: Path, what: str, got: object, known: int) -> None:
 
 
 def _read_graph(data: Mapping[str, Any]) -> GraphInfo:
-    def tensors(key: str) -> tuple[TensorInfo, ...]:
-        return tuple(
-            TensorInfo(
-                str(t["name"]),
-                str(t["dtype"]),
-                tuple(t["shape"]),
-                None if t["limits"] is None else (int(t["limits"][0]), int(t["limits"][1])),
-            )
-            for t in data[key]
+    """Read a graph that fits the schema.
+
+    Raises:
+        ValueError: What the schema can't state.
+    """
+
+    def read_tensor(tensor: Mapping[str, Any]) -> TensorInfo:
+        limits = tensor["limits"]
+        if limits is not None and len(limits) != 2:
+            raise ValueError(f"the limits of {tensor['name']} must be two, got {limits}")
+        return TensorInfo(
+            tensor["name"],
+            tensor["dtype"],
+            tuple(tensor["shape"]),
+            None if limits is None else (limits[0], limits[1]),
         )
 
-    files = {str(kind): str(file) for kind, file in data["files"].items()}
+    files = data["files"]
     if not files or not files.keys() <= SUFFIXES.keys():
         raise ValueError(f"files must be by format, of {', '.join(SUFFIXES)}, got {files}")
+    inputs, outputs = (tuple(map(read_tensor, data[key])) for key in ("inputs", "outputs"))
+    for tensors in (inputs, outputs):
+        names = [info.name for info in tensors]
+        if not names or len({*names}) < len(names):
+            raise ValueError(f"inputs and outputs must have different names, got {names}")
     return GraphInfo(
-        tensors("inputs"),
-        tensors("outputs"),
+        inputs,
+        outputs,
         files,
-        int(data["rotary_nodes"]),
-        str(data["function_body"]),
-        *(
-            {str(name): int(size) for name, size in data.get(key, {}).items()}
-            for key in ("max_size", "min_size")
-        ),
+        data["rotary_nodes"],
+        data["function_body"],
+        data.get("max_size", {}),
+        data.get("min_size", {}),
     )
 
 
@@ -213,6 +236,20 @@ def find_main_graph(bundle_dir: Path, manifest: Manifest) -> str:
         f"the bundle {bundle_dir} has no graph {' or '.join(map(repr, MAIN_GRAPHS))}; it has "
         f"{', '.join(manifest.graphs)}"
     )
+
+
+def check_openable(path: Path, manifest: Manifest, allow_code: bool) -> None:
+    """Refuse a bundle with a graph of which no file may be opened.
+
+    Raises:
+        RotaryExportError: All its files are of formats whose code may run, which is not allowed.
+    """
+    for name, graph in manifest.graphs.items():
+        if not allow_code and graph.files.keys() <= {*CODE_FORMATS}:
+            raise RotaryExportError(
+                f"{path} has {name} as {', '.join(graph.files)} alone, whose code may run here: "
+                "allow_code=True (--allow-code) opens them if you trust their author"
+            )
 
 
 def check_passed(path: Path, manifest: Manifest) -> None:

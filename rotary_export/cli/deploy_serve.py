@@ -11,12 +11,13 @@ import click
 from rotary_export.bundle.json_file import read_json
 from rotary_export.cli.options import (
     Decorator,
+    allow_code_option,
     bundle_argument,
     force_option,
     json_option,
     out_option,
 )
-from rotary_export.cli.terminal import Terminal
+from rotary_export.cli.terminal import Terminal, print_line
 from rotary_export.deploy.targets import TARGETS
 from rotary_export.serving.core import MAX_BATCH_SIZE, PLATFORMS
 from rotary_export.serving.options import ENGINES, MAX_REQUEST_MIB, Options
@@ -42,8 +43,11 @@ def _complete_target(_: object, __: object, text: str) -> list[str]:
 @bundle_argument
 @out_option()
 @force_option("a folder that deploy wrote")
+@allow_code_option
 @json_option
-def deploy(target: str, bundle: Path, out: Path, force: bool, as_json: bool) -> None:
+def deploy(
+    target: str, bundle: Path, out: Path, force: bool, allow_code: bool, as_json: bool
+) -> None:
     """Write the folder that runs BUNDLE on TARGET: sources, the bundle, an example, a README.
 
     TARGET is one of those below.
@@ -53,7 +57,7 @@ def deploy(target: str, bundle: Path, out: Path, force: bool, as_json: bool) -> 
 
     terminal = Terminal(as_json)
     with terminal.progress() as progress:
-        path = write_kit(target, bundle, out, force=force, progress=progress)
+        path = write_kit(target, bundle, out, force=force, allow_code=allow_code, progress=progress)
     files = sorted(str(f.relative_to(path)) for f in path.rglob("*") if f.is_file())
     terminal.line(f"{out}: {', '.join(name for name in files if '/' not in name)}")
     terminal.line(f"read {out / 'README.md'}")
@@ -72,7 +76,7 @@ deploy.epilog = "\b\nTargets:\n" + "\n".join(
 @click.option("--name", help="Of the model; default: the bundle's.")
 @click.option("--graph", help="Default: rotate or model, whichever the bundle has.")
 @click.option("--runtime", type=click.Choice(list(PLATFORMS)), default="onnxruntime")
-@click.option("--allow-torchscript", is_flag=True, help="For --runtime torchscript: it is code.")
+@allow_code_option
 @_count_option(
     "--max-batch-size", MAX_BATCH_SIZE, "Largest number of rows of a run; 1: each request alone."
 )
@@ -96,4 +100,4 @@ def serve(engine: str, replicas: int, **options: Any) -> None:
     """
     if replicas > 1 and engine != "ray":
         raise click.UsageError(f"--replicas must be 1 for the engine {engine}, got {replicas}")
-    import_module(ENGINES[engine]).serve(Options(**options, replicas=replicas), click.echo)
+    import_module(ENGINES[engine]).serve(Options(**options, replicas=replicas), print_line)

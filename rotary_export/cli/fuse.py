@@ -12,7 +12,7 @@ import click
 
 import rotary_export
 from rotary_export.cli.options import PathType, force_option, json_option
-from rotary_export.cli.terminal import Terminal
+from rotary_export.cli.terminal import Terminal, print_error
 
 if TYPE_CHECKING:
     from rotary_export.fusion.candidates import NotReplaced
@@ -89,7 +89,7 @@ def fuse(
     except NothingFusedError as error:
         _print_why(terminal, why, error.why)
         terminal.finish({"error": str(error), "calls_fused": 0, **describe_why(error.why)})
-        click.echo(f"rotary-export: {error}", err=True)
+        print_error(str(error))
         sys.exit(1)
     written = [] if dry_run else [str(path) for path in (out, bundle) if path is not None]
     if out is not None and not dry_run:

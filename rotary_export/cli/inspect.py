@@ -30,7 +30,8 @@ def inspect(path: Path, as_json: bool) -> None:
             terminal.field(name, value)
     for name, rows in tables.items():
         headers = list(dict.fromkeys(key for row in rows for key in row))
-        terminal.line(f"\n{name}")
+        terminal.line("")
+        terminal.line(name)
         cells = [[row.get(key, "-") for key in headers] for row in rows]
         terminal.table(headers, cells, stack=True)
     terminal.finish(found)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rotary_export.bundle.manifest import TensorInfo, read_manifest
 from rotary_export.bundle.staging import describe_kept
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import RotaryExportError, explain_damage
 from rotary_export.op import library as op_library
 from rotary_export.op import spec
 from rotary_export.package import find_versions
@@ -31,11 +31,10 @@ def inspect_path(path: Path) -> dict[str, Any]:
     Raises:
         RotaryExportError: It is neither.
     """
-    if path.is_dir():
-        return _inspect_bundle(path)
-    if not path.is_file():
+    if not path.is_dir() and not path.is_file():
         raise RotaryExportError(f"{path} does not exist{describe_kept(path)}")
-    return _inspect_onnx(path)
+    with explain_damage(f"{path} can't be inspected"):
+        return _inspect_bundle(path) if path.is_dir() else _inspect_onnx(path)
 
 
 def _format_tensor(info: TensorInfo) -> str:

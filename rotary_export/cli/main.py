@@ -21,7 +21,7 @@ from rotary_export.cli.examples import format_examples
 from rotary_export.cli.export import export, export_model
 from rotary_export.cli.fuse import fuse
 from rotary_export.cli.inspect import doctor, inspect
-from rotary_export.cli.terminal import escape
+from rotary_export.cli.terminal import print_error
 from rotary_export.cli.verify_run import bench, run, verify
 from rotary_export.errors import CheckFailedError, InterruptedWarning, RotaryExportError
 from rotary_export.package import EXPORT_PACKAGES, __version__, describe_missing
@@ -60,7 +60,7 @@ class _Group(click.Group):
     def _fail(message: str, code: int) -> None:
         if click.get_current_context().meta["as_json"]:
             print(json.dumps({"error": message}))
-        click.echo(f"rotary-export: {escape(message)}", err=True)
+        print_error(message)
         sys.exit(code)
 
 

@@ -30,6 +30,9 @@ class PathType(click.Path):
 bundle_argument = click.argument("bundle", type=PathType())
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 
+allow_code_option = click.option(
+    "--allow-code", is_flag=True, help="Open TorchScript and .pt2 files, whose code may run here."
+)
 revision_option = click.option(
     "--revision", help="Of a SOURCE on the hub: a branch, a tag or a commit."
 )

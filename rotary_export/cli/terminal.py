@@ -1,4 +1,8 @@
-"""The output of commands: tables and a spinner on a terminal, plain lines in a pipe, or JSON."""
+"""The output of commands: tables and a spinner on a terminal, plain lines in a pipe, or JSON.
+
+All that the commands print passes here, where it is escaped: names in files of others must not
+reach a terminal.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import click
 from rich.console import Console
+
+from rotary_export.errors import escape
 
 Row = Sequence[object]
 READABLE_COLUMNS = 80
@@ -67,6 +74,7 @@ class Terminal:
         """
         if self._as_json:
             return
+        headers = [escape(header) for header in headers]
         cells = [[_join(cell) for cell in row] for row in rows]
         widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
         most = self._out.width if self._out.is_terminal else READABLE_COLUMNS
@@ -88,16 +96,20 @@ class Terminal:
     def progress(self) -> Iterator[Callable[[str], None]]:
         """Show the current step on standard error: a spinner, or in a pipe a line each."""
         if not self._err.is_terminal:
-            yield lambda what: self._err.print(what, soft_wrap=True)
+            yield lambda what: self._err.print(escape(what), soft_wrap=True)
             return
         with self._err.status("starting") as status:
-            yield status.update
+            yield lambda what: status.update(escape(what))
 
 
-def escape(text: str) -> str:
-    """Return a text without control codes: names in files of others must not reach a terminal."""
-    shown = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-    return "".join(shown)
+def print_line(text: str) -> None:
+    """Print a line at once, as of a server that runs on."""
+    click.echo(escape(text))
+
+
+def print_error(message: str) -> None:
+    """Print the error that ends a command."""
+    click.echo(f"rotary-export: {escape(message)}", err=True)
 
 
 def _join(cell: object) -> str:

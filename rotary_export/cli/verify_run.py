@@ -11,6 +11,7 @@ import rotary_export
 from rotary_export.bundle.atomic import check_file
 from rotary_export.cli.options import (
     PathType,
+    allow_code_option,
     bundle_argument,
     force_option,
     json_option,
@@ -34,6 +35,7 @@ from rotary_export.runtime.onnx_file import GRAPH, is_onnx_file, load_onnx_file
 @click.option("--case", help="With --model: compare this one case.")
 @click.option("--seed", type=click.IntRange(0), help="With --model: draw other inputs.")
 @click.option("--quick", is_flag=True, help="With --model: no far positions, no long sequences.")
+@allow_code_option
 @json_option
 def verify(
     bundle: Path,
@@ -42,6 +44,7 @@ def verify(
     case: str | None,
     seed: int | None,
     quick: bool,
+    allow_code: bool,
     as_json: bool,
 ) -> None:
     """Compare every graph of BUNDLE, in every runtime, with eager PyTorch and a float64 oracle.
@@ -58,7 +61,7 @@ def verify(
         import torch  # noqa: F401
 
         if source is None:
-            report = rotary_export.verify(bundle, progress)
+            report = rotary_export.verify(bundle, progress, allow_code=allow_code)
         else:
             from rotary_export.models.source import load_source
 
@@ -71,6 +74,7 @@ def verify(
                 case=case,
                 seed=seed,
                 quick=quick,
+                allow_code=allow_code,
                 progress=progress,
             )
     print_report(terminal, report.to_dict())
@@ -94,6 +98,7 @@ def verify(
 @click.option("--provider", "providers", multiple=True, help="Of ONNX Runtime; may be repeated.")
 @click.option("--no-op-library", is_flag=True, help="Run the function body.")
 @click.option("--require-fused", is_flag=True, help="Fail if the fused kernel can't run.")
+@allow_code_option
 @force_option("an existing --out")
 @json_option
 def run(
@@ -105,6 +110,7 @@ def run(
     providers: tuple[str, ...],
     no_op_library: bool,
     require_fused: bool,
+    allow_code: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -122,7 +128,7 @@ def run(
         if is_onnx_file(bundle):
             session = load_onnx_file(bundle, *wanted)
         else:
-            session = rotary_export.load(bundle, graph, runtime, *wanted)
+            session = rotary_export.load(bundle, graph, runtime, *wanted, allow_code=allow_code)
         outputs = session(**arrays)
     write_outputs(out, outputs)
     name = session.graph_name
@@ -154,8 +160,15 @@ def run(
     help="May be repeated; default: decode and prefill shapes.",
 )
 @click.option("--seconds", type=click.FloatRange(0), default=SECONDS, show_default=True)
+@allow_code_option
 @json_option
-def bench(bundle: Path, shapes: tuple[tuple[int, int], ...], seconds: float, as_json: bool) -> None:
+def bench(
+    bundle: Path,
+    shapes: tuple[tuple[int, int], ...],
+    seconds: float,
+    allow_code: bool,
+    as_json: bool,
+) -> None:
     """Time the main graph of BUNDLE on the CPU, in every installed runtime.
 
     BUNDLE may be a plain .onnx file: its inputs are drawn by their names and shapes.
@@ -172,7 +185,7 @@ def bench(bundle: Path, shapes: tuple[tuple[int, int], ...], seconds: float, as_
             manifest = describe_file(bundle)
             found = bench_graph(bundle.parent, manifest, shapes or SHAPES, seconds, progress)
         else:
-            found = bench_bundle(bundle, shapes or SHAPES, seconds, progress)
+            found = bench_bundle(bundle, shapes or SHAPES, seconds, progress, allow_code=allow_code)
     report = found.to_dict()
     terminal.table(*found.tabulate())
     terminal.line("a call of session(...), allocation of its outputs included")

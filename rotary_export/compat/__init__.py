@@ -10,6 +10,7 @@ dispatch.py           torch.utils._python_dispatch: what sees every operator, an
 pytree.py             torch.utils._pytree: nested arguments as flat lists
 sizes.py              symbolic sizes of a traced program: its shape environment, guards and ranges
 export_dims.py        the dimensions by which torch.export is told what may vary
+archives.py           the zip archives of torch: what is in them, a program loaded
 programs.py           torch.export's programs: a copy, the schema of an operator
 inductor.py           AOTInductor: compile, package, load
 modules.py            the registries of torch.nn.Module

@@ -17,6 +17,7 @@ from rotary_export.bundle.manifest import (
     DATA_SUFFIX,
     Manifest,
     check_files,
+    check_openable,
     check_passed,
     find_main_graph,
     read_manifest,
@@ -25,7 +26,7 @@ from rotary_export.bundle.manifest import FILE_NAME as MANIFEST
 from rotary_export.deploy.example import SHAPE, make_example
 from rotary_export.deploy.page import fit_page
 from rotary_export.deploy.targets import TARGETS
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import RotaryExportError, explain_damage
 from rotary_export.package import __version__
 from rotary_export.proof.sample_inputs import fit_shapes
 from rotary_export.runtime.load import RUNTIMES, open_session
@@ -45,20 +46,22 @@ def deploy(
     out: str | os.PathLike[str],
     *,
     force: bool = False,
+    allow_code: bool = False,
     progress: Progress = ignore_progress,
 ) -> Path:
     """Write the folder that runs a bundle on a target.
 
     It contains the target's kit (sources, README.md), the bundle in `bundle/` with the formats that
     the target opens, one example in `example/`, and `kit.json`. The example is `NAME.npy` of each
-    input and, in `expected/`, of each output as the bundle's TorchScript or program computes it.
-    `kit.json` lists their names.
+    input and, in `expected/`, of each output as ONNX Runtime computes it or, with `allow_code`, the
+    bundle's TorchScript or program. `kit.json` lists their names.
 
     Args:
         target: A key of `rotary_export.deploy.targets.TARGETS`.
         bundle: The bundle's folder.
         out: The folder to write. It must not exist; with `force`, deploy must have written it.
         force: Replace a folder that deploy wrote.
+        allow_code: Open the bundle's TorchScript or program, whose code may run here.
         progress: Called with the current step.
 
     Returns:
@@ -66,7 +69,8 @@ def deploy(
 
     Raises:
         RotaryExportError: The target is unknown, the bundle is damaged or lacks the format that
-            the target opens, or `out` already exists. Nothing is left behind.
+            the target opens, none of its formats may be opened here, or `out` already exists.
+            Nothing is left behind.
     """
     if target not in TARGETS:
         raise RotaryExportError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
@@ -76,6 +80,7 @@ def deploy(
     manifest = read_manifest(source)
     check_passed(source, manifest)
     check_files(source, manifest)
+    check_openable(source, manifest, allow_code)
     graph = find_main_graph(source, manifest)
     known = TARGETS[target]
     if known.format not in manifest.graphs[graph].files:
@@ -94,10 +99,11 @@ def deploy(
         for name in opened.files:
             copy_file(source / name, staging / "bundle" / name)
         progress("run the example")
-        facts = _write_example(source, staging, manifest, graph)
-        if known.prepare is not None:
-            progress(f"write the files of {target} for this bundle")
-            known.prepare(staging, opened, graph)
+        with explain_damage(f"{source} can't be deployed"):
+            facts = _write_example(source, staging, manifest, graph, allow_code)
+            if known.prepare is not None:
+                progress(f"write the files of {target} for this bundle")
+                known.prepare(staging, opened, graph)
         kit = {"target": target, "rotary_export": __version__, **facts}
         (staging / FILE_NAME).write_text(json.dumps(kit, indent=1) + "\n", encoding="utf-8")
     return path
@@ -126,15 +132,14 @@ def _select_formats(manifest: Manifest, formats: Sequence[str | None]) -> Manife
 
 
 def _write_example(
-    source: Path, staging: Path, manifest: Manifest, graph: str
+    source: Path, staging: Path, manifest: Manifest, graph: str, allow_code: bool
 ) -> dict[str, object]:
     """Write inputs and outputs of one call, and return their names and origin."""
     info = manifest.graphs[graph]
     batch_size, seq_len = next(iter(fit_shapes(manifest, graph, [SHAPE])))
     inputs = make_example(manifest, graph, batch_size, seq_len)
-    runtime = next(
-        r for r in ("torchscript", "program", "onnxruntime") if RUNTIMES[r] in info.files
-    )
+    runtimes = ("torchscript", "program") if allow_code else ()
+    runtime = next(r for r in (*runtimes, "onnxruntime") if RUNTIMES[r] in info.files)
     session = open_session(source, manifest, graph, runtime)
     outputs = session(**inputs)
     expected = staging / "example" / "expected"

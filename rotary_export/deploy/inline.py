@@ -18,6 +18,7 @@ from rotary_export.deploy.example import make_example
 from rotary_export.errors import CheckFailedError, RotaryExportError, first_line
 from rotary_export.proof.sample_inputs import fit_shapes
 from rotary_export.runtime.load import open_session
+from rotary_export.runtime.onnx_file import check_locations
 from rotary_export.runtime.providers import CPU
 from rotary_export.runtime.tensors import is_torch
 
@@ -81,6 +82,7 @@ def _read(staging: Path, manifest: Manifest, graph: str) -> Any:
 
     file = staging / "bundle" / manifest.graphs[graph].files["onnx"]
     model = onnx.load(file, load_external_data=False)
+    check_locations(model, file.name)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotary_export.compat.archives import load_program
 from rotary_export.compat.inductor import (
     compile_module,
     get_cache_folder,
@@ -53,7 +54,7 @@ def compile_program(program: Path, example: tuple[Tensor, ...], path: Path) -> N
     """
     try:
         with quiet_torch(), quiet_loaders():
-            module: Any = torch.export.load(program).module()
+            module: Any = load_program(program).module()
             files = compile_module(module, example, _make_options())
             # The sources stay behind: they name places on this machine.
             write_package(path, [file for file in files if not file.endswith(".cpp")])

@@ -144,7 +144,13 @@ def export(
             files={file.name: hash_file(file) for file in sorted(staging.iterdir())},
             compiled_for=COMPILED_FOR if "aoti" in formats else {},
         )
-        report = compare_plain(staging, manifest, lambda step: progress(f"verify {step}"), state)
+        report = compare_plain(
+            staging,
+            manifest,
+            lambda step: progress(f"verify {step}"),
+            state,
+            allow_code=True,  # it was written here
+        )
         return finish_bundle(staging, path, manifest, report)
 
 

@@ -19,6 +19,7 @@ from rotary_export.errors import RotaryExportError, first_line
 from rotary_export.fusion.sort_nodes import sort_nodes
 from rotary_export.op import spec
 from rotary_export.op.onnx_signature import OLDEST_OPSET
+from rotary_export.runtime.onnx_file import check_location
 
 Model = onnx.ModelProto | str | os.PathLike[str]
 SMALL = 1024  # bytes of a tensor that is loaded, although it is in external data
@@ -163,6 +164,7 @@ def has_external(model: ir.Model) -> bool:
 def _check_external(model: ir.Model, name: str) -> None:
     ends: dict[str, int] = {}
     for tensor in list_external_tensors(model):
+        check_location(str(tensor.location), name)
         end = (tensor.offset or 0) + (tensor.length or 0)
         ends[str(tensor.path)] = max(end, ends.get(str(tensor.path), 0))
     for path, end in ends.items():

@@ -13,7 +13,7 @@ from rotary_export.bundle.manifest import (
     find_main_graph,
     read_manifest,
 )
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import RotaryExportError, explain_damage
 from rotary_export.measure.machine import describe_machine
 from rotary_export.measure.timing import (
     SECONDS,
@@ -113,6 +113,8 @@ def bench_bundle(
     shapes: Sequence[tuple[int, int]] = SHAPES,
     seconds: float = SECONDS,
     progress: Progress = ignore_progress,
+    *,
+    allow_code: bool = False,
 ) -> BenchmarkReport:
     """Time the `rotate` or `model` graph of a bundle on the CPU.
 
@@ -122,6 +124,7 @@ def bench_bundle(
             it. A static bundle has but one shape.
         seconds: About how long to measure one shape, and the noise.
         progress: Called with what is being done.
+        allow_code: Open the formats whose code may run here, too: all but ONNX.
 
     Returns:
         The report.
@@ -131,7 +134,7 @@ def bench_bundle(
     """
     manifest = read_manifest(path)
     check_files(path, manifest, list(manifest.files))
-    return bench_graph(path, manifest, shapes, seconds, progress)
+    return bench_graph(path, manifest, shapes, seconds, progress, allow_code=allow_code)
 
 
 def bench_graph(
@@ -140,6 +143,8 @@ def bench_graph(
     shapes: Sequence[tuple[int, int]] = SHAPES,
     seconds: float = SECONDS,
     progress: Progress = ignore_progress,
+    *,
+    allow_code: bool = False,
 ) -> BenchmarkReport:
     """Time the main graph of a folder whose files were checked.
 
@@ -149,6 +154,7 @@ def bench_graph(
         shapes: As `bench_bundle`.
         seconds: As `bench_bundle`.
         progress: As `bench_bundle`.
+        allow_code: As `bench_bundle`.
 
     Raises:
         RotaryExportError: Nothing here can run it.
@@ -157,7 +163,7 @@ def bench_graph(
     graph = manifest.graphs[name]
     sessions: dict[str, Session] = {}
     skipped: dict[str, str] = {}
-    for way in list_ways(graph, manifest.compiled_for, skipped):
+    for way in list_ways(graph, manifest.compiled_for, skipped, allow_code=allow_code):
         if way is REFERENCE:
             continue  # slow by design
         progress(f"load {way.name}")
@@ -171,8 +177,11 @@ def bench_graph(
 
     rows: list[Measurement] = []
     noise = 0.0
-    for batch_size, seq_len in fit_shapes(manifest, name, shapes):
-        inputs = make_inputs(manifest, name, batch_size, seq_len)
+    with explain_damage(f"no inputs can be made for {path}"):
+        fitted = fit_shapes(manifest, name, shapes)
+    for batch_size, seq_len in fitted:
+        with explain_damage(f"no inputs can be made for {path}"):
+            inputs = make_inputs(manifest, name, batch_size, seq_len)
         progress(f"time batch_size={batch_size}, seq_len={seq_len}")
         calls = {name: _bind(session, inputs) for name, session in sessions.items()}
         if not rows:

@@ -46,6 +46,8 @@ def compare_plain(
     manifest: Manifest,
     progress: Progress = ignore_progress,
     state: Mapping[str, Tensor] | None = None,
+    *,
+    allow_code: bool,
 ) -> Report:
     """Run a plain bundle in every way and compare.
 
@@ -54,6 +56,7 @@ def compare_plain(
         manifest: Its manifest.
         progress: Called with what is being run.
         state: State dict of the module that was exported: the files must contain the same.
+        allow_code: Open the files whose code may run, too.
 
     Raises:
         CheckFailedError: The files contain other tables than `state`.
@@ -62,9 +65,16 @@ def compare_plain(
     config = read_config(manifest.config)
     if missing := {"tables", "rotate"} - manifest.graphs.keys():
         raise RotaryExportError(f"the manifest has no graph {', '.join(sorted(missing))}")
+    if manifest.graphs["tables"].outputs != config.rope.describe_tables(
+        config.max_seq_len
+    ):  # before any is made
+        raise RotaryExportError("the manifest's graph 'tables' is not of its config")
     for info in manifest.graphs.values():
         check_rotary_nodes(path, info)
-    stored = {name: read_constants(path, info) for name, info in manifest.graphs.items()}
+    stored = {
+        name: read_constants(path, info, allow_code=allow_code)
+        for name, info in manifest.graphs.items()
+    }
     fresh = config.rope.make_buffers(config.max_seq_len)
     for tables in stored["tables"].values():
         for name in tables.keys() & fresh.keys():
@@ -83,7 +93,7 @@ def compare_plain(
             setattr(graph.module, name, torch.from_numpy(value))
         if graph.name == "rotate":
             report.rows += _compare_stored(stored["rotate"], constants["rotate"], oracle)
-        _compare_graph(path, manifest, graph, config, oracle, report, progress)
+        _compare_graph(path, manifest, graph, config, oracle, report, progress, allow_code)
     return report
 
 
@@ -138,6 +148,7 @@ def _compare_graph(
     oracle: Oracle,
     report: Report,
     progress: Progress,
+    allow_code: bool,
 ) -> None:
     """Compare one graph in every way to run it; adds to the report."""
     info = manifest.graphs[graph.name]
@@ -164,7 +175,7 @@ def _compare_graph(
 
     with torch.no_grad():
         add_rows("eager", "eager", True, run_eager)
-    for way in list_ways(info, manifest.compiled_for, report.skipped):
+    for way in list_ways(info, manifest.compiled_for, report.skipped, allow_code=allow_code):
         session = way.open(path, manifest, graph.name)
 
         def run(case: Case, session: Any = session) -> list[Array]:

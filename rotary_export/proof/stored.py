@@ -5,45 +5,44 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
-import torch
 from onnx import numpy_helper
 
-from rotary_export.bundle.manifest import GraphInfo
-from rotary_export.compat.quiet import quiet_torch
+from rotary_export.bundle.manifest import CODE_FORMATS, GraphInfo
 from rotary_export.errors import CheckFailedError
 from rotary_export.graphs.plain import ZETA
 from rotary_export.op.spec import DOMAIN, OP_TYPE
+from rotary_export.runtime.onnx_file import check_locations
+from rotary_export.runtime.torch_files import open_torch_file
 from rotary_export.types import Array
 
 STORED = ("inv_freq", "scale", "cos_cache", "sin_cache", "scale_cache")
 
 
-def read_constants(path: Path, info: GraphInfo) -> dict[str, dict[str, Array]]:
+def read_constants(path: Path, info: GraphInfo, *, allow_code: bool) -> dict[str, dict[str, Array]]:
     """Read the tables that a graph's files store.
 
     Args:
         path: The bundle's folder.
         info: The graph.
+        allow_code: Open the files whose code may run, too.
 
     Returns:
         By format, but for `aoti`, arrays by buffer name.
     """
     constants: dict[str, dict[str, Array]] = {}
     for kind, file in info.files.items():
-        if kind == "aoti":
-            continue  # machine code; the bundle also contains the program
+        if kind == "aoti" or (kind in CODE_FORMATS and not allow_code):
+            continue  # of machine code the bundle also contains the program
         if kind == "onnx":
             initializers = onnx.load(path / file).graph.initializer
             arrays = {t.name: numpy_helper.to_array(t) for t in initializers}
             if ZETA in arrays:
                 arrays["scale"] = arrays[ZETA]
         elif kind == "torchscript":
-            with quiet_torch():
-                module = torch.jit.load(path / file)
+            module = open_torch_file(path / file, kind)
             arrays = {name: buffer.numpy() for name, buffer in module.named_buffers()}
         else:
-            with quiet_torch():
-                program = torch.export.load(path / file)
+            program = open_torch_file(path / file, kind)
             tensors = {**program.state_dict, **program.constants}
             arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         constants[kind] = {name: arrays[name].copy() for name in STORED if name in arrays}
@@ -63,6 +62,7 @@ def check_rotary_nodes(path: Path, info: GraphInfo) -> None:
     if "onnx" not in info.files:
         return
     model = onnx.load(path / info.files["onnx"], load_external_data=False)
+    check_locations(model, info.files["onnx"])
     bodies = [f for f in model.functions if (f.domain, f.name) == (DOMAIN, OP_TYPE)]
     nodes = sum((node.domain, node.op_type) == (DOMAIN, OP_TYPE) for node in model.graph.node)
     is_native = bool(bodies) and all(OP_TYPE in [n.op_type for n in f.node] for f in bodies)

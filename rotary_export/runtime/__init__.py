@@ -3,6 +3,7 @@
 - `load.py`: `load`, from a folder to a session.
 - `session.py`: what every session does: checked inputs, numpy or torch.
 - `ort.py`, `torch_runtime.py`, `reference_session.py`: sessions of one runtime each.
+- `torch_files.py`: opens torch's files, and refuses what it can before torch runs it.
 - `providers.py`: execution providers, and when the op library is registered.
 - `compiled.py`: which machines run a compiled graph.
 - `onnx_file.py`: a plain `.onnx` file, described as the graph of a bundle.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rotary_export.bundle.manifest import (
+    CODE_FORMATS,
     DATA_SUFFIX,
     SUFFIXES,
     Manifest,
@@ -35,6 +36,7 @@ def load(
     use_op_library: bool | str = "auto",
     require_fused: bool = False,
     allow_failed: bool = False,
+    allow_code: bool = False,
 ) -> Session:
     """Load one graph of a bundle; its files are checked against their hashes first.
 
@@ -51,6 +53,7 @@ def load(
             included; False: never.
         require_fused: Raise where our kernel would not run.
         allow_failed: Open a bundle that was kept although its proof failed.
+        allow_code: Open a file whose code may run here, as every one but an ONNX file.
 
     Returns:
         The session; `session.providers` and `session.kernel_path` name what runs.
@@ -79,6 +82,11 @@ def load(
             f"but the bundle was exported with formats {', '.join(files)}"
         )
     file = files[RUNTIMES[runtime]]
+    if RUNTIMES[runtime] in CODE_FORMATS and not allow_code:
+        raise RotaryExportError(
+            f"the runtime {runtime!r} opens {file}, whose code may run here: allow_code=True "
+            "(--allow-code) opens it if you trust its author"
+        )
     check_files(path, manifest, [n for n in manifest.files if n in (file, f"{file}{DATA_SUFFIX}")])
     session = open_session(path, manifest, graph, runtime, providers, use_op_library, require_fused)
     if identify(path) != folder:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from rotary_export.bundle.dims import BATCH, PAST, SEQ, TOTAL
 from rotary_export.bundle.manifest import GraphInfo, Manifest, TensorInfo
 from rotary_export.bundle.paths import check_path
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import RotaryExportError, explain_damage
 from rotary_export.op import spec
 from rotary_export.runtime.load import open_session
 from rotary_export.runtime.session import Session
@@ -58,7 +58,8 @@ def read_onnx_file(path: Path) -> Manifest:
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [_read_tensor(v) for v in model.graph.input if v.name not in stored]
     if not all(v.type.tensor_type.HasField("shape") for v in model.graph.output):
-        model = onnx.shape_inference.infer_shapes(model)
+        with explain_damage(f"{path} can't be read"):
+            model = onnx.shape_inference.infer_shapes(model)
     outputs = [_read_tensor(v, is_output=True) for v in model.graph.output]
     names = name_dims(inputs)
     bodies = [f for f in model.functions if (f.domain, f.name) == (spec.DOMAIN, spec.OP_TYPE)]
@@ -84,6 +85,31 @@ def read_onnx_file(path: Path) -> Manifest:
         },
         producers={},
     )
+
+
+def check_location(location: str, file: str) -> None:
+    """Refuse external data outside the folder of its file.
+
+    Args:
+        location: Of the data, as the file has it.
+        file: Name of the file.
+
+    Raises:
+        RotaryExportError: It is absolute, or leads out of the folder.
+    """
+    path = PurePath(location)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise RotaryExportError(
+            f"the external data of {file} must be in its folder, got the location {location!r}"
+        )
+
+
+def check_locations(model: Any, file: str) -> None:
+    """Check the location of each weight of an `onnx.ModelProto`; as `check_location`."""
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                check_location(entry.value, file)
 
 
 def load_onnx_file(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import RotaryExportError, explain_damage, first_line
 from rotary_export.op import library as op_library
 from rotary_export.runtime.providers import (
     CUDA,
@@ -50,7 +50,7 @@ class OrtSession(Session):
         check_version(ort.__version__, minimum_onnxruntime["fused" if fused else "portable"])
 
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised; logged, they would have raw names
         try:
             if fused:
                 options.register_custom_ops_library(str(op_library.op_library_path()))
@@ -63,12 +63,12 @@ class OrtSession(Session):
                 f"ONNX Runtime could not start {', '.join(missing)} and would run on "
                 f"{', '.join(got)}"
             )
-        names = [value.name for value in self._session.get_inputs()]
-        if names != [info.name for info in graph.inputs]:
-            raise RotaryExportError(
-                f"{file.name} has the inputs {', '.join(names)}, the manifest has others for "
-                f"{graph_name}"
-            )
+        with explain_damage(f"{file.name} can't be compared"):  # names may be no UTF-8
+            for kind, values, infos in (
+                ("inputs", self._session.get_inputs(), graph.inputs),
+                ("outputs", self._session.get_outputs(), graph.outputs),
+            ):
+                _compare_tensors(f"{file.name} has the {kind}", values, infos, graph_name)
         if not graph.rotary_nodes:
             kernel_path = "primitive"
         else:
@@ -93,7 +93,12 @@ class OrtSession(Session):
                 unsized.append(info)
                 binding.bind_output(info.name, "cpu")
                 continue
-            outputs[info.name] = _allocate(info, shape, device if wants_torch else None)
+            try:
+                outputs[info.name] = _allocate(info, shape, device if wants_torch else None)
+            except (MemoryError, ValueError, RuntimeError) as error:
+                raise RotaryExportError(
+                    f"{info.name} of shape {shape} can't be allocated: {first_line(error)}"
+                ) from None
             binding.bind_output(info.name, *_describe(outputs[info.name]))
         if device is not None and device.type == "cuda":
             sys.modules["torch"].cuda.current_stream(device).synchronize()
@@ -106,6 +111,37 @@ class OrtSession(Session):
             value = binding.get_outputs()[names.index(info.name)].numpy()
             outputs[info.name] = sys.modules["torch"].from_numpy(value) if wants_torch else value
         return {name: outputs[name] for name in names}
+
+
+_ELEMENTS = {"float": "float32", "double": "float64"}  # ONNX Runtime's names, where others
+
+
+def _compare_tensors(
+    what: str, values: Sequence[Any], infos: Sequence[TensorInfo], graph_name: str
+) -> None:
+    """Compare the inputs or outputs of a file with those of a manifest.
+
+    Raises:
+        RotaryExportError: There are others, or of other types or sizes.
+    """
+    names = [value.name for value in values]
+    if names != [info.name for info in infos]:
+        raise RotaryExportError(
+            f"{what} {', '.join(names)}, the manifest has others for {graph_name}"
+        )
+    for value, info in zip(values, infos, strict=True):
+        element = value.type.removeprefix("tensor(").removesuffix(")")
+        element = _ELEMENTS.get(element, element)
+        # ONNX Runtime gives () for an unknown rank as well.
+        dims = value.shape or info.shape
+        sizes = zip(dims, info.shape, strict=False)
+        unequal = any(a != b for a, b in sizes if isinstance(a, int) and isinstance(b, int))
+        if element != info.dtype or len(dims) != len(info.shape) or unequal:
+            dims = ", ".join(map(str, value.shape))
+            raise RotaryExportError(
+                f"{what} {value.name}: {element}({dims}), the manifest has "
+                f"{info.dtype}({', '.join(map(str, info.shape))}) for {graph_name}"
+            )
 
 
 def _name_kernel(provider: str) -> str:

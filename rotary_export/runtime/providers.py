@@ -39,7 +39,7 @@ def check_version(installed: str, minimum: str) -> None:
     """
 
     def parse(version: str) -> list[int]:
-        return [int(part) for part in re.findall(r"\d+", version)[:2]]
+        return [int(part) for part in re.findall(r"[0-9]{1,9}", version)[:2]]
 
     if parse(installed) < parse(minimum):
         raise RotaryExportError(

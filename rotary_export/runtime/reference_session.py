@@ -10,6 +10,7 @@ import numpy as np
 from onnx.reference import ReferenceEvaluator
 
 from rotary_export.bundle.manifest import GraphInfo
+from rotary_export.errors import explain_damage
 from rotary_export.op.onnx_reference import RotaryEmbedding
 from rotary_export.runtime.session import Session, Tensors
 from rotary_export.runtime.tensors import make_dtype, to_numpy, to_torch
@@ -20,12 +21,14 @@ class ReferenceSession(Session):
 
     def __init__(self, file: Path, graph_name: str, graph: GraphInfo) -> None:
         super().__init__(graph_name, graph, ("onnx.reference",), "reference")
-        self._evaluator = ReferenceEvaluator(str(file), new_ops=[RotaryEmbedding])
+        with explain_damage(f"onnx.reference can't load {file.name}"):
+            self._evaluator = ReferenceEvaluator(str(file), new_ops=[RotaryEmbedding])
 
     def _run(self, inputs: Tensors, sizes: Mapping[str, int], wants_torch: bool) -> dict[str, Any]:
         del sizes
         feeds = {name: to_numpy(value) for name, value in inputs.items()}
-        results: Any = self._evaluator.run(None, feeds)
+        with explain_damage(f"onnx.reference can't run {self.graph_name}"):
+            results: Any = self._evaluator.run(None, feeds)
         outputs = {}
         for info, value in zip(self.graph.outputs, results, strict=True):
             array = np.asarray(value).astype(make_dtype(info.dtype), copy=False)

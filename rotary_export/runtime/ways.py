@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rotary_export.bundle.manifest import GraphInfo, Manifest
+from rotary_export.bundle.manifest import CODE_FORMATS, GraphInfo, Manifest
 from rotary_export.errors import RotaryExportError
 from rotary_export.package import hide_folders
 from rotary_export.runtime.load import RUNTIMES, open_session
@@ -108,8 +108,15 @@ REFERENCE = Way("onnx.reference", "reference")
 WAYS = (PROGRAM, TORCHSCRIPT, AOTI, FUNCTION_BODY, OP_LIBRARY, REFERENCE)
 
 
+NOT_OPENED = "not opened, it is code (--allow-code, allow_code=True)"
+
+
 def list_ways(
-    graph: GraphInfo, compiled_for: Mapping[str, str], skipped: dict[str, str]
+    graph: GraphInfo,
+    compiled_for: Mapping[str, str],
+    skipped: dict[str, str],
+    *,
+    allow_code: bool,
 ) -> Iterator[Way]:
     """List the ways that can run a graph here.
 
@@ -117,12 +124,16 @@ def list_ways(
         graph: The graph; one without a rotary node is the same with the op library and without.
         compiled_for: As in the manifest.
         skipped: Receives the ways that are not available, and why.
+        allow_code: Include the ways that may run code of the files that they open.
 
     Yields:
         Ways, in the order of WAYS.
     """
     for way in WAYS:
         if way.file_format not in graph.files or (way is OP_LIBRARY and not graph.rotary_nodes):
+            continue
+        if way.file_format in CODE_FORMATS and not allow_code:
+            skipped[way.name] = NOT_OPENED
             continue
         refusal = way.find_refusal(compiled_for)
         if refusal:

@@ -48,7 +48,7 @@ class ServedModel:
         bundle_dir: The bundle's folder.
         graph: Default: "rotate" or "model", whichever the bundle has.
         runtime: A key of PLATFORMS.
-        allow_torchscript: Open a TorchScript file, whose code runs here. Without it, an error.
+        allow_code: Open a TorchScript file, whose code runs here. Without it, an error.
         max_batch_size: Largest number of rows of a run; a request of more runs alone.
         name: Of the model; default: the bundle's.
 
@@ -61,7 +61,7 @@ class ServedModel:
         datatypes: The protocol's datatype of each output.
 
     Raises:
-        RotaryExportError: As `load`; or TorchScript is not allowed.
+        RotaryExportError: As `load`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ServedModel:
         graph: str | None = None,
         runtime: str = "onnxruntime",
         *,
-        allow_torchscript: bool = False,
+        allow_code: bool = False,
         max_batch_size: int = MAX_BATCH_SIZE,
         name: str | None = None,
     ) -> None:
@@ -78,16 +78,11 @@ class ServedModel:
             raise RotaryExportError(
                 f"runtime must be one of {', '.join(PLATFORMS)}, got {runtime!r}"
             )
-        if runtime == "torchscript" and not allow_torchscript:
-            raise RotaryExportError(
-                "a TorchScript file is code that runs here: serve it with --allow-torchscript if "
-                "you trust its author"
-            )
         if max_batch_size < 1:
             raise RotaryExportError(f"max_batch_size must be >= 1, got {max_batch_size}")
         path = Path(bundle_dir)
         manifest = read_manifest(path)
-        self._session = load(path, graph, runtime)
+        self._session = load(path, graph, runtime, allow_code=allow_code)
         self._info = self._session.graph
         self._inputs = {info.name: info for info in self._info.inputs}
         self._axes = find_batch_axes(manifest, self._info)

@@ -28,7 +28,7 @@ class ModelOptions:
         name: Of the model; None: the bundle's.
         graph: None: "rotate" or "model", whichever the bundle has.
         runtime: A key of `PLATFORMS`.
-        allow_torchscript: Open a TorchScript file, whose code runs here.
+        allow_code: Open a TorchScript file, whose code runs here.
         max_batch_size: Largest number of rows of a run.
         max_batch_delay_ms: Longest time that a request waits to be batched.
     """
@@ -36,7 +36,7 @@ class ModelOptions:
     name: str | None = None
     graph: str | None = None
     runtime: str = "onnxruntime"
-    allow_torchscript: bool = False
+    allow_code: bool = False
     max_batch_size: int = MAX_BATCH_SIZE
     max_batch_delay_ms: float = 0.0
 
@@ -50,7 +50,7 @@ class ModelOptions:
             bundle_dir,
             self.graph,
             self.runtime,
-            allow_torchscript=self.allow_torchscript,
+            allow_code=self.allow_code,
             max_batch_size=self.max_batch_size,
             name=self.name,
         )

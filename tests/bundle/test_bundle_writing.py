@@ -28,7 +28,7 @@ def quick(monkeypatch):
         return GraphInfo(graph.inputs, graph.outputs, files)
 
     monkeypatch.setattr(exporter, "_write_graph", write)
-    monkeypatch.setattr(exporter, "compare_plain", lambda *_: Report())
+    monkeypatch.setattr(exporter, "compare_plain", lambda *_, **__: Report())
     return monkeypatch
 
 
@@ -134,7 +134,7 @@ def test_a_bundle_that_fails_its_proof_is_not_left(tmp_path, quick):
     off = Error(0.5, 7.0, exact=False, worst=(1, 2))
     bad = Row("rotate", "key_out", "TorchScript", "primitive", "exact", "oracle-rotate", off)
     good = Row("rotate", "query_out", "eager", "eager", "exact", "oracle-rotate")
-    quick.setattr(exporter, "compare_plain", lambda *_: Report([good, bad]))
+    quick.setattr(exporter, "compare_plain", lambda *_, **__: Report([good, bad]))
     wanted = r"rotate\.key_out by TorchScript differs from eager by 7 ulp at \(1, 2\)"
     with pytest.raises(CheckFailedError, match=wanted):
         export_quick(tmp_path / "b")
@@ -142,7 +142,7 @@ def test_a_bundle_that_fails_its_proof_is_not_left(tmp_path, quick):
 
 
 def test_a_bundle_that_came_in_the_meantime_stays(tmp_path, quick):
-    def compare(*_):
+    def compare(*_, **__):
         (tmp_path / "b").mkdir()
         (tmp_path / "b" / "theirs").write_text("theirs")
         return Report()

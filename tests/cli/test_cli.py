@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from rotary_export.cli import terminal as terminal_module
 from rotary_export.cli.examples import EXAMPLES
 from rotary_export.cli.main import cli
+from rotary_export.cli.terminal import Terminal, print_error, print_line
+from rotary_export.errors import RotaryExportError
 
 EXPORT = ["export", "--dim", "8", "--use-xpos", "--max-seq-len", "16", "--num-heads", "2"]
 
@@ -171,6 +174,32 @@ def test_control_codes_of_a_file_are_escaped(bundle, tmp_path, name, shown):
     refused = call("run", copy, "--input", "a=1", "--out", tmp_path / "o.npz")
     assert f"it has {shown}, other" in refused.stderr
     assert json.loads(call("inspect", copy, "--json").stdout)["bundle"] == name
+
+
+EVIL = "a\x1b[31m\nproven: b"
+SHOWN = "a\\x1b[31m\\nproven: b"
+
+
+def test_all_that_is_printed_is_escaped(capfd):
+    terminal = Terminal(as_json=False)
+    terminal.line(EVIL)
+    terminal.field("name", EVIL)
+    terminal.table((EVIL,), [(EVIL,)])
+    with terminal.progress() as progress:
+        progress(EVIL)
+    print_line(EVIL)
+    print_error(EVIL)
+    printed = capfd.readouterr()
+    assert printed.out == "".join(f"{line}\n" for line in (SHOWN, f"name: {SHOWN}", *[SHOWN] * 3))
+    assert printed.err == f"{SHOWN}\nrotary-export: {SHOWN}\n"
+    assert str(RotaryExportError(EVIL)) == SHOWN.replace("\\n", " ")
+
+
+def test_commands_print_through_the_terminal_alone():
+    folder = Path(terminal_module.__file__).parent
+    for file in folder.glob("*.py"):
+        printing = re.findall(r"click\.echo|\bprint\((?!json\.dumps)", file.read_text())
+        assert file.name == "terminal.py" or not printing, file.name
 
 
 def test_doctor():

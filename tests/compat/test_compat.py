@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import nn
 
-from rotary_export.compat import inductor, modules, programs, pytree, script, sizes
+from rotary_export.compat import archives, inductor, modules, programs, pytree, script, sizes
 from rotary_export.compat import transformers as transformers_names
 from rotary_export.compat import x_transformers as x_transformers_names
 from rotary_export.compat.dispatch import DispatchMode, is_in_place
@@ -48,6 +48,16 @@ def test_loggers_that_are_silenced_are_those_of_torch():
         __import__(name)
         with quiet_torch(), quiet_loaders(), warnings.catch_warnings():
             assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
+
+
+def test_an_archive_is_listed_and_its_program_loaded(program, tmp_path):
+    file = tmp_path / "halve.pt2"
+    torch.export.save(program, file)
+    names, read = archives.open_archive(file)
+    assert "models/model.json" in names
+    assert read("archive_format") == b"pt2"
+    x, y = torch.ones(7, 3), torch.ones(5, 3)
+    assert torch.equal(archives.load_program(file).module()(x, y), Halve()(x, y))
 
 
 def test_translations_are_read_once_and_custom_ones_stay_in_their_registry():

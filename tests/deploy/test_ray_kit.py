@@ -103,7 +103,7 @@ def test_a_mistake_at_the_start_is_one_line(python, tmp_path):
         port = str(taken.getsockname()[1])
         cases = [
             ("is not a bundle", [str(tmp_path)]),
-            ("--allow-torchscript", [bundle, "--runtime", "torchscript"]),
+            ("--allow-code", [bundle, "--runtime", "torchscript"]),
             ("needs a free port", [bundle, "--grpc-port", port]),
         ]
         for message, arguments in cases:

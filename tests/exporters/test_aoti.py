@@ -80,7 +80,7 @@ def test_load_refuses(refusal, tmp_path):
     compiled_for, message = REFUSALS[refusal]
     bundle = copy_bundle("plain", tmp_path)
     add_compiled(bundle, **compiled_for)
-    check_refused(message, lambda: load(bundle, runtime="aoti"), tmp_path)
+    check_refused(message, lambda: load(bundle, runtime="aoti", allow_code=True), tmp_path)
 
 
 def test_a_manifest_of_before(tmp_path):
@@ -88,5 +88,7 @@ def test_a_manifest_of_before(tmp_path):
     edit_manifest(bundle, compiled_for=None)
     assert read_manifest(bundle).compiled_for == {}
     check_refused(
-        "runtime 'aoti' needs rotate.aoti.pt2", lambda: load(bundle, runtime="aoti"), bundle
+        "runtime 'aoti' needs rotate.aoti.pt2",
+        lambda: load(bundle, runtime="aoti", allow_code=True),
+        bundle,
     )

@@ -245,13 +245,17 @@ BUNDLES = {
         "has format_version 2; this rotary_export reads up to 1",
     ),
     "newer op": (lambda b: edit_manifest(b, op=NEW_OP), {}, "has op version 2; this rotary_export"),
-    "no op": (lambda b: edit_manifest(b, op=None), {}, "is damaged: KeyError: 'op'"),
-    "no files": (lambda b: edit_manifest(b, files=None), {}, "is damaged: KeyError: 'files'"),
-    "graphs list": (lambda b: edit_manifest(b, graphs=[1]), {}, "is damaged: AttributeError"),
-    "no limits": (
-        lambda b: edit_graph(b, inputs=[{"name": "x", "dtype": "a", "shape": [], "limits": []}]),
+    "no op": (lambda b: edit_manifest(b, op=None), {}, "is damaged: it has no 'op'"),
+    "no files": (lambda b: edit_manifest(b, files=None), {}, "is damaged: it has no 'files'"),
+    "graphs list": (
+        lambda b: edit_manifest(b, graphs=[1]),
         {},
-        "is damaged: IndexError",
+        "is damaged: graphs must be an object, got [1]",
+    ),
+    "no limits": (
+        lambda b: edit_graph(b, inputs=[{"name": "x", "dtype": "int8", "shape": [], "limits": []}]),
+        {},
+        "is damaged: the limits of x must be two, got []",
     ),
     "other graph's file": (
         lambda b: edit_graph(b, files={"onnx": "tables.onnx"}),
@@ -261,12 +265,12 @@ BUNDLES = {
     "no minimum": (
         lambda b: edit_manifest(b, minimum_onnxruntime={"fused": "1.23"}),
         {},
-        "is damaged: KeyError: 'portable'",
+        "is damaged: minimum_onnxruntime has no 'portable'",
     ),
     "unknown format": (
         lambda b: edit_graph(b, files={"tf": "x"}),
         {},
-        f"is damaged: ValueError: files must be by format, of {FORMATS}, got",
+        f"is damaged: files must be by format, of {FORMATS}, got",
     ),
     "parent": (lambda b: name_file(b, "../x"), {}, f"{OUTSIDE}'../x'"),
     "absolute": (lambda b: name_file(b, "/etc/passwd"), {}, f"{OUTSIDE}'/etc/passwd'"),
@@ -279,12 +283,12 @@ BUNDLES = {
     "emptied": (lambda b: write(b, "rotate.onnx", b""), {}, NOT_OURS),
     "missing pt": (
         lambda b: (b / "rotate.pt").unlink(),
-        {"runtime": "torchscript"},
+        {"runtime": "torchscript", "allow_code": True},
         "rotate.pt is missing from the bundle",
     ),
     "changed pt2": (
         lambda b: write(b, "rotate.pt2", b"PK"),
-        {"runtime": "program"},
+        {"runtime": "program", "allow_code": True},
         f"rotate.pt2 in {{bundle}} {NOT_OURS}",
     ),
     "not ONNX": (
@@ -294,12 +298,12 @@ BUNDLES = {
     ),
     "not TorchScript": (
         lambda b: write(b, "rotate.pt", b"garbage", hashed=True),
-        {"runtime": "torchscript"},
+        {"runtime": "torchscript", "allow_code": True},
         "can't load rotate.pt: ",
     ),
     "not a program": (
         lambda b: write(b, "rotate.pt2", b"garbage", hashed=True),
-        {"runtime": "program"},
+        {"runtime": "program", "allow_code": True},
         "can't load rotate.pt2: ",
     ),
     "graph": (None, {"graph": "model"}, "has no graph 'model'; it has tables, rotate"),
@@ -311,19 +315,19 @@ BUNDLES = {
     ),
     "format": (
         lambda b: edit_graph(b, files={"onnx": "rotate.onnx"}),
-        {"runtime": "program"},
+        {"runtime": "program", "allow_code": True},
         "runtime 'program' needs rotate.pt2, but the bundle was exported with formats onnx",
     ),
     "provider": (None, {"providers": ["X"]}, "X is not in this ONNX Runtime; it has "),
     "providers": (
         None,
-        {"runtime": "program", "providers": ["CPUExecutionProvider"]},
+        {"runtime": "program", "allow_code": True, "providers": ["CPUExecutionProvider"]},
         "providers are ONNX Runtime's; 'program' has none",
     ),
     "use_op_library": (None, {"use_op_library": "x"}, "use_op_library must be 'auto', True or"),
     "library for torch": (
         None,
-        {"runtime": "torchscript", "use_op_library": True},
+        {"runtime": "torchscript", "allow_code": True, "use_op_library": True},
         "use_op_library=True: the op library is for ONNX Runtime, not 'torchscript'",
     ),
 }

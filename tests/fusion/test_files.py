@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from rotary_export.cli.main import cli
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.fusion import fuse as fuse_module
 from rotary_export.fusion.check import feeds, runs
+from rotary_export.runtime.onnx_file import check_locations
 
 
 def make_model(weights: int = 0) -> onnx.ModelProto:
@@ -523,3 +525,22 @@ def test_given_inputs_are_used():
     case = {"position_ids": np.array([[0, 1, 2, 39]])}
     result = rotary_export.fuse(make_model(), shapes=[(1, 4, 0)], inputs=[case])
     assert {row.shape.length for row in result.check.comparisons} == {4}
+
+
+@pytest.mark.parametrize("location", ["../outside.bin", "x/../../outside.bin", "/outside.bin"])
+def test_external_data_outside_the_folder_is_refused(tmp_path, location):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_external(folder / "in.onnx", "outside.bin")
+    (folder / "outside.bin").rename(tmp_path / "outside.bin")
+    model = onnx.load(folder / "in.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    (folder / "in.onnx").write_bytes(model.SerializeToString())
+    message = f"must be in its folder, got the location {location!r}"
+    with pytest.raises(RotaryExportError, match=re.escape(message)):
+        rotary_export.fuse(folder / "in.onnx")
+    with pytest.raises(RotaryExportError, match=re.escape(message)):
+        check_locations(model, "in.onnx")

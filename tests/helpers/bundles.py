@@ -38,8 +38,8 @@ PORTABLE = {"use_op_library": False}
 PATHS: dict[str, dict[str, Any]] = {
     "portable": PORTABLE,
     "fused": {"require_fused": True},
-    "torchscript": {"runtime": "torchscript"},
-    "program": {"runtime": "program"},
+    "torchscript": {"runtime": "torchscript", "allow_code": True},
+    "program": {"runtime": "program", "allow_code": True},
 }
 EXACT_PATHS = [path for path in PATHS if path != "portable"]
 

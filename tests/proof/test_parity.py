@@ -219,7 +219,7 @@ def test_a_wrong_bundle_is_caught(tmp_path, wrong):
     name, file, change, output, runtimes = WRONG[wrong]
     bundle = copy_bundle(name, tmp_path)
     edit_onnx(bundle, file, change)
-    report = verify(bundle)
+    report = verify(bundle, allow_code=True)
     failed = [row.runtime for row in report.rows if not row.passed and row.output == output]
     assert set(runtimes) <= set(failed)
     if wrong == "body":

@@ -76,7 +76,9 @@ def test_torch_files_run_where_this_package_is_not(name, tmp_path):
     run_python(RUN_TORCH, get_bundle(name).path, tmp_path / "in", tmp_path / "out")
     outputs = torch.load(tmp_path / "out")
     wants = {"rotate": list(run_eager(name, rotate).values())}
-    wants["tables"] = load(get_bundle(name), "tables", "program")(seq_len=13).values()
+    wants["tables"] = load(get_bundle(name), "tables", "program", allow_code=True)(
+        seq_len=13
+    ).values()
     for graph, want in wants.items():
         assert len(outputs[graph]) == 2
         for got in outputs[graph]:
@@ -162,7 +164,7 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.runtime import load
 
 try:
-    load(sys.argv[2], runtime=sys.argv[3])
+    load(sys.argv[2], runtime=sys.argv[3], allow_code=True)
 except RotaryExportError as error:
     print(error)
 """
@@ -190,7 +192,7 @@ def test_bfloat16_without_ml_dtypes(monkeypatch):
     with pytest.raises(RotaryExportError, match="bfloat16 numpy arrays need the package ml_dtypes"):
         make_bfloat16()
     tensors = make_tensors("bfloat16")  # torch has a bfloat16 of its own
-    for arguments in ({}, {"runtime": "program"}):
+    for arguments in ({}, {"runtime": "program", "allow_code": True}):
         outputs = load(bundle, **arguments)(**tensors)
         for key, want in run_eager("bfloat16", tensors).items():
             assert_same_bits(outputs[key], want, key)

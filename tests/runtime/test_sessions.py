@@ -252,15 +252,21 @@ def test_other_kernel_paths():
     assert load(get_bundle("float64"), **PORTABLE).kernel_path == "primitive"
     assert load(get_bundle("plain"), "tables").kernel_path == "primitive"
     for runtime in ("torchscript", "program"):
-        session = load(get_bundle("plain"), runtime=runtime)
+        session = load(get_bundle("plain"), runtime=runtime, allow_code=True)
         assert (session.kernel_path, session.providers) == ("primitive", ("CPU (torch)",))
 
 
 REFUSALS = {
     "switched off": ({"use_op_library": False}, r"require_fused: .* switched off"),
     "tables": ({"graph": "tables"}, "require_fused: the graph 'tables' has no rotary node"),
-    "torchscript": ({"runtime": "torchscript"}, "require_fused: the runtime 'torchscript' has no"),
-    "program": ({"runtime": "program"}, "require_fused: the runtime 'program' has no"),
+    "torchscript": (
+        {"runtime": "torchscript", "allow_code": True},
+        "require_fused: the runtime 'torchscript' has no",
+    ),
+    "program": (
+        {"runtime": "program", "allow_code": True},
+        "require_fused: the runtime 'program' has no",
+    ),
 }
 
 

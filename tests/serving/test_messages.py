@@ -171,7 +171,7 @@ def test_options_of_the_model_reach_it():
     assert (served.metadata["name"], served.max_batch_size) == ("other", 3)
     batcher = options.make_batcher(served, lambda _: None)
     assert batcher._delay == 0.25
-    with pytest.raises(RotaryExportError, match="--allow-torchscript"):
+    with pytest.raises(RotaryExportError, match="--allow-code"):
         ModelOptions(runtime="torchscript").open_bundle(get_bundle("plain").path)
 
 

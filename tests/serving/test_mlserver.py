@@ -236,8 +236,8 @@ def test_a_mistake_at_the_start_is_one_line(server, python, tmp_path):
         (2, "is not a bundle", [tmp_path]),
         (1, "sha256 differs", [broken]),
         (2, "has no graph 'x'; it has tables, rotate", [bundle, "--graph", "x"]),
-        (2, "--allow-torchscript", [bundle, "--runtime", "torchscript"]),
-        (2, "pip install torch", [bundle, "--runtime", "torchscript", "--allow-torchscript"]),
+        (2, "--allow-code", [bundle, "--runtime", "torchscript"]),
+        (2, "pip install torch", [bundle, "--runtime", "torchscript", "--allow-code"]),
         (2, "needs a free port", [bundle, "--http-port", server.http.rpartition(":")[2]]),
         (2, "needs a free port, got 192.0.2.1:", [bundle, "--host", "192.0.2.1"]),
     ]

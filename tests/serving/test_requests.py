@@ -242,11 +242,11 @@ def test_requests_that_do_not_fit():
 
 
 def test_torchscript_is_opened_only_where_allowed():
-    with pytest.raises(RotaryExportError, match="--allow-torchscript"):
+    with pytest.raises(RotaryExportError, match="--allow-code"):
         get_served(runtime="torchscript")
     with pytest.raises(RotaryExportError, match="runtime must be one of onnxruntime, torchscript"):
-        get_served(runtime="program", allow_torchscript=True)
-    served = get_served(runtime="torchscript", allow_torchscript=True)
+        get_served(runtime="program", allow_code=True)
+    served = get_served(runtime="torchscript", allow_code=True)
     assert served.metadata["platform"] == "pytorch_torchscript"
     requests = [make_arrays("plain", seed=seed) for seed in range(2)]
     check_eager("plain", requests, served.run_many(requests))

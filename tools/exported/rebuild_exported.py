@@ -72,7 +72,9 @@ def find_drift(old: Path, new: Path) -> Iterator[str]:
         for kind, file in info.files.items():
             if _read_structure(kind, old / file) != _read_structure(kind, new / file):
                 yield f"{file}: the graph differs"
-        old_tables, new_tables = read_constants(old, info), read_constants(new, info)
+        old_tables, new_tables = (
+            read_constants(folder, info, allow_code=True) for folder in (old, new)
+        )
         for kind, name in ((k, n) for k in new_tables for n in {**new_tables[k], **old_tables[k]}):
             stored, table = old_tables[kind].get(name), new_tables[kind].get(name)
             if stored is None or table is None or stored.shape != table.shape:

@@ -40,7 +40,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
     manifest = read_manifest(arguments.bundle)
     graph = find_main_graph(arguments.bundle, manifest)
-    session = rotary_export.load(arguments.bundle, graph, runtime="torchscript")
+    session = rotary_export.load(arguments.bundle, graph, runtime="torchscript", allow_code=True)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for index, (batch, length) in enumerate(fit_shapes(manifest, graph, SHAPES)):
         inputs = make_inputs(manifest, graph, batch, length)

@@ -125,7 +125,14 @@ def prove(
         manifest = make_manifest(limited, measured, left_out)
         report, failure, case = Report(), "", ""
         try:
-            report = compare_model(folder, manifest, measured, progress, reference.measure_again)
+            report = compare_model(
+                folder,
+                manifest,
+                measured,
+                progress,
+                reference.measure_again,
+                allow_code=True,  # it was written here
+            )
             manifest = make_manifest(limited, measured, left_out)  # noise may be measured again
             run = [each.case for each in measured]
             report.add(tables.compare(traced, names, run), {})

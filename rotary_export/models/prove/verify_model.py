@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotary_export.bundle.manifest import Manifest, check_files, read_manifest
+from rotary_export.bundle.manifest import Manifest, check_files, check_openable, read_manifest
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.analyze import analyze_model
 from rotary_export.models.arguments import (
@@ -48,6 +48,7 @@ def verify_model(
     case: str | None = None,
     seed: int | None = None,
     quick: bool = False,
+    allow_code: bool = False,
     progress: Progress = ignore_progress,
 ) -> Report:
     """Compare every format of a model's bundle with the model, as its export did.
@@ -59,6 +60,7 @@ def verify_model(
         case: Name of the one case to run; None: all that a full proof has.
         seed: Of the values of the inputs; None: that of the export.
         quick: As `export_model`.
+        allow_code: As `verify`.
         progress: Called with what is being run.
 
     Returns:
@@ -71,6 +73,7 @@ def verify_model(
     path = Path(bundle_dir)
     manifest = read_manifest(path)
     check_files(path, manifest)
+    check_openable(path, manifest, allow_code)
     if GRAPH not in manifest.graphs:
         raise RotaryExportError(f"{path} is not the bundle of a model: verify needs no model")
     plan = _read_plan(manifest, seed, quick)
@@ -93,7 +96,7 @@ def verify_model(
         cases = choose_cases([example, *plan_cases(plan)], case)
         measured = reference.measure(cases, progress)
         again = reference.measure_again
-        report = compare_model(path, manifest, measured, progress, again)
+        report = compare_model(path, manifest, measured, progress, again, allow_code=allow_code)
         if not quick and case is None and "onnx" in manifest.graphs[GRAPH].files:
             _compare_tables(manifest, model, example_inputs, path, plan, snapshot, report, progress)
     report.unverified |= reference.left_out

@@ -70,10 +70,19 @@ def read_cases(manifest: Manifest) -> list[tuple[CaseSpec, dict[str, float]]]:
         raise RotaryExportError(f"the manifest's config is damaged: {error!r}") from None
 
 
-def remake_cases(path: Path, manifest: Manifest) -> list[Measured]:
-    """Make the cases that a manifest describes; the bundle itself fills a cache."""
+def remake_cases(path: Path, manifest: Manifest, *, allow_code: bool) -> list[Measured]:
+    """Make the cases that a manifest describes; the bundle itself fills a cache.
+
+    Args:
+        path: The bundle's folder.
+        manifest: Its manifest.
+        allow_code: Whether files whose code may run are opened, too.
+
+    Raises:
+        RotaryExportError: The manifest's config is damaged, or nothing here can run the bundle.
+    """
     infos, sources = manifest.graphs[GRAPH].inputs, read_sources(manifest)
-    run = _make_runner(path, manifest)
+    run = _make_runner(path, manifest, allow_code)
     try:
         return [
             Measured(make_case(infos, sources, spec, run), None, noise)
@@ -85,14 +94,14 @@ def remake_cases(path: Path, manifest: Manifest) -> list[Measured]:
         raise RotaryExportError(f"the manifest's config is damaged: {error!r}") from None
 
 
-def _make_runner(path: Path, manifest: Manifest) -> Run:
+def _make_runner(path: Path, manifest: Manifest, allow_code: bool) -> Run:
     """Return what runs a bundle's first format that exists; it is opened by the first run."""
     info = manifest.graphs[GRAPH]
 
     @functools.cache
     def open_session() -> Any:
         failure = RotaryExportError("no runtime that is installed can run the bundle")
-        for way in list_ways(info, manifest.compiled_for, {}):
+        for way in list_ways(info, manifest.compiled_for, {}, allow_code=allow_code):
             try:
                 return way.open(path, manifest, GRAPH)
             except RotaryExportError as error:  # as ONNX Runtime's CPU for bfloat16
@@ -124,6 +133,8 @@ def compare_model(
     measured: list[Measured],
     progress: Progress,
     measure_again: Callable[[Measured], Measured] | None = None,
+    *,
+    allow_code: bool,
 ) -> Report:
     """Run a model's bundle in every way and compare.
 
@@ -134,6 +145,7 @@ def compare_model(
             bundle's first format takes its place. Receives noise that was measured again.
         progress: Called with what is being run.
         measure_again: Measures the noise of a case by more runs, before an error is final.
+        allow_code: Open the files whose code may run, too.
 
     Raises:
         CheckFailedError: A format does not run.
@@ -144,7 +156,7 @@ def compare_model(
     fused = manifest.config if FUSED in manifest.config and alone else None
     report = Report(shapes={GRAPH: [each.case.name for each in measured]})
     report.unverified = list_unverified(manifest)
-    ways = list(list_ways(info, manifest.compiled_for, report.skipped))
+    ways = [*list_ways(info, manifest.compiled_for, report.skipped, allow_code=allow_code)]
     ways = [way for way in ways if way is not REFERENCE]  # slow: only where others can't run it
     while ways:
         way = ways.pop(0)

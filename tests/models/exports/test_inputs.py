@@ -122,7 +122,7 @@ def test_is_equal_at_other_sizes(tmp_path, case):
     inputs = make_inputs(3, 11)
     with torch.no_grad():
         want = model(**inputs)
-    for options in ({}, {"use_op_library": False}, {"runtime": "program"}):
+    for options in ({}, {"use_op_library": False}, {"runtime": "program", "allow_code": True}):
         got = torch.as_tensor(load(bundle, "model", **options)(**name_inputs(inputs))["output"])
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 

@@ -54,7 +54,7 @@ def test_both_sides_of_the_switch(tmp_path, case):
     # The first rows of a longer input differ: all angles changed. No call remembers another.
     ids = torch.arange(3 * 24).reshape(3, 24) % 96
     assert abs(run_fresh(24)[:, :9] - run_fresh(9)).max() > 1e-3
-    for options in ({}, {"use_op_library": False}, {"runtime": "torchscript"}):
+    for options in ({}, {"use_op_library": False}, {"runtime": "torchscript", "allow_code": True}):
         session = load(bundle, "model", **options)
         for length in (24, 9, 17, 16):
             got = session(

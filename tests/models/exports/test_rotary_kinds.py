@@ -244,7 +244,12 @@ KINDS = {
     "autocast, bfloat16": (lambda: Autocast(torch.bfloat16), "half, channels 0 to 8, BNSH"),
     "inline": (Inline, "primitives, half"),
 }
-SESSIONS = ({}, {"use_op_library": False}, {"runtime": "torchscript"}, {"runtime": "program"})
+SESSIONS = (
+    {},
+    {"use_op_library": False},
+    {"runtime": "torchscript", "allow_code": True},
+    {"runtime": "program"},
+)
 
 
 def compare(bundle, model, inputs, tolerance=1e-5):
