@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx.reference import ReferenceEvaluator
 
 from rotary_export.bundle.manifest import GraphInfo
+from rotary_export.compat.onnx_evaluator import WideEvaluator
 from rotary_export.op.onnx_reference import RotaryEmbedding
 from rotary_export.runtime.session import Session, Tensors
 from rotary_export.runtime.tensors import make_dtype, to_numpy, to_torch
@@ -20,7 +20,7 @@ class ReferenceSession(Session):
 
     def __init__(self, file: Path, graph_name: str, graph: GraphInfo) -> None:
         super().__init__(graph_name, graph, ("onnx.reference",), "reference")
-        self._evaluator = ReferenceEvaluator(str(file), new_ops=[RotaryEmbedding])
+        self._evaluator = WideEvaluator(str(file), new_ops=[RotaryEmbedding])
 
     def _run(self, inputs: Tensors, sizes: Mapping[str, int], wants_torch: bool) -> dict[str, Any]:
         del sizes
