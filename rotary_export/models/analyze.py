@@ -30,7 +30,12 @@ from rotary_export.models.trace.size_limits import SizeConstraints
 from rotary_export.models.trace.snapshot import Snapshot, take_snapshot
 from rotary_export.models.trace.trace_patches import patch_for_tracing
 from rotary_export.proof.models.cases import EXAMPLE, Case, CaseSpec, make_case
-from rotary_export.proof.models.input_values import InputValues, choose_values, find_tables
+from rotary_export.proof.models.input_values import (
+    InputValues,
+    choose_values,
+    find_offsets,
+    find_tables,
+)
 from rotary_export.proof.models.plan import TRACED, Plan
 from rotary_export.types import Progress, name_dtype
 
@@ -164,9 +169,16 @@ def _describe_inputs(
         TensorInfo(name, name_dtype(v.dtype), named.dims[name], _find_id_limits(model, name))
         for name, v in tensors.items()
     )
-    tables = find_tables(tensors)
+    tables, offsets = find_tables(tensors), find_offsets(tensors, named.dims)
     return inputs, {
-        i.name: choose_values(i.name, tensors[i.name], i.shape, i.limits, i.name in tables)
+        i.name: choose_values(
+            i.name,
+            tensors[i.name],
+            i.shape,
+            i.limits,
+            i.name in tables,
+            offsets.get(i.name, ()),
+        )
         for i in inputs
     }
 

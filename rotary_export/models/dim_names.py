@@ -22,9 +22,10 @@ from rotary_export.bundle.dims import (
 from rotary_export.compat.export_dims import GivenDim, read_dim
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.trace.legal_sizes import LegalSize
-from rotary_export.proof.models.input_values import find_tables, is_positions
+from rotary_export.proof.models.input_values import find_offsets, find_tables, is_positions
 
 Dims = tuple[int | str, ...]
+SEQUENCES = "num_sequences"  # that are packed in one
 _KEYS = ("name", "min", "max", "multiple")  # of a size that is given as a dict
 
 
@@ -107,6 +108,9 @@ def name_dims(
                 raise RotaryExportError(
                     f"dynamic_shapes[{name!r}] has a sum with {term!r}, which no dimension is alone"
                 )
+    for name in find_offsets(tensors, named.dims):  # from 0 to the number of tokens: two at least
+        if named.dims[name][0] in sizes:
+            named.limit(str(named.dims[name][0]), 2, None)
     for name, size in sizes.items():
         low, high = named.min_size.get(name, 0), named.max_size.get(name)
         if size < low or (high is not None and size > high):
@@ -229,6 +233,8 @@ def _name_dims_auto(tensors: Mapping[str, Tensor]) -> dict[str, Dims]:
     seq = lengths[0] if lengths else None
     sequences = {} if seq is None else {seq: SEQ}  # by length
     tables = find_tables(tensors)
+    offsets = find_offsets(tensors, {name: tuple(value.shape) for name, value in tensors.items()})
+    counts: dict[int, str] = {}  # of packed sequences, by the length of their offsets
     named: dict[str, Dims] = {}
     for name, value in tensors.items():
         dims: list[int | str] = list(value.shape)
@@ -236,6 +242,10 @@ def _name_dims_auto(tensors: Mapping[str, Tensor]) -> dict[str, Dims]:
             dims[0], dims[2] = BATCH, PAST
         elif name == "position_ids" and value.dim() == 3:
             dims[1:] = [BATCH, SEQ]
+        elif name in offsets:
+            is_batch = len(offsets[name]) > 1 and dims[0] == batch + 1
+            new = f"{name.replace('.', '_')}_{SEQUENCES}" if counts else SEQUENCES
+            dims[0] = f"{BATCH if is_batch else counts.setdefault(value.shape[0], new)} + 1"
         elif name == "cache_position" or (
             is_positions(name, value) and value.dim() == 1 and dims[0] == seq != batch
         ):

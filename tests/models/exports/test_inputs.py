@@ -59,6 +59,16 @@ class Packed(Model):
         return self.attend(self.embed(tokens), self.cos[position_ids], self.sin[position_ids])
 
 
+class Ragged(Model):
+    """Sequences one behind the other: offsets say where each begins and ends."""
+
+    def forward(self, tokens, cu_seqlens):
+        rows = torch.arange(tokens.shape[0])
+        sequence = (rows[:, None] >= cu_seqlens[1:]).sum(-1)
+        tables = find_tables(rows - cu_seqlens[:-1][sequence])
+        return self.attend(self.embed(tokens), *tables, sequence[:, None] == sequence)
+
+
 class Given(Model):
     """Is given its cosines and sines."""
 
@@ -85,6 +95,12 @@ def make_packed(batch, length):
     return {"tokens": torch.randint(0, 9, (total,)), "position_ids": ids}
 
 
+def make_ragged(batch, length):
+    inputs = make_packed(batch, length)
+    ends = torch.arange(0, batch * length + 1, length, dtype=torch.int32)
+    return {"tokens": inputs["tokens"], "cu_seqlens": ends}
+
+
 def make_given(batch, length):
     return {"x": torch.randn(batch, length, H), "emb": find_tables(torch.arange(length))}
 
@@ -97,6 +113,7 @@ def make_masked(batch, length):
 CASES = {
     "numbers": (Labels, make_labels),
     "packed": (Packed, make_packed),
+    "offsets": (Ragged, make_ragged),
     "tables": (Given, make_given),
     "mask": (Masked, make_masked),
 }
@@ -125,6 +142,18 @@ def test_is_equal_at_other_sizes(tmp_path, case):
     for options in ({}, {"use_op_library": False}, {"runtime": "program"}):
         got = torch.as_tensor(load(bundle, "model", **options)(**name_inputs(inputs))["output"])
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_offsets_are_known_at_every_size(tmp_path):
+    model = Ragged().eval()
+    bundle = export_model(model, make_ragged(2, 6), tmp_path / "b", formats=["onnx"], quick=True)
+    assert bundle.manifest.graphs["model"].inputs[1].shape == ("num_sequences + 1",)
+    assert bundle.report.unverified.keys() == {"other values of tokens"}
+    sizes = {"tokens": {0: "total"}, "cu_seqlens": {0: "count"}}
+    bundle = export_model(
+        model, make_ragged(2, 6), tmp_path / "c", sizes, formats=["onnx"], quick=True
+    )
+    assert bundle.manifest.graphs["model"].min_size == {"count": 2}
 
 
 def test_a_mask_of_scores_with_a_cache(tmp_path):
