@@ -92,6 +92,13 @@ def get_expression(size: torch.SymInt) -> Any:
     return size.node.expr
 
 
+def find_expression(number: Any) -> Any:
+    """Return a size or an integer as a sympy expression; None: it is neither."""
+    if isinstance(number, torch.SymInt):
+        return get_expression(number)
+    return sympy.Integer(number) if type(number) is int else None
+
+
 def get_constant(size: int | torch.SymInt) -> int | None:
     """Return a size that the trace specialised to a constant; None: it is open."""
     constant: int | None = size if isinstance(size, int) else size.node.maybe_as_int()

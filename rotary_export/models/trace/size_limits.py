@@ -120,7 +120,7 @@ def find_size_constraints(
     for condition, sizes in failing:
         _verify_size(condition, sizes, constraints, max_run_size)
     for condition in conditions:
-        if len(condition.names) > 1:
+        if len(condition.names) > 1 and not condition.raises:
             _verify_several(condition, constraints, max_run_size)
     return constraints
 

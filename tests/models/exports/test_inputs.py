@@ -151,7 +151,12 @@ def test_offsets_are_known_at_every_size(tmp_path):
     assert bundle.report.unverified.keys() == {"other values of tokens"}
     sizes = {"tokens": {0: "total"}, "cu_seqlens": {0: "count"}}
     bundle = export_model(
-        model, make_ragged(2, 6), tmp_path / "c", sizes, formats=["onnx"], quick=True
+        model,
+        make_ragged(2, 6),
+        tmp_path / "c",
+        dynamic_shapes=sizes,
+        formats=["onnx"],
+        quick=True,
     )
     assert bundle.manifest.graphs["model"].min_size == {"count": 2}
 

@@ -198,6 +198,53 @@ def test_a_function_with_a_size_argument_is_fused(tmp_path):
     assert bundle.manifest.graphs["model"].rotary_nodes == 1
 
 
+class Learned(nn.Module):
+    """Adds learned positions of 32 rows, found in one of several ways."""
+
+    def __init__(self, find):
+        super().__init__()
+        self.rows, self.find = nn.Embedding(32, 16), find
+
+    def forward(self, x, positions=None):
+        return rope_of(x) + self.find(self.rows, x.shape[1], positions)
+
+
+LOOKUPS = {
+    "embedding": (lambda rows, n, _: rows(torch.arange(n)), 32),
+    "offset": (lambda rows, n, _: rows(torch.arange(n)[None].expand(1, -1) + 2), 30),
+    "later start": (lambda rows, n, _: rows(torch.arange(1, n + 1, dtype=torch.int32)), 31),
+    "index": (lambda rows, n, _: rows.weight[torch.arange(n)], 32),
+    "index_select": (lambda rows, n, _: rows.weight.index_select(0, torch.arange(n)), 32),
+    "slice": (lambda rows, n, _: rows.weight[:n], 32),
+    "clamped": (lambda rows, n, _: rows(torch.arange(n).clamp(max=31)), None),
+}
+
+
+@pytest.mark.parametrize("case", LOOKUPS.values(), ids=LOOKUPS)
+def test_the_rows_of_learned_positions_are_a_limit(tmp_path, case):
+    find, longest = case
+    model = Learned(find)
+    bundle = export_model(model, {"x": X}, tmp_path / "b", formats=["onnx"], quick=True)
+    wanted = {} if longest is None else {"seq_len": longest}
+    assert bundle.manifest.graphs["model"].max_size == wanted
+    x = torch.randn(1, longest or 50, 16)
+    session = load(bundle, "model")
+    torch.testing.assert_close(session(x=x)["output"], model(x).detach(), rtol=0, atol=1e-5)
+    if longest is not None:
+        with pytest.raises(RotaryExportError, match=f"seq_len must be <= {longest}, "):
+            session(x=torch.randn(1, longest + 1, 16))
+
+
+def test_the_rows_of_learned_positions_are_limits_of_an_input(tmp_path):
+    model = Learned(lambda rows, _, positions: rows(positions[..., None].long())[..., 0, :])
+    example = {"x": X, "positions": torch.arange(6, dtype=torch.int32).repeat(2, 1)}
+    bundle = export_model(model, example, tmp_path / "b", formats=["onnx"], quick=True)
+    info = bundle.manifest.graphs["model"]
+    assert ([each.limits for each in info.inputs], info.max_size) == ([None, (0, 31)], {})
+    with pytest.raises(RotaryExportError, match=r"positions.*\b31\b.*got 32"):
+        load(bundle, "model")(x=X, positions=example["positions"] + 27)
+
+
 class Stem(nn.Module):
     """A convolution of 5 samples, or of patches of 4."""
 
