@@ -21,6 +21,7 @@ from rotary_export.compat.sizes import (
     is_maximum,
     list_bounds,
 )
+from rotary_export.models.error_text import locate
 from rotary_export.models.trace.condition_text import describe_condition
 from rotary_export.models.trace.row_limits import list_row_limits
 
@@ -93,12 +94,12 @@ def read_conditions(
     for expression, location in list_row_limits(program):
         note(expression, location, True, raises=True)
     traced = environment.get_traced_sizes()
-    for bound in list_bounds(program):
+    for bound, node in list_bounds(program).items():
         values = [argument.xreplace(traced) for argument in bound.args]
         choose = max if is_maximum(bound) else min
         if all(value.is_number for value in values):
             taken = bound.args[values.index(choose(values))]
-            note(sympy.Eq(bound, taken), "", False)
+            note(sympy.Eq(bound, taken), locate(node), False)
     return list(found.values())
 
 

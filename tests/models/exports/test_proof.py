@@ -12,6 +12,7 @@ import rotary_export
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.models import export_model as module
 from rotary_export.models.arguments import FlatModel
+from rotary_export.models.prove import verify_model
 from rotary_export.models.prove.prove import RejectedError
 
 
@@ -168,6 +169,20 @@ def test_verify_with_the_model(llama, bundle):
     name = report.shapes["model"][2]
     report = rotary_export.verify_model(bundle, llama, make_inputs(llama), case=name)
     assert report.shapes == {"model": [name]}
+
+
+def test_verify_lists_far_tables_where_the_model_can_not_be_traced_again(
+    llama, bundle, monkeypatch
+):
+    def refuse(*args):
+        raise RotaryExportError("torch.export can't trace the model: it is tired")
+
+    monkeypatch.setattr(verify_model, "trace_analyzed", refuse)
+    report = rotary_export.verify_model(bundle, llama, make_inputs(llama))
+    assert report.passed
+    reason = report.unverified["tables at far positions"]
+    assert reason == "torch.export can't trace the model: it is tired"
+    assert TABLES not in {row.runtime for row in report.rows}
 
 
 def test_verify_with_another_model_fails(llama, bundle):
