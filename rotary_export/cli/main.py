@@ -69,7 +69,7 @@ def _show_warning(
 ) -> None:
     """Print what was done about an interrupted run as a line; other warnings as Python does."""
     if issubclass(category, InterruptedWarning):
-        click.echo(f"rotary-export: {escape(str(message))}", err=True)
+        print_error(str(message))
     else:
         show(message, category, *where)
 

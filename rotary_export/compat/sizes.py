@@ -87,9 +87,16 @@ def locate_guards(skip: Callable[[str], bool]) -> Iterator[None]:
         symbolic_shapes.uninteresting_files = listed
 
 
-def get_expression(size: torch.SymInt) -> Any:
-    """Return a size as a sympy expression."""
+def get_expression(size: torch.SymInt | torch.SymFloat) -> Any:
+    """Return a size, or what is computed from sizes, as a sympy expression."""
     return size.node.expr
+
+
+def find_expression(number: Any) -> Any:
+    """Return a size or an integer as a sympy expression; None: it is neither."""
+    if isinstance(number, torch.SymInt):
+        return get_expression(number)
+    return sympy.Integer(number) if type(number) is int else None
 
 
 def get_constant(size: int | torch.SymInt) -> int | None:
@@ -107,15 +114,19 @@ def tells_apart(expression: Any, size: int, other: int) -> bool:
     return values == [sympy.true, sympy.false]
 
 
-def list_bounds(program: Any) -> set[Any]:
-    """Return the minima and maxima of sizes in a program's graph, as sympy expressions."""
-    found: set[Any] = set()
+def list_bounds(program: Any) -> dict[Any, Any]:
+    """Return the minima and maxima of sizes in a program's graph, each with its first node.
+
+    They are sympy expressions.
+    """
+    found: dict[Any, Any] = {}
     for node in program.graph.nodes:
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, Tensor) else [value]
         for size in sizes:
-            if isinstance(size, torch.SymInt):
-                found |= get_expression(size).atoms(Max, Min)
+            if isinstance(size, (torch.SymInt, torch.SymFloat)):
+                for bound in get_expression(size).atoms(Max, Min):
+                    found.setdefault(bound, node)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from rotary_export.models.arguments import (
 )
 from rotary_export.models.configs import find_last_position, find_length_thresholds
 from rotary_export.models.convert import convert_model
-from rotary_export.models.dim_names import NamedDims, name_dims, read_sizes
+from rotary_export.models.dim_names import NamedDims, has_own_cache, name_dims, read_sizes
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.find.replacement import Replacement, find_replacement
 from rotary_export.models.trace.legal_sizes import find_legal_sizes
@@ -30,7 +30,12 @@ from rotary_export.models.trace.size_limits import SizeConstraints
 from rotary_export.models.trace.snapshot import Snapshot, take_snapshot
 from rotary_export.models.trace.trace_patches import patch_for_tracing
 from rotary_export.proof.models.cases import EXAMPLE, Case, CaseSpec, make_case
-from rotary_export.proof.models.input_values import InputValues, choose_values, find_tables
+from rotary_export.proof.models.input_values import (
+    InputValues,
+    choose_values,
+    find_offsets,
+    find_tables,
+)
 from rotary_export.proof.models.plan import TRACED, Plan
 from rotary_export.types import Progress, name_dtype
 
@@ -88,7 +93,7 @@ class Analysis:
             longest=self.max_positions,
             last=self.last,
             max_size=constraints.max_size,
-            min_size=self.named.min_size,
+            min_size=constraints.min_size,
             sizes_to_verify=constraints.sizes_to_verify,
             seed=seed,
             quick=quick,
@@ -126,6 +131,8 @@ def analyze_model(
     example = Case(EXAMPLE, tuple(tensors.values()))
     report_progress("find rotary embeddings")
     _run_example(flat, example.tensors, snapshot)
+    if dynamic_shapes == "auto" and has_own_cache(tensors):
+        named = _open_cache(flat, tensors, named, snapshot)
     named = _narrow_sizes(flat, tensors, named, snapshot)
     inputs, input_values = _describe_inputs(model, tensors, named)
     own_sizes = read_sizes(tensors, named.dims)
@@ -164,9 +171,16 @@ def _describe_inputs(
         TensorInfo(name, name_dtype(v.dtype), named.dims[name], _find_id_limits(model, name))
         for name, v in tensors.items()
     )
-    tables = find_tables(tensors)
+    tables, offsets = find_tables(tensors), find_offsets(tensors, named.dims)
     return inputs, {
-        i.name: choose_values(i.name, tensors[i.name], i.shape, i.limits, i.name in tables)
+        i.name: choose_values(
+            i.name,
+            tensors[i.name],
+            i.shape,
+            i.limits,
+            i.name in tables,
+            offsets.get(i.name, ()),
+        )
         for i in inputs
     }
 
@@ -179,6 +193,41 @@ def _narrow_sizes(
     They are searched one by one, but only if it does not run at the smallest sizes, or at those
     that follow the ones to trace.
     """
+    runs = _make_trial(flat, tensors, named, snapshot)
+    inputs, input_values = _describe_inputs(flat.model, tensors, named)
+    own = read_sizes(tensors, named.dims)
+    chosen = _choose_traced_sizes(own, inputs, input_values, named)
+    smallest = {name: named.min_size.get(name, 1) for name in own}
+    larger = {name: min(size + 1, named.max_size.get(name, size)) for name, size in chosen.items()}
+    if not own or (runs(smallest) and runs(larger)):
+        return named
+    known = next((sizes for sizes in (chosen, own) if runs(sizes)), None)
+    if known is None:
+        return named
+    names = [name for name in own if name != PAST and name not in named.min_size]
+    return named.narrow(find_legal_sizes(runs, known, names))
+
+
+def _open_cache(
+    flat: FlatModel, tensors: Mapping[str, Tensor], named: NamedDims, snapshot: Snapshot
+) -> NamedDims:
+    """Let the length of a model's own cache vary, if it runs with one more position."""
+    for axis in (2, 1):  # (B, N, S, H), then (B, S, N, H)
+        try:
+            opened = name_dims(tensors, "auto", axis)
+        except RotaryExportError:  # other tensors are of other lengths
+            continue
+        sizes = read_sizes(tensors, opened.dims)
+        longer = {**sizes, PAST: sizes.get(PAST, 0) + 1}
+        if PAST in sizes and _make_trial(flat, tensors, opened, snapshot)(longer):
+            return opened
+    return named
+
+
+def _make_trial(
+    flat: FlatModel, tensors: Mapping[str, Tensor], named: NamedDims, snapshot: Snapshot
+) -> Callable[[Mapping[str, int]], bool]:
+    """Return what tells whether a model runs at such sizes."""
     inputs, input_values = _describe_inputs(flat.model, tensors, named)
 
     def runs(sizes: Mapping[str, int]) -> bool:
@@ -191,17 +240,7 @@ def _narrow_sizes(
             snapshot.restore_state()
         return True
 
-    own = read_sizes(tensors, named.dims)
-    chosen = _choose_traced_sizes(own, inputs, input_values, named)
-    smallest = {name: named.min_size.get(name, 1) for name in own}
-    larger = {name: min(size + 1, named.max_size.get(name, size)) for name, size in chosen.items()}
-    if not own or (runs(smallest) and runs(larger)):
-        return named
-    known = next((sizes for sizes in (chosen, own) if runs(sizes)), None)
-    if known is None:
-        return named
-    names = [name for name in own if name != PAST and name not in named.min_size]
-    return named.narrow(find_legal_sizes(runs, known, names))
+    return runs
 
 
 def _run_example(flat: FlatModel, example: Sequence[Tensor], snapshot: Snapshot) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +23,12 @@ from rotary_export.bundle.dims import (
 from rotary_export.compat.export_dims import GivenDim, read_dim
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.trace.legal_sizes import LegalSize
-from rotary_export.proof.models.input_values import find_tables, is_positions
+from rotary_export.proof.models.input_values import find_offsets, find_tables, is_positions
 
 Dims = tuple[int | str, ...]
+_CACHES = re.compile(r"(^|_)(past|cache|caches|kv|kvs)($|[_.])")
+_SAMPLES = re.compile(r"(^|_)(input_values|wav|wave|waveform|audio|speech|signal|samples)s?($|_)")
+SEQUENCES = "num_sequences"  # that are packed in one
 _KEYS = ("name", "min", "max", "multiple")  # of a size that is given as a dict
 
 
@@ -74,7 +78,9 @@ class NamedDims:
 
 
 def name_dims(
-    tensors: Mapping[str, Tensor], dynamic_shapes: str | Mapping[str, Any] | None
+    tensors: Mapping[str, Tensor],
+    dynamic_shapes: str | Mapping[str, Any] | None,
+    cache_axis: int | None = None,
 ) -> NamedDims:
     """Name the sizes that may vary.
 
@@ -84,13 +90,14 @@ def name_dims(
             by tensor name, sizes by axis ({} or a missing tensor: all fixed). A size is a name,
             "a + b", "8 * a"; a `torch.export.Dim`, also a derived one; None for a fixed one; or a
             dict of "name", "min", "max", "multiple", all optional.
+        cache_axis: By "auto", the axis of positions of a cache of the model's own; None: fixed.
 
     Raises:
         RotaryExportError: It names a tensor or an axis that does not exist, its value is not a
             size, the example does not have such a size, or one name has two sizes.
     """
     if dynamic_shapes == "auto":
-        named = NamedDims(_name_dims_auto(tensors))
+        named = NamedDims(_name_dims_auto(tensors, cache_axis))
     elif dynamic_shapes is None:
         named = NamedDims({name: tuple(value.shape) for name, value in tensors.items()})
     elif isinstance(dynamic_shapes, Mapping):
@@ -107,6 +114,9 @@ def name_dims(
                 raise RotaryExportError(
                     f"dynamic_shapes[{name!r}] has a sum with {term!r}, which no dimension is alone"
                 )
+    for name in find_offsets(tensors, named.dims):  # from 0 to the number of tokens: two at least
+        if named.dims[name][0] in sizes:
+            named.limit(str(named.dims[name][0]), 2, None)
     for name, size in sizes.items():
         low, high = named.min_size.get(name, 0), named.max_size.get(name)
         if size < low or (high is not None and size > high):
@@ -220,22 +230,31 @@ def _write_term(factor: int, name: str, multiple: int) -> str:
     return f"{factor} * {_divide(name, multiple)}" if factor > 1 else name
 
 
-def _name_dims_auto(tensors: Mapping[str, Tensor]) -> dict[str, Dims]:
+def _name_dims_auto(
+    tensors: Mapping[str, Tensor], cache_axis: int | None = None
+) -> dict[str, Dims]:
     first = next((v for v in tensors.values() if v.dim()), None)
     batch = first.shape[0] if first is not None else 0
-    has_past = any(map(is_past, tensors))
-    past = next((v.shape[2] for n, v in tensors.items() if is_past(n)), 0)
+    caches = _find_caches(tensors, batch, cache_axis)
+    has_past = bool(caches)
+    past = next((tensors[name].shape[axis] for name, axis in caches.items()), 0)
     lengths = [v.shape[1] for n, v in tensors.items() if _find_sequence(n, v) and "mask" not in n]
     seq = lengths[0] if lengths else None
     sequences = {} if seq is None else {seq: SEQ}  # by length
     tables = find_tables(tensors)
+    offsets = find_offsets(tensors, {name: tuple(value.shape) for name, value in tensors.items()})
+    counts: dict[int, str] = {}  # of packed sequences, by the length of their offsets
     named: dict[str, Dims] = {}
     for name, value in tensors.items():
         dims: list[int | str] = list(value.shape)
-        if is_past(name):
-            dims[0], dims[2] = BATCH, PAST
+        if name in caches:
+            dims[0], dims[caches[name]] = BATCH, PAST
         elif name == "position_ids" and value.dim() == 3:
             dims[1:] = [BATCH, SEQ]
+        elif name in offsets:
+            is_batch = len(offsets[name]) > 1 and dims[0] == batch + 1
+            new = f"{name.replace('.', '_')}_{SEQUENCES}" if counts else SEQUENCES
+            dims[0] = f"{BATCH if is_batch else counts.setdefault(value.shape[0], new)} + 1"
         elif name == "cache_position" or (
             is_positions(name, value) and value.dim() == 1 and dims[0] == seq != batch
         ):
@@ -266,10 +285,36 @@ def _name_dims_auto(tensors: Mapping[str, Tensor]) -> dict[str, Dims]:
     return named
 
 
+def has_own_cache(tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether there are keys and values of earlier tokens, as a model of its own has them.
+
+    They are named so, (B, N, S, H) or (B, S, N, H).
+    """
+    return any(_is_own_cache(name, value) for name, value in tensors.items())
+
+
+def _is_own_cache(name: str, value: Tensor) -> bool:
+    is_named = not is_past(name) and bool(_CACHES.search(name))
+    return is_named and value.dim() == 4 and value.is_floating_point()
+
+
+def _find_caches(
+    tensors: Mapping[str, Tensor], batch: int, cache_axis: int | None
+) -> dict[str, int]:
+    """Find the keys and values of earlier tokens, and their axis of positions."""
+    found = {}
+    for name, value in tensors.items():
+        if is_past(name):
+            found[name] = 2
+        elif cache_axis and _is_own_cache(name, value) and value.shape[0] == batch:
+            found[name] = cache_axis
+    return found
+
+
 def _find_sequence(name: str, value: Tensor) -> int | None:
     """Find the dimension that is a sequence; None: there is none.
 
-    - Of ids and of masks (B, S), of features (B, S, C), it is the second one.
+    - Of ids and of masks (B, S), of samples (B, S), of features (B, S, C), it is the second one.
     - Of masks (B, ..., 1, S) that all tokens share, it is the last one.
     """
     if is_past(name) or "pixel" in name or "grid" in name:
@@ -277,7 +322,8 @@ def _find_sequence(name: str, value: Tensor) -> int | None:
     if "mask" in name and value.dim() > 2 and value.shape[-2] == 1:
         return value.dim() - 1
     is_features = value.is_floating_point() and value.dim() == 3
-    is_ids = value.dim() == 2 and (not value.is_floating_point() or "mask" in name)
+    is_row = not value.is_floating_point() or "mask" in name or bool(_SAMPLES.search(name))
+    is_ids = value.dim() == 2 and is_row
     return 1 if is_features or is_ids else None
 
 

@@ -38,6 +38,7 @@ from rotary_export.models.analyze import (
 from rotary_export.models.arguments import check_arguments, complete_inputs
 from rotary_export.models.configs import find_length_thresholds
 from rotary_export.models.convert import convert_model
+from rotary_export.models.prove.limited import describe_limits
 from rotary_export.models.prove.prove import ProofOptions, RejectedError, prove
 from rotary_export.models.trace.snapshot import take_snapshot
 from rotary_export.models.write_graph import Written, write_covering, write_graph
@@ -256,22 +257,23 @@ def _build(
             progress,
         )
         report.add(formula.rows, formula.unverified)
-        _warn_of_cache(analysis, report)
+        notes = describe_limits(analysis, written.constraints, snapshot)
+        for note in [*notes, *_describe_cache(analysis)]:
+            report.notes.append(note)
+            warnings.warn(note, UsageWarning, stacklevel=2)
         return manifest, report
 
 
-def _warn_of_cache(analysis: Analysis, report: Report) -> None:
-    """Warn of a cache whose keys have other angles than a longer sequence has."""
+def _describe_cache(analysis: Analysis) -> list[str]:
+    """Describe a cache whose keys have other angles than a longer sequence has."""
     lengths = find_length_thresholds(analysis.flat.model, ["longrope"])
     if not analysis.flat.has_past or not lengths:
-        return
-    note = (
+        return []
+    return [
         f"longrope changes the angles of all positions past {lengths[0]} tokens, but keys in a "
         "cache keep theirs: the model's own generate makes its cache anew there, and a loop over "
         "this graph must do so, too"
-    )
-    report.notes.append(note)
-    warnings.warn(note, UsageWarning, stacklevel=2)
+    ]
 
 
 def _keep(staging: Path, path: Path, manifest: Manifest, force: bool) -> None:
@@ -298,6 +300,7 @@ def _make_config(
         "sizes_to_verify": written.constraints.sizes_to_verify,
         "unverified": written.constraints.unverified,
         "mismatched": written.constraints.mismatched,
+        "limits": written.constraints.reasons,
         "left_out": dict(left_out),
         "float32_tables": analysis.flat.float32_tables,
         "quick": options.quick,

@@ -29,6 +29,7 @@ from rotary_export.models.trace.program import (
     name_symbols,
     trace_program,
 )
+from rotary_export.models.trace.row_limits import find_id_limits
 from rotary_export.models.trace.size_limits import (
     OtherBranchError,
     SizeConstraints,
@@ -203,7 +204,7 @@ def _trace(
     op = torch.ops.rotary_export.rotary_embedding.default
     nodes = sum(node.target == op for node in program.graph.nodes)
     graph = GraphInfo(
-        analysis.inputs,
+        find_id_limits(program, analysis.inputs),
         outputs,
         files,
         nodes,

@@ -191,6 +191,22 @@ def _backward(ctx: Any, grad_y: Tensor, grad_key_out: Tensor) -> tuple[Any, ...]
     return grad_x, None, None, None, grad_key if ctx.has_key else None, None
 
 
+@_rotary_embedding_op.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], *args: Any, **options: Any) -> tuple[Any, Any]:
+    """Rotate one element of the mapped axis after the other, as `torch.vmap` does, but silently."""
+    results = [
+        _rotary_embedding_op(
+            *(
+                value if axis is None or value is None else value.select(axis, index)
+                for value, axis in zip(args, in_dims, strict=False)
+            ),
+            **options,
+        )
+        for index in range(info.batch_size)
+    ]
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0)
+
+
 _rotary_embedding_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 

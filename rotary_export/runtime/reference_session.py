@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx.reference import ReferenceEvaluator
 
 from rotary_export.bundle.manifest import GraphInfo
+from rotary_export.compat.onnx_evaluator import WideEvaluator
 from rotary_export.errors import explain_damage
 from rotary_export.op.onnx_reference import RotaryEmbedding
 from rotary_export.runtime.session import Session, Tensors
@@ -22,7 +22,7 @@ class ReferenceSession(Session):
     def __init__(self, file: Path, graph_name: str, graph: GraphInfo) -> None:
         super().__init__(graph_name, graph, ("onnx.reference",), "reference")
         with explain_damage(f"onnx.reference can't load {file.name}"):
-            self._evaluator = ReferenceEvaluator(str(file), new_ops=[RotaryEmbedding])
+            self._evaluator = WideEvaluator(str(file), new_ops=[RotaryEmbedding])
 
     def _run(self, inputs: Tensors, sizes: Mapping[str, int], wants_torch: bool) -> dict[str, Any]:
         del sizes

@@ -4,9 +4,15 @@ import logging
 import warnings
 from collections import OrderedDict
 
+import ml_dtypes
+import numpy as np
+import onnx
 import pytest
 import sympy
 import torch
+import torch.nn.functional as F
+from onnx.helper import make_node
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from rotary_export.compat import archives, inductor, modules, programs, pytree, script, sizes
@@ -16,6 +22,7 @@ from rotary_export.compat.dispatch import DispatchMode, is_in_place
 from rotary_export.compat.einx import broadcast_with_symbols
 from rotary_export.compat.export_dims import GivenDim, read_dim
 from rotary_export.compat.onnx_decompositions import decompose_if_needed
+from rotary_export.compat.onnx_evaluator import WideEvaluator
 from rotary_export.compat.onnx_promotion import promote_without_running
 from rotary_export.compat.onnx_rewriter import match_by_operator
 from rotary_export.compat.onnx_translations import reuse_translations
@@ -163,6 +170,81 @@ def test_patterns_are_tried_at_their_operator_alone(monkeypatch):
     assert [node.op_type for node in model.graph] == ["Neg", "Turn", "Add"]
     assert set(tried) == {"Cos"}
     assert SimplePatternMatcher.match is own
+
+
+BFLOAT16, FLOAT = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+LONG = np.random.default_rng(0).normal(size=(2, 3, 900)).astype(ml_dtypes.bfloat16)
+ONES = np.ones(900, ml_dtypes.bfloat16)
+SUMS = {
+    "softmax": ("Softmax", [LONG], lambda x: torch.softmax(x, -1)),
+    "mean": ("ReduceMean", [LONG, np.array([-1])], lambda x, _: x.mean(-1, keepdim=True)),
+    "norm": ("LayerNormalization", [LONG, ONES], lambda x, _: F.layer_norm(x, (900,))),
+    "squares": ("RMSNormalization", [LONG, ONES], lambda x, _: F.rms_norm(x, (900,), eps=1e-5)),
+    "attention": (
+        "Attention",
+        [np.tile(LONG[:, None, :, :8], (1, 1, 300, 1))] * 3,
+        F.scaled_dot_product_attention,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SUMS.values(), ids=SUMS)
+def test_onnx_reference_computes_half_types_in_float32(case):
+    operator, values, compute = case
+    names = [f"x{index}" for index in range(len(values))]
+    (got,) = evaluate([make_node(operator, names, ["y"])], dict(zip(names, values, strict=True)))
+    want = compute(*(torch.tensor(value.astype(np.float64)) for value in values)).numpy()
+    assert got.dtype == ml_dtypes.bfloat16
+    largest = abs(want).max()
+    assert abs(got.astype(np.float64) - want).max() <= 2.0**-8 * largest
+    plain = ReferenceEvaluator(make_onnx([make_node(operator, names, ["y"])], names))
+    far = plain.run(None, dict(zip(names, values, strict=True)))[0].astype(np.float64)
+    assert abs(far - want).max() > 2.0**-6 * largest  # else it need not be computed here
+
+
+def test_onnx_reference_keeps_types():
+    """Those of a cast, of several results and of lists; also in a graph inside of a node."""
+    branch = onnx.helper.make_graph(
+        [make_node("Softmax", ["x"], ["inside"])],
+        "branch",
+        [],
+        [onnx.helper.make_tensor_value_info("inside", BFLOAT16, None)],
+    )
+    nodes = [
+        make_node("Cast", ["x"], ["wide"], to=FLOAT),
+        make_node("Cast", ["wide"], ["narrow"], to=BFLOAT16),
+        make_node("LayerNormalization", ["x", "ones"], ["normed", "mean"]),
+        make_node("Split", ["x"], ["left", "right"], axis=-1, num_outputs=2),
+        make_node("SequenceConstruct", ["x", "x"], ["list"]),
+        make_node("SequenceAt", ["list", "zero"], ["first"]),
+        make_node("Less", ["x", "narrow"], ["less"]),
+        make_node("ReduceMax", ["less"], ["any"], keepdims=0),
+        make_node("If", ["any"], ["chosen"], then_branch=branch, else_branch=branch),
+    ]
+    given = {"x": LONG, "ones": ONES, "zero": np.array(0)}
+    names = "wide narrow normed mean left right first less chosen".split()
+    found = dict(zip(names, evaluate(nodes, given, names), strict=True))
+    types = {name: value.dtype.name for name, value in found.items()}
+    wanted = dict.fromkeys(names, "bfloat16") | {"wide": "float32", "mean": "float32"}
+    assert types == wanted | {"less": "bool"}
+    for name in ("wide", "narrow", "first"):
+        assert (found[name] == LONG).all(), name
+    (softmax,) = evaluate([make_node("Softmax", ["x"], ["y"])], {"x": LONG})
+    assert (found["chosen"] == softmax).all()
+
+
+def make_onnx(nodes, inputs, outputs=("y",)):
+    def name_value(name):
+        return onnx.helper.make_value_info(name, onnx.TypeProto())
+
+    graph = onnx.helper.make_graph(
+        nodes, "graph", [name_value(name) for name in inputs], [name_value(n) for n in outputs]
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)])
+
+
+def evaluate(nodes, values, outputs=("y",)):
+    return WideEvaluator(make_onnx(nodes, values, outputs)).run(None, values)
 
 
 def test_operators_in_place():

@@ -49,6 +49,13 @@ def test_another_shape_is_a_difference(shape):
     assert not any(row.passed for row in rows.values())
 
 
+def test_a_complex_number_is_a_difference():
+    """A trace may compute a power of a negative number where the model takes another branch."""
+    assert compare(COS + 0j, SIN)["cos_cache"].passed
+    row = compare(COS + 1e-9j, SIN)["cos_cache"]
+    assert (row.passed, row.eager.max_abs) == (False, float("inf"))
+
+
 def test_a_trace_that_can_not_run_is_refused():
     class Fails(Traced):
         def compute_tables(self, tensors):

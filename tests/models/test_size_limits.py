@@ -127,6 +127,28 @@ def test_bounds_become_limits_only_when_tightened():
     assert not constraints.tighten({})
 
 
+def test_a_branch_of_small_sizes_becomes_a_limit_where_it_differs():
+    branch = Condition(("seq_len",), lambda s: s > 8, "seq_len > 8, at file:3")
+    constraints = find_size_constraints([branch], {}, example={"seq_len": 12})
+    assert (constraints.max_size, constraints.min_size) == ({}, {})
+    assert constraints.lower_bounds == {"seq_len": (9, branch.text)}
+    assert constraints.sizes_to_verify == at(2, 8)
+    assert not constraints.tighten({"seq_len": 12}, {"seq_len": 9})
+    assert not constraints.tighten({"seq_len": 8}, {"seq_len": 8})
+    assert constraints.tighten({"seq_len": 12}, {"seq_len": 8})
+    assert constraints.min_size == {"seq_len": 9}
+    assert constraints.reasons == {"seq_len >= 9": branch.text}
+    assert (constraints.sizes_to_verify, constraints.conditions) == ([], [])
+    assert not constraints.tighten({"seq_len": 12}, {"seq_len": 8})
+
+
+def test_the_reason_is_that_of_the_lowest_limit():
+    constraints = SizeConstraints()
+    for size, condition in ((31, "a"), (40, "b"), (8, "c")):
+        constraints.limit("seq_len", size, condition)
+    assert constraints.reasons == {"seq_len <= 8": "c"}
+
+
 def test_tightening_keeps_the_sizes_up_to_the_bound():
     constraints = SizeConstraints(bounds={"seq_len": (31, "b")})
     constraints.add("a", at(31))

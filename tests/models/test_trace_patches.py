@@ -21,6 +21,26 @@ class RotaryTable(nn.Module):
         return len(x)
 
 
+class Spaced(nn.Module):
+    """Numbers that depend on a size, which a trace would make constant."""
+
+    def forward(self, x):
+        steps = x.shape[1]
+        return torch.linspace(-1, 2, steps) * max(1.0, steps / 8) + min(steps / 3, 2.0, 9)
+
+
+def test_spaces_and_maxima_follow_the_size():
+    kept = torch.linspace, max, min
+    example, dims = (torch.ones(2, 7),), ({1: torch.export.Dim.AUTO},)
+    with patch_for_tracing(Spaced()):
+        program = torch.export.export(Spaced(), example, dynamic_shapes=dims).module()
+        assert (max(3, 4.5), min([2, 1]), max((), default=5)) == (4.5, 1, 5)
+    assert (torch.linspace, max, min) == kept
+    for steps in (2, 3, 8, 9, 100):
+        x = torch.ones(2, steps)
+        torch.testing.assert_close(program(x), Spaced()(x), rtol=0, atol=2e-6)
+
+
 def test_caches_are_off_and_lengths_are_sizes():
     model = nn.Sequential(RotaryTable())
 

@@ -61,6 +61,21 @@ def resize(case: Case, batch: int, seq_len: int) -> Case:
 # ---- eager
 
 
+def test_vmap_is_silent_and_equals_one_call_each(capfd):
+    """torch warns of an operator without a rule of its own, on the file descriptor."""
+    x, key = torch.randn(3, 2, 4, 5, 8), torch.randn(3, 2, 2, 5, 8)
+    cos, sin = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    got = torch.vmap(lambda a, b: OP(a, cos, sin, None, b, interleaved=True), in_dims=(1, 0))(
+        x.transpose(0, 1), key
+    )
+    want = [OP(a, cos, sin, None, b, interleaved=True) for a, b in zip(x, key, strict=True)]
+    for index in (0, 1):
+        assert_same_bits(got[index], torch.stack([each[index] for each in want]))
+    (alone,) = torch.vmap(lambda a: OP(a, cos, sin)[:1])(x)
+    assert_same_bits(alone, torch.stack([OP(a, cos, sin)[0] for a in x]))
+    assert "Warning" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("cases", [PAIRWISE, EDGES], ids=["pairwise", "edges"])
 def test_outputs_are_contiguous_memory_of_their_own(cases):
     def check(case: Case) -> None:

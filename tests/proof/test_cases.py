@@ -14,6 +14,7 @@ from rotary_export.proof.models.cases import Case, CaseSpec, make_case
 from rotary_export.proof.models.input_values import (
     InputValues,
     choose_values,
+    find_offsets,
     find_tables,
     read_input_values,
     write_input_values,
@@ -69,9 +70,9 @@ def test_another_seed_is_another_draw():
     assert torch.equal(first[0], make_case(INFOS, SOURCES, CaseSpec(SIZES, seed=1)).tensors[0])
 
 
-def choose(name, value, dims=()):
+def choose(name, value, dims=(), total=()):
     value = torch.as_tensor(value)
-    return choose_values(name, value, dims, None, name in find_tables({name: value}))
+    return choose_values(name, value, dims, None, name in find_tables({name: value}), total)
 
 
 def test_the_infinity_of_a_mask_is_no_spread():
@@ -120,6 +121,55 @@ def test_integers_that_are_no_ids_are_repeated():
     assert source.repeat_rows((5,)).tolist() == [8, 7, 5, 8, 7]
     assert choose("position_ids", [0, 1, 2, 0], ("total",)).role == "rows"
     assert choose("position_ids", [[0, 1, 2, 0]], (1, "seq_len")).role == "position_ids"
+
+
+def test_offsets_rise_to_the_number_of_tokens():
+    """At every size, none empty where there are enough tokens."""
+    infos = [
+        TensorInfo("x", "float32", ("total", 3)),
+        TensorInfo("cu_seqlens", "int32", ("num_sequences + 1",)),
+    ]
+    example = {"x": torch.randn(9, 3), "cu_seqlens": torch.tensor([0, 4, 9])}
+    offsets = find_offsets(example, {info.name: info.shape for info in infos})
+    assert offsets == {"cu_seqlens": ["total"]}
+    source = choose("cu_seqlens", [0, 4, 9], ("num_sequences + 1",), total=["total"])
+    sources = {"x": InputValues("values"), "cu_seqlens": source}
+    for total, count in ((1, 1), (9, 2), (30, 7), (3, 3), (2, 5), (3000, 1)):
+        spec = CaseSpec({"total": total, "num_sequences": count}, seed=total)
+        _, made = make_case(infos, sources, spec).tensors
+        assert (made[0], made[-1], len(made)) == (0, total, count + 1)
+        assert made.dtype == torch.int32
+        empty = int((made.diff() == 0).sum())
+        assert empty == max(0, count - total)
+        assert made.diff().min() >= 0
+
+
+X = torch.randn(2, 6, 3)
+OFFSETS = {
+    "rows": ("cu_seqlens", [0, 2, 6], {"x": X[0]}, [6]),
+    "of one row": ("cu_seqlens", [0, 4, 6], {"x": X[:1]}, [6]),
+    "of all rows": ("indptr", [0, 6, 12], {"x": X}, [2, 6]),
+    "by value alone": ("where", [0, 4, 6], {"x": X[0]}, [6]),
+    "counted, by name": ("cu_seqlens_q", [0, 1, 2, 3, 4, 5, 6], {"x": X[0]}, [6]),
+    "counted": ("where", [0, 1, 2, 3, 4, 5, 6], {"x": X[0]}, None),
+    "positions": ("position_ids", [0, 4, 6], {"x": X[0]}, None),
+    "lengths": ("lengths", [4, 6], {"x": X[0]}, None),
+    "falls": ("cu_seqlens", [0, 4, 3, 6], {"x": X[0]}, None),
+    "ends elsewhere": ("cu_seqlens", [0, 4, 5], {"x": X[0]}, None),
+    "floats": ("cu_seqlens", [0.0, 4.0, 6.0], {"x": X[0]}, None),
+}
+
+
+@pytest.mark.parametrize("case", OFFSETS)
+def test_offsets_are_found_by_their_values(case):
+    name, value, others, total = OFFSETS[case]
+    tensors = {**others, name: torch.tensor(value)}
+    found = find_offsets(tensors, {key: tuple(each.shape) for key, each in tensors.items()})
+    assert found.get(name) == total
+
+
+def test_offsets_of_fixed_sizes_are_the_example_s():
+    assert choose("cu_seqlens", [0, 4, 9], (3,), total=[9]).role == "rows"
 
 
 @pytest.mark.parametrize(

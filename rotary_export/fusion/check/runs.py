@@ -136,11 +136,11 @@ def _run_rows(session: Any, case: Mapping[str, Array], batch: int) -> Outputs | 
 
 def run_reference(model: onnx.ModelProto, cases: Sequence[Mapping[str, Array]]) -> list[Run]:
     """Run a model in onnx.reference, before or after."""
-    from onnx.reference import ReferenceEvaluator
+    from rotary_export.compat.onnx_evaluator import WideEvaluator
 
     names = [value.name for value in model.graph.output]
     try:
-        evaluator = ReferenceEvaluator(model, new_ops=[ReferenceRotaryEmbedding])
+        evaluator = WideEvaluator(model, new_ops=[ReferenceRotaryEmbedding])
         results: list[Any] = [evaluator.run(None, dict(case)) for case in cases]
     except Exception as error:  # whatever its operators raise
         return [_describe(error)] * len(cases)

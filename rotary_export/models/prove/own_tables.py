@@ -131,6 +131,8 @@ def _compare(name: str, got: Tensor, want: Tensor, unit: float, case: Case) -> R
     """Compare tables, in a unit."""
     if got.shape[1:] == want.shape[1:]:  # else they differ; the batch may be 1
         got, want = torch.broadcast_tensors(got, want)
+    if got.is_complex():  # as a power of a negative number: no cosine
+        got = torch.where(got.imag == 0, got.real, torch.nan)
     left, right = (to_comparable(each).astype(np.float64) for each in (got, want))
     error = compare(left, right, np.asarray([unit]))
     row, position, *_ = (*error.worst, 0, 0)

@@ -120,10 +120,12 @@ def prove(
             measured = reference.measure(cases, progress)
         finally:
             snapshot.restore_state()
-        limited = replace(graph, max_size=dict(constraints.max_size))
+        limited = replace(
+            graph, max_size=dict(constraints.max_size), min_size=dict(constraints.min_size)
+        )
         left_out = reference.left_out | list_unreached(plan)
         manifest = make_manifest(limited, measured, left_out)
-        report, failure, case = Report(), "", ""
+        report, failure, case, sizes = Report(), "", "", {}
         try:
             report = compare_model(
                 folder,
@@ -148,12 +150,13 @@ def prove(
                 return manifest, report
             failure, case = describe_failure(row, options.outcome), row.case
             if (found := _find_measured(measured, case)) is not None:
+                sizes = dict(found.case.spec.sizes) if found.case.spec else {}
                 where = find_difference(
                     analysis.flat.model, reference.run, analysis.found, traced, names, found.case
                 )
                 failure = f"{failure}; {where}"
         # As when the largest few of many are taken, with ties.
-        if constraints.tighten(analysis.example_sizes):
+        if constraints.tighten(analysis.example_sizes, sizes):
             progress("limit the sizes: past them the graph differs from the model")
             continue
         if constraints.conditions:

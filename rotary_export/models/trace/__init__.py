@@ -2,6 +2,7 @@
 
 - `program.py`: `torch.export`, and an error where tracing specialises a size to a constant.
 - `guards.py`: the conditions on sizes that hold for the traced graph only.
+- `row_limits.py`: the sizes and ids at which a lookup finds a row.
 - `condition_text.py`: writes these conditions as people do.
 - `size_limits.py`: turns these conditions into limits, and into sizes to verify.
 - `trace_patches.py`: what is replaced in a model while it is traced.

@@ -21,7 +21,9 @@ from rotary_export.compat.sizes import (
     is_maximum,
     list_bounds,
 )
+from rotary_export.models.error_text import locate
 from rotary_export.models.trace.condition_text import describe_condition
+from rotary_export.models.trace.row_limits import list_row_limits
 
 # What torch.export itself assumes has no line of the model; this is the caller's.
 _TRACER = str(Path(__file__).with_name("program.py")).rpartition("site-packages/")[2]
@@ -36,12 +38,14 @@ class Condition:
         holds: Returns whether it holds, for such sizes in that order.
         text: The condition and its location, human-readable.
         is_guard: False: the graph contains both branches; only TorchScript keeps one of them.
+        raises: Where it does not hold, the model raises an error.
     """
 
     names: tuple[str, ...]
     holds: Callable[..., bool]
     text: str
     is_guard: bool = True
+    raises: bool = False
 
 
 def read_conditions(
@@ -55,7 +59,8 @@ def read_conditions(
         infos: The inputs, with names for their dynamic sizes.
 
     Returns:
-        Conditions, each once: guards, and which argument of a min or max was the result.
+        Conditions, each once: guards, the rows of tables, and which argument of a min or max was
+        the result.
     """
     environment = Environment.find(inputs)
     if environment is None:
@@ -74,24 +79,27 @@ def read_conditions(
             symbols.setdefault(environment.simplify(get_expression(size)), total)
     found: dict[Any, Condition] = {}
 
-    def note(expression: Any, location: str, is_guard: bool) -> None:
+    def note(expression: Any, location: str, is_guard: bool, raises: bool = False) -> None:
         expression = environment.simplify(expression).xreplace(symbols)
         known = [name for name, symbol in names.items() if symbol in expression.free_symbols]
         if not known or len(known) != len(expression.free_symbols):
             return  # always true, or of sizes that depend on values
         text = describe_condition(expression, {symbol: name for name, symbol in names.items()})
         holds = compile_condition(expression, [names[name] for name in known])
-        found.setdefault(expression, Condition(tuple(known), holds, text + location, is_guard))
+        condition = Condition(tuple(known), holds, text + location, is_guard, raises)
+        found.setdefault(expression, condition)
 
     for guard in environment.list_guards():
         note(guard.expression, format_location(guard), True)
+    for expression, location in list_row_limits(program):
+        note(expression, location, True, raises=True)
     traced = environment.get_traced_sizes()
-    for bound in list_bounds(program):
+    for bound, node in list_bounds(program).items():
         values = [argument.xreplace(traced) for argument in bound.args]
         choose = max if is_maximum(bound) else min
         if all(value.is_number for value in values):
             taken = bound.args[values.index(choose(values))]
-            note(sympy.Eq(bound, taken), "", False)
+            note(sympy.Eq(bound, taken), locate(node), False)
     return list(found.values())
 
 

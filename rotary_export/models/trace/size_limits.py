@@ -54,8 +54,10 @@ class SizeConstraints:
         unverified: Conditions that fail only at sizes too large to be run.
         bounds: By name of a size, the largest at which a minimum or maximum is as traced, and the
             condition.
+        lower_bounds: The smallest from which on a branch is the traced one, and the condition.
         mismatched: Conditions past which the graph differs from the model; their bounds are limits.
         min_size: By name of a size, the smallest that the graph accepts.
+        reasons: By limit, such as "seq_len <= 8", the condition that it comes from.
     """
 
     max_size: Sizes = field(default_factory=dict)
@@ -63,29 +65,66 @@ class SizeConstraints:
     conditions: list[str] = field(default_factory=list)
     unverified: list[str] = field(default_factory=list)
     bounds: dict[str, tuple[int, str]] = field(default_factory=dict)
+    lower_bounds: dict[str, tuple[int, str]] = field(default_factory=dict)
     mismatched: list[str] = field(default_factory=list)
     min_size: Sizes = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
     def add(self, condition: str, sizes: Sequence[Sizes]) -> None:
         """Note the sizes to verify for a condition."""
         self.sizes_to_verify += [each for each in sizes if each not in self.sizes_to_verify]
         self.conditions.append(condition)
 
-    def limit(self, name: str, size: int) -> None:
+    def limit(self, name: str, size: int, condition: str) -> None:
         """Lower the largest size of a name, unless it is lower."""
-        self.max_size[name] = min(size, self.max_size.get(name, size))
+        known = self.max_size.get(name, _UNLIMITED)
+        if size < known:
+            self.reasons.pop(f"{name} <= {known}", None)
+            self.reasons[f"{name} <= {size}"] = condition
+            self.max_size[name] = size
 
-    def tighten(self, example: Mapping[str, int]) -> bool:
-        """Limit sizes to their bounds; return whether there was one, and none excludes these."""
+    def tighten(self, example: Mapping[str, int], failed: Mapping[str, int] | None = None) -> bool:
+        """Limit sizes to their bounds; return whether there was one, and none excludes these.
+
+        Args:
+            example: Sizes that must stay legal.
+            failed: Those at which the graph differs. If they are below a bound, that alone becomes
+                a limit.
+        """
+        lower = {
+            name: (least, condition)
+            for name, (least, condition) in self.lower_bounds.items()
+            if (failed or {}).get(name, least) < least
+        }
+        if lower:
+            return self._raise_smallest(lower, example)
         if any(largest < example.get(name, 0) for name, (largest, _) in self.bounds.items()):
             return False
         bounds, self.bounds = self.bounds, {}
         for name, (largest, condition) in bounds.items():
-            self.limit(name, largest)
-            self.sizes_to_verify = [s for s in self.sizes_to_verify if s.get(name, 0) <= largest]
-            self.conditions.remove(condition)
-            self.mismatched.append(condition)
+            self.limit(name, largest, condition)
+            self._drop(condition, name, 0, largest)
         return bool(bounds)
+
+    def _raise_smallest(
+        self, bounds: Mapping[str, tuple[int, str]], example: Mapping[str, int]
+    ) -> bool:
+        if any(least > example.get(name, least) for name, (least, _) in bounds.items()):
+            return False
+        for name, (least, condition) in bounds.items():
+            del self.lower_bounds[name]
+            self.min_size[name] = least
+            self.reasons[f"{name} >= {least}"] = condition
+            self._drop(condition, name, least, _UNLIMITED)
+        return True
+
+    def _drop(self, condition: str, name: str, least: int, most: int) -> None:
+        """Verify legal sizes only, as a limit takes the place of a condition."""
+        self.sizes_to_verify = [
+            sizes for sizes in self.sizes_to_verify if least <= sizes.get(name, least) <= most
+        ]
+        self.conditions.remove(condition)
+        self.mismatched.append(condition)
 
 
 def find_size_constraints(
@@ -120,7 +159,7 @@ def find_size_constraints(
     for condition, sizes in failing:
         _verify_size(condition, sizes, constraints, max_run_size)
     for condition in conditions:
-        if len(condition.names) > 1:
+        if len(condition.names) > 1 and not condition.raises:
             _verify_several(condition, constraints, max_run_size)
     return constraints
 
@@ -159,7 +198,9 @@ def _limit_size(
             {name: own},
         )
     if limit < _SIZES[-1]:
-        constraints.limit(name, limit)
+        constraints.limit(name, limit, condition.text)
+    if below and below == [size for size in _SIZES if low <= size <= below[-1]]:
+        constraints.lower_bounds[name] = below[-1] + 1, condition.text
     return [(condition, below)] if below else []
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rotary_export.compat.einx import broadcast_with_symbols
@@ -27,6 +30,8 @@ def patch_for_tracing(model: nn.Module) -> Iterator[None]:
     3. `len(tensor)` in the modules of rotary classes, which must be a number: the tensor's size.
     4. Elementwise functions of einx, which turn sizes into numbers: broadcasting.
     5. transformers' grouped matrix product of experts, an operator of its own: batched products.
+    6. `max` and `min` of numbers that are computed from sizes, which would take one of them.
+    7. `torch.linspace` of as many steps as a size, which would be constant.
 
     Args:
         model: It is restored when the context ends.
@@ -37,6 +42,9 @@ def patch_for_tracing(model: nn.Module) -> Iterator[None]:
         _replace_len(_list_rotary(model), stack)
         stack.enter_context(broadcast_with_symbols())
         _use_batched_experts(model, stack)
+        _keep_maxima(stack)
+        stack.callback(setattr, torch, "linspace", torch.linspace)
+        torch.linspace = functools.partial(_space, torch.linspace)
         yield
 
 
@@ -82,6 +90,39 @@ def _replace_len(rotary: list[nn.Module], stack: ExitStack) -> None:
 
 def _measure(value: Any) -> Any:
     return value.shape[0] if isinstance(value, Tensor) else len(value)
+
+
+def _keep_maxima(stack: ExitStack) -> None:
+    """Let `max(1.0, seq_len / 8)` be a maximum in the graph; torch does so for whole numbers."""
+    for name, symbolic in (("max", torch.sym_max), ("min", torch.sym_min)):
+        real = getattr(builtins, name)
+        stack.callback(setattr, builtins, name, real)
+        setattr(builtins, name, functools.partial(_choose, real, symbolic))
+
+
+def _choose(real: Any, symbolic: Any, *values: Any, **options: Any) -> Any:
+    numbers = (int, float, torch.SymInt, torch.SymFloat)
+    if len(values) > 1 and not options and all(isinstance(value, numbers) for value in values):
+        if any(isinstance(value, numbers[2:]) for value in values):
+            return functools.reduce(symbolic, values)
+    return real(*values, **options)
+
+
+def _space(real: Any, start: Any, end: Any, steps: Any, **options: Any) -> Tensor:
+    """Return what `torch.linspace` returns, also for a symbolic number of steps.
+
+    As there, each half is counted from its own end.
+    """
+    if not isinstance(steps, torch.SymInt):
+        found: Tensor = real(start, end, steps, **options)
+        return found
+    size: Any = steps
+    at = torch.arange(size, device=options.get("device"))
+    step = (end - start) / torch.sym_max(size - 1, 1)
+    made: Tensor = torch.where(
+        at < torch.sym_max(size // 2, 1), start + step * at, end - step * (size - 1 - at)
+    )
+    return made.to(options.get("dtype") or torch.get_default_dtype())
 
 
 def _use_batched_experts(model: nn.Module, stack: ExitStack) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from rotary_export.compat.quiet import quiet_torch
 from rotary_export.models.trace.float32_tables import HALF_TYPES
 from rotary_export.proof.models.far_tables import TABLES, Tables
 
@@ -77,7 +78,8 @@ class TracedRotary:
                 # What was decomposed has views where the traced tensor was contiguous.
                 view = torch.ops.aten.view.default
                 target: Any = torch.reshape if node.target == view else node.target
-                with torch.no_grad():
+                # A power of a negative number, where the model takes another branch, is complex.
+                with torch.no_grad(), quiet_torch():
                     values[node] = target(*args, **kwargs)
         return values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -179,6 +180,8 @@ def make_case(
         elif source.role == "ids":
             low, high = source.limits
             made = torch.randint(low, high + 1, shape, generator=generator)
+        elif source.role == "offsets":
+            made = _make_offsets(shape[0], source, sizes, generator)
         elif source.role in ("position_ids", "counted"):
             made = _make_positions(shape, spec, mask, moves=source.role == "position_ids")
         elif info.name in past:
@@ -214,6 +217,17 @@ def _make_square_mask(shape: Sequence[int], source: InputValues, mask: Tensor | 
     if mask is not None and len(shape) > 2 and mask.shape[0] == shape[0]:
         visible &= mask.reshape(mask.shape[0], *[1] * (len(shape) - 2), total)
     return torch.where(visible | own, seen, hidden)
+
+
+def _make_offsets(
+    count: int, source: InputValues, sizes: Mapping[str, int], generator: torch.Generator
+) -> Tensor:
+    """Make offsets of packed sequences of random lengths, none empty if there are enough tokens."""
+    total = math.prod(compute_dim(str(dim), sizes) for dim in source.value)
+    inner = torch.randperm(max(total - 1, 0), generator=generator)[: count - 2] + 1
+    missing = count - 2 - len(inner)
+    ends = torch.tensor([total] * (missing + 1))
+    return torch.cat((torch.zeros(1, dtype=torch.int64), inner.sort().values, ends))
 
 
 def _fill_past(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ _MASKED = 1e4  # numbers as large as that stand for infinity in a mask
 _MOST_ROWS = 16  # of an example, along each dimension that may vary
 _COORDINATES = re.compile(r"(^|[_.])(ids?|pos|positions?|coords?|coordinates|grid)($|[_.])")
 _POSITIONS = re.compile(r"(^|_)pos(itions?)?(_ids)?$")
+_OFFSETS = re.compile(r"(^|_)(cu|cum|cumulative|offsets?|indptr|ptr|splits|starts?)($|_)")
 _TABLES = re.compile(r"cos|sin(?!g)|freq|rotary|rope|angle", re.IGNORECASE)
 
 
@@ -27,10 +29,12 @@ class InputValues:
         role: "ids" (whole numbers, any in `limits`), "position_ids" (moved at will), "counted"
             (positions from 0 on), "mask" (1: a real position), "square_mask" (what each token
             sees), "past" (what the model returns for earlier tokens), "values" (normal, as
-            `spread`), "rows" (the example's own, repeated or cut).
+            `spread`), "offsets" (rising from 0 to the number of tokens), "rows" (the example's
+            own, repeated or cut).
         limits: Smallest and largest id.
         value: Of "rows": the example's values, nested lists. Of "square_mask": the value of what
-            is seen, that of what is hidden, and whether later tokens are hidden.
+            is seen, that of what is hidden, and whether later tokens are hidden. Of "offsets":
+            the sizes whose product is the number of tokens.
         spread: Mean and standard deviation of the example.
     """
 
@@ -54,6 +58,7 @@ def choose_values(
     dims: Sequence[int | str],
     limits: tuple[int, int] | None,
     holds_tables: bool = False,
+    total: Sequence[int | str] = (),
 ) -> InputValues:
     """Choose how to make more of an example input.
 
@@ -63,7 +68,10 @@ def choose_values(
         dims: Of the input; a name is a size that may vary.
         limits: Of its ids, if they are known.
         holds_tables: As `find_tables` found it.
+        total: As `find_offsets` found it.
     """
+    if total and any(isinstance(dim, str) for dim in (*dims, *total)):
+        return InputValues("offsets", value=list(total))
     if is_past(name):
         return InputValues("past", spread=_measure_spread(value))
     if name == "position_ids" and value.dim() > 1:
@@ -149,6 +157,45 @@ def find_tables(tensors: Mapping[str, Tensor]) -> set[str]:
             found.add(name)
         found.update(other for other in wide if _is_circle(value, wide[other]) and other != name)
     return found
+
+
+def find_offsets(
+    tensors: Mapping[str, Tensor], dims: Mapping[str, Sequence[int | str]]
+) -> dict[str, list[int | str]]:
+    """Find the inputs that tell where each of several packed sequences begins and ends.
+
+    They rise from 0 to the number of tokens: `cu_seqlens`.
+
+    Args:
+        tensors: The example inputs, by name.
+        dims: Their sizes; a name is a size that may vary.
+
+    Returns:
+        By name of the input, the sizes of others whose product is the number of tokens.
+    """
+    found: dict[str, list[int | str]] = {}
+    for name in (name for name, value in tensors.items() if _rises(name, value)):
+        others = {other: value for other, value in tensors.items() if other != name}
+        rows = [(value.shape[:1], dims[other][:1]) for other, value in others.items()]
+        rows += [(value.shape[1:2], dims[other][1:2]) for other, value in others.items()]
+        rows += [(value.shape[:2], dims[other][:2]) for other, value in others.items()]
+        last = int(tensors[name][-1])
+        fitting = [list(d) for sizes, d in rows if len(sizes) and math.prod(sizes) == last]
+        fitting.sort(key=lambda d: not any(isinstance(dim, str) for dim in d))  # stable
+        if fitting:
+            found[name] = fitting[0]
+    return found
+
+
+def _rises(name: str, value: Tensor) -> bool:
+    """Return whether whole numbers rise from 0; those that count are none without such a name."""
+    if value.is_floating_point() or value.is_complex() or value.dim() != 1 or value.numel() < 2:
+        return False
+    if value.dtype == torch.bool or is_positions(name, value) or value[0] != 0:
+        return False
+    steps = value.long().diff()
+    counts = bool((steps == 1).all()) and not _OFFSETS.search(name)
+    return bool((steps >= 0).all()) and bool(value[-1] > 0) and not counts
 
 
 def _is_circle(cos: Tensor, sin: Tensor) -> bool:

@@ -103,7 +103,8 @@ def _plan_small(plan: Plan) -> list[CaseSpec]:
         CaseSpec(plan.smallest, seed=3),
     ]
     if PAST in plan.traced:  # the first step, with an empty cache
-        specs.append(CaseSpec(plan.choose_sizes(2, seq + 1, 0), seed=3))
+        own = not any(source.role == "past" for source in plan.sources.values())
+        specs.append(CaseSpec(plan.choose_sizes(2, seq + 1, 0), seed=3, optional=own))
     if plan.is_masked:
         for side in ("left", "right"):
             sizes = plan.choose_sizes(3, seq + 2, past)

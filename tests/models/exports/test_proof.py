@@ -12,6 +12,7 @@ import rotary_export
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.models import export_model as module
 from rotary_export.models.arguments import FlatModel
+from rotary_export.models.prove import verify_model
 from rotary_export.models.prove.prove import RejectedError
 
 
@@ -81,6 +82,38 @@ def test_positions_that_can_not_be_moved_are_not(tmp_path):
     assert rotary_export.verify(bundle).passed
 
 
+class Pooled(nn.Module):
+    """A weighted mean over the sequence, in bfloat16."""
+
+    factor = 1.0
+
+    def forward(self, x):
+        angles = torch.arange(x.shape[1])[:, None] * 10000.0 ** -(torch.arange(0, 16, 2) / 16)
+        rotated = rotate(x, torch.cat((angles, angles), -1)).to(x.dtype)
+        return (rotated.softmax(1) * x.abs()).sum(1) * self.factor
+
+
+def test_sums_of_bfloat16_are_those_of_torch(tmp_path):
+    """onnx.reference runs such a file: a sum that numpy rounds at each step ends at 256."""
+    model, x = Pooled(), {"x": torch.randn(2, 6, 16).bfloat16()}
+    report = rotary_export.export_model(model, x, tmp_path / "b", formats=["onnx"]).report
+    row = next(row for row in report.rows if row.output == "output")
+    assert row.runtime == "onnx.reference"
+    assert "batch_size 1, seq_len 3000" in report.shapes["model"]
+    assert row.eager.max_ulp <= 4
+    real = module.write_graph
+
+    def write(*args, **kwargs):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Pooled, "factor", 1.2)
+            return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "write_graph", write)
+        with pytest.raises(RejectedError, match=r"by onnx\.reference differs"):
+            rotary_export.export_model(model, x, tmp_path / "wrong", formats=["onnx"])
+
+
 @pytest.fixture(scope="module")
 def llama():
     return make_model("llama", num_hidden_layers=2)
@@ -136,6 +169,20 @@ def test_verify_with_the_model(llama, bundle):
     name = report.shapes["model"][2]
     report = rotary_export.verify_model(bundle, llama, make_inputs(llama), case=name)
     assert report.shapes == {"model": [name]}
+
+
+def test_verify_lists_far_tables_where_the_model_can_not_be_traced_again(
+    llama, bundle, monkeypatch
+):
+    def refuse(*args):
+        raise RotaryExportError("torch.export can't trace the model: it is tired")
+
+    monkeypatch.setattr(verify_model, "trace_analyzed", refuse)
+    report = rotary_export.verify_model(bundle, llama, make_inputs(llama))
+    assert report.passed
+    reason = report.unverified["tables at far positions"]
+    assert reason == "torch.export can't trace the model: it is tired"
+    assert TABLES not in {row.runtime for row in report.rows}
 
 
 def test_verify_with_another_model_fails(llama, bundle):
