@@ -168,6 +168,30 @@ def write_mixed(g: Graph) -> None:
     g.output(g.op("Tanh", key, out="other"), "other_out")
 
 
+def put_in_branches(g: Graph) -> ModelProto:
+    """Put a model of query and key into both branches of an `If`, whose nodes are all of it."""
+    branches = []
+    for end in ("", "e"):  # names are unique over both branches
+        branch = helper.make_graph(
+            g.nodes, f"branch{end}", [],
+            [helper.make_tensor_value_info(o.name + end, g.element, ["batch", n, "seq", H])
+             for o, n in zip(g.outputs, (4, 2), strict=True)],
+        )  # fmt: skip
+        made = {name for node in g.nodes for name in node.output}
+        for node in branch.node:
+            node.input[:] = [n + end if n in made else n for n in node.input]
+            node.output[:] = [n + end for n in node.output]
+        branches.append(branch)
+    node = helper.make_node(
+        "If", ["flag"], ["a", "b"], then_branch=branches[0], else_branch=branches[1]
+    )
+    flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, [])
+    outputs = [helper.make_tensor_value_info(n, g.element, None) for n in ("a", "b")]
+    graph = helper.make_graph([node], "t", [flag, *g.inputs], outputs, initializer=g.stored)
+    opsets = [helper.make_opsetid("", g.opset)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
 def find_rotary(model: ModelProto) -> list[onnx.NodeProto]:
     return [n for n in model.graph.node if (n.domain, n.op_type) == (spec.DOMAIN, spec.OP_TYPE)]
 
