@@ -22,8 +22,8 @@ from rotary_export.models.error_text import describe_error, explain_onnx_error
 from rotary_export.models.trace.adapt.adapt_program import adapt_program
 from rotary_export.models.trace.adapt.floor_division import translate_floor_division
 from rotary_export.op.onnx_function import add_functions
-from rotary_export.op.onnx_schema import register_schema
 from rotary_export.op.onnx_graph import count_rotary_nodes
+from rotary_export.op.onnx_schema import register_schema
 from rotary_export.op.onnx_signature import FunctionSignature
 
 # One file of protobuf ends at 2 GiB; the graph itself needs some of it.

@@ -15,7 +15,7 @@ from helpers.fuse_graphs import (
     run,
     write_angles,
 )
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 import rotary_export
 from rotary_export.errors import CheckFailedError

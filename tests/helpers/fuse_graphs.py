@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,24 @@ def half(g: Graph, cut: str = "slice", factor: float = 1.0, axis: int = 1) -> No
     cos, sin = write_tables(g, factor=factor, axis=axis)
     for x in add_query_key(g, "BNS" if axis == 1 else "BSN"):
         g.output(add_products(g, x, cos, rotate_half(g, x, cut=cut), sin), f"{x}_out")
+
+
+def make_model(weights: int = 0) -> ModelProto:
+    """Return query and key in the half layout; besides, a product with so many columns."""
+    g = Graph()
+    half(g)
+    if weights:
+        big = g.const(np.random.default_rng(0).normal(size=(H, weights)).astype("f"))
+        g.output(g.op("MatMul", g.op("Identity", "query"), big), "wide")
+    return g.model()
+
+
+def save_external(path: Path, location: str = "weights.bin") -> None:
+    """Write such a model with its product in external data."""
+    onnx.save(
+        make_model(4096), path, save_as_external_data=True, location=location,
+        size_threshold=1024,
+    )  # fmt: skip
 
 
 def rotate_both(g: Graph, cos: str, sin: str, turn: Any = rotate_half) -> None:
