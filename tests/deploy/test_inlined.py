@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from helpers.bundles import get_bundle, make_arrays, make_folder, run_eager, to_numpy
+from helpers.fuse_graphs import make_feeds
 from helpers.inline_runs import (
     OPENVINO,
     TRACT,
@@ -17,6 +18,7 @@ from helpers.inline_runs import (
 )
 from helpers.target_runs import (
     compare,
+    get_fused_bundle,
     get_model,
     get_model_bundle,
     make_model_arrays,
@@ -150,6 +152,16 @@ def test_the_page(runtime, tmp_path):
     np.save(kit / "example" / "expected" / "key_out.npy", wrong)
     done = run_python(runtime.environment, kit, "run.py")
     assert (done.returncode, done.stderr) == (1, "key_out differs from what PyTorch computed\n")
+
+
+def test_a_fused_bundle(runtime, tmp_path):
+    kit = deploy(runtime.name, get_fused_bundle(), tmp_path / "kit")
+    done = run_python(runtime.environment, kit, "run.py")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count(": largest difference from ONNX Runtime ") == 2
+    case = make_feeds(3, 5)
+    (got,), _ = run_cases(runtime.environment, kit, [case])
+    compare(got, rotary_export.load(get_fused_bundle())(**case), find_allowed("fused", "float32"))
 
 
 def test_bad_input(runtime, tmp_path):
