@@ -126,6 +126,11 @@ def read_manifest(bundle_dir: Path) -> Manifest:
             package reads, or names a file outside the bundle.
     """
     path = bundle_dir / FILE_NAME
+    if bundle_dir.suffix == ".onnx" and bundle_dir.is_file():
+        raise RotaryExportError(
+            f"{bundle_dir} is an ONNX file, not a bundle; `rotary-export fuse IN.onnx --bundle "
+            "DIR` writes a bundle of the file before fuse"
+        )
     if not path.is_file():
         raise RotaryExportError(f"{bundle_dir} is not a bundle: it has no {FILE_NAME}")
     data = read_json(path)

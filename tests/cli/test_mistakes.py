@@ -17,6 +17,11 @@ MISTAKES = {
     "bad-dtype": ([*EXPORT, "--dtype", "int8", "--out", "x"], "int8"),
     "bad-opset": ([*EXPORT, "--opset", "12", "--out", "x"], "opset must be in [18, 25], got 12"),
     "not-a-bundle": (["verify", "."], "it has no manifest.json"),
+    "file-verify": (["verify", "text.onnx"], "text.onnx is an ONNX file, not a bundle"),
+    "file-deploy": (
+        ["deploy", "node", "text.onnx", "--out", "x"],
+        "`rotary-export fuse IN.onnx --bundle DIR` writes a bundle",
+    ),
     "no-file": (["inspect", "nope.onnx"], "nope.onnx does not exist"),
     "not-onnx": (["inspect", "text.onnx"], "text.onnx is not an ONNX file"),
     "no-input-file": (["run", "B", "--input", "query=no.npy", "--out", "o.npz"], "no.npy"),
