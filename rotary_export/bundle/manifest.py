@@ -131,6 +131,11 @@ def read_manifest(bundle_dir: Path) -> Manifest:
     """
     check_path(bundle_dir)
     path = bundle_dir / FILE_NAME
+    if bundle_dir.suffix == ".onnx" and bundle_dir.is_file():
+        raise RotaryExportError(
+            f"{bundle_dir} is an ONNX file, not a bundle; `rotary-export fuse IN.onnx --bundle "
+            "DIR` writes a bundle of the file before fuse"
+        )
     if not path.is_file():
         kept = describe_kept(bundle_dir)
         raise RotaryExportError(f"{bundle_dir} is not a bundle: it has no {FILE_NAME}{kept}")

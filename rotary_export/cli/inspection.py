@@ -12,6 +12,7 @@ from rotary_export.bundle.staging import describe_kept
 from rotary_export.errors import RotaryExportError, explain_damage
 from rotary_export.op import library as op_library
 from rotary_export.op import spec
+from rotary_export.op.onnx_graph import list_nodes
 from rotary_export.package import find_versions
 from rotary_export.runtime.providers import CPU, CUDA, find_cuda_problem, library_refusal
 
@@ -109,6 +110,7 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
             parts.append(f"{value.name}: {kind}({', '.join(dims)})")
         return parts
 
+    nodes = list(list_nodes(model.graph))
     rotary = [
         {
             "node": node.name,
@@ -116,7 +118,7 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
             "inputs": [*node.input],
             "attributes": [f"{a.name}={a.i}" for a in node.attribute],
         }
-        for node in model.graph.node
+        for node in nodes
         if node.op_type in ROTARY_OPS
     ]
     bodies = [
@@ -133,7 +135,7 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
         "opsets": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import),
         "inputs": describe(model.graph.input),
         "outputs": describe(model.graph.output),
-        "nodes": len(model.graph.node),
+        "nodes": len(nodes),
         "rotary nodes": len(rotary),
         **_count_fusible(path, model),
         "rotary": rotary,
@@ -143,7 +145,7 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
 
 def _count_fusible(path: Path, model: Any) -> dict[str, str]:
     """Count the calls that `fuse` would replace; nothing for a file that has our node already."""
-    if any(node.domain == spec.DOMAIN for node in model.graph.node):
+    if any(node.domain == spec.DOMAIN for node in list_nodes(model.graph)):
         return {}
     try:
         from rotary_export.fusion.fuse import fuse

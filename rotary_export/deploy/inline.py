@@ -1,7 +1,8 @@
 """`GRAPH.inlined.onnx`: the graph without model-local functions, which some runtimes can't run.
 
 OpenVINO gets the function bodies of the bundle, tract gets primitives of opset 18. The file lies
-beside `bundle/`, whose `.data` file it shares. It is compared with the bundle's own graph first.
+beside `bundle/`, whose `.data` file it shares: the weights are in the kit once. It is compared with
+the bundle's own graph first.
 """
 
 from __future__ import annotations
@@ -13,9 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from rotary_export.bundle.manifest import Manifest, TensorInfo
+from rotary_export.bundle.manifest import (
+    DATA_SUFFIX,
+    FILE_NAME,
+    Manifest,
+    TensorInfo,
+    hash_file,
+)
 from rotary_export.deploy.example import make_example
 from rotary_export.errors import CheckFailedError, RotaryExportError, first_line
+from rotary_export.op.onnx_graph import list_graphs
 from rotary_export.proof.sample_inputs import fit_shapes
 from rotary_export.runtime.load import open_session
 from rotary_export.runtime.onnx_file import check_locations
@@ -24,6 +32,7 @@ from rotary_export.runtime.tensors import is_torch
 
 SHAPES = ((2, 7), (3, 1), (1, 5))  # batch_size, seq_len of the comparison
 TRACT_OPSET = 18
+MAX_INLINE_BYTES = 2**20  # of the bundle's graph; the weights of a larger one get a file
 
 
 def prepare_openvino(staging: Path, manifest: Manifest, graph: str) -> None:
@@ -81,13 +90,27 @@ def _read(staging: Path, manifest: Manifest, graph: str) -> Any:
     import onnx
 
     file = staging / "bundle" / manifest.graphs[graph].files["onnx"]
+    data = file.with_name(f"{file.name}{DATA_SUFFIX}")
+    if file.stat().st_size > MAX_INLINE_BYTES and not data.exists():
+        _move_weights(file, data, manifest)
     model = onnx.load(file, load_external_data=False)
     check_locations(model, file.name)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = f"bundle/{entry.value}"
+    for inner in list_graphs(model.graph):
+        for tensor in inner.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = f"bundle/{entry.value}"
     return model
+
+
+def _move_weights(file: Path, data: Path, manifest: Manifest) -> None:
+    """Move the weights of a kit's copy of a bundle to a file, and name both in its manifest."""
+    from onnxscript import ir
+
+    ir.save(ir.load(file), file, external_data=data.name)
+    hashes = {each.name: hash_file(each) for each in (file, data) if each.is_file()}
+    moved = replace(manifest, files={**manifest.files, **hashes})
+    file.with_name(FILE_NAME).write_text(moved.to_json(), encoding="utf-8")
 
 
 def _widen_probes(proto: Any) -> Any:

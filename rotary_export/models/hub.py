@@ -71,7 +71,9 @@ def fetch_model(name: str, revision: str | None) -> Path:
     finally:
         if had_bars:
             hub.utils.enable_progress_bars()
-    raise RotaryExportError(f"{name} can't be fetched from the Hugging Face hub: {reason}")
+    raise RotaryExportError(
+        f"{name} can't be fetched from the Hugging Face hub, and no such folder exists: {reason}"
+    )
 
 
 def _import_hub() -> Any:

@@ -22,9 +22,9 @@ from rotary_export.models.error_text import describe_error, explain_onnx_error
 from rotary_export.models.trace.adapt.adapt_program import adapt_program
 from rotary_export.models.trace.adapt.floor_division import translate_floor_division
 from rotary_export.op.onnx_function import add_functions
+from rotary_export.op.onnx_graph import count_rotary_nodes
 from rotary_export.op.onnx_schema import register_schema
 from rotary_export.op.onnx_signature import FunctionSignature
-from rotary_export.op.spec import DOMAIN, OP_TYPE
 
 # One file of protobuf ends at 2 GiB; the graph itself needs some of it.
 MAX_INLINE_BYTES = 1_800_000_000
@@ -104,8 +104,7 @@ def write_onnx(
         raise RotaryExportError(
             f"torch.onnx wrote a model that is not valid: {describe_error(error)}"
         ) from error
-    nodes = sum((n.domain, n.op_type) == (DOMAIN, OP_TYPE) for n in proto.graph.node)
-    return OnnxFile(signatures, nodes, fused)
+    return OnnxFile(signatures, count_rotary_nodes(proto.graph), fused)
 
 
 def _translate(program: Any, opset: int) -> Any:

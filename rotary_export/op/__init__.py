@@ -8,6 +8,7 @@ Files:
     onnx_schema.py: the op's ONNX schema, for torch's exporter and the ONNX checker.
     onnx_signature.py: what the function body of a node depends on.
     onnx_function.py: the function bodies, in standard ONNX.
+    onnx_graph.py: the nodes of an ONNX graph, and of the branches in it.
     onnx_reference.py: the op for the ONNX reference evaluator.
 
 `import rotary_export.op` registers the torch op if torch is imported already. It never imports

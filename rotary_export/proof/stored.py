@@ -10,6 +10,7 @@ from onnx import numpy_helper
 from rotary_export.bundle.manifest import CODE_FORMATS, GraphInfo
 from rotary_export.errors import CheckFailedError
 from rotary_export.graphs.plain import ZETA
+from rotary_export.op.onnx_graph import count_rotary_nodes
 from rotary_export.op.spec import DOMAIN, OP_TYPE
 from rotary_export.runtime.onnx_file import check_locations
 from rotary_export.runtime.torch_files import open_torch_file
@@ -64,9 +65,8 @@ def check_rotary_nodes(path: Path, info: GraphInfo) -> None:
     model = onnx.load(path / info.files["onnx"], load_external_data=False)
     check_locations(model, info.files["onnx"])
     bodies = [f for f in model.functions if (f.domain, f.name) == (DOMAIN, OP_TYPE)]
-    nodes = sum((node.domain, node.op_type) == (DOMAIN, OP_TYPE) for node in model.graph.node)
     is_native = bool(bodies) and all(OP_TYPE in [n.op_type for n in f.node] for f in bodies)
-    found = (nodes, "native" if is_native else "primitive")
+    found = (count_rotary_nodes(model.graph), "native" if is_native else "primitive")
     if found != (info.rotary_nodes, info.function_body):
         raise CheckFailedError(
             f"{info.files['onnx']} has {found[0]} rotary nodes of {found[1]} bodies, the manifest "

@@ -16,6 +16,7 @@ from rotary_export.bundle.manifest import GraphInfo, Manifest, TensorInfo
 from rotary_export.bundle.paths import check_path
 from rotary_export.errors import RotaryExportError, explain_damage
 from rotary_export.op import spec
+from rotary_export.op.onnx_graph import count_rotary_nodes
 from rotary_export.runtime.load import open_session
 from rotary_export.runtime.session import Session
 
@@ -63,13 +64,12 @@ def read_onnx_file(path: Path) -> Manifest:
     outputs = [_read_tensor(v, is_output=True) for v in model.graph.output]
     names = name_dims(inputs)
     bodies = [f for f in model.functions if (f.domain, f.name) == (spec.DOMAIN, spec.OP_TYPE)]
-    own = (spec.DOMAIN, spec.OP_TYPE)
     native = [_is_native(body) for body in bodies]
     graph = GraphInfo(
         tuple(_rename(info, names) for info in inputs),
         tuple(_rename(info, names) for info in outputs),
         {"onnx": path.name},
-        sum((node.domain, node.op_type) == own for node in model.graph.node),
+        count_rotary_nodes(model.graph),
         "native" if native and all(native) else "primitive",
     )
     floating = [info.dtype for info in (*outputs, *inputs) if "float" in info.dtype]

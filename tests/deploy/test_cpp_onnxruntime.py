@@ -17,6 +17,7 @@ from helpers.paths import KITS, ROOT
 from helpers.target_runs import (
     TargetRun,
     compare,
+    get_fused_bundle,
     get_model_allowed,
     get_model_bundle,
     make_model_arrays,
@@ -121,6 +122,16 @@ def run(kit: Path, mode: str, folder: Path, arrays: dict[str, np.ndarray], **opt
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return load(out)
+
+
+@pytest.mark.parametrize("path", ["fused", "portable"])
+def test_a_fused_bundle(path, kit, tmp_path):
+    other = deploy(NAME, get_fused_bundle(), tmp_path / "kit")
+    graph, out = other / "bundle" / "model.onnx", tmp_path / "out"
+    done = call(kit, "run", other / "example", out, path=path, graph=graph)
+    assert (done.returncode, done.stderr) == (0, "")
+    allowed = 0 if path == "fused" else TOLERANCES["fused"].max_ulp * EPSILON["float32"]
+    compare(load(out), load(other / "example" / "expected"), allowed)
 
 
 # ---- rotate

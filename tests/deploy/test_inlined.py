@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from helpers.bundles import get_bundle, make_arrays, make_folder, run_eager, to_numpy
+from helpers.fuse_graphs import make_feeds
 from helpers.inline_runs import (
     OPENVINO,
     TRACT,
@@ -17,6 +18,7 @@ from helpers.inline_runs import (
 )
 from helpers.target_runs import (
     compare,
+    get_fused_bundle,
     get_model,
     get_model_bundle,
     make_model_arrays,
@@ -25,6 +27,7 @@ from helpers.target_runs import (
 from helpers.tiny_models import make_inputs
 
 import rotary_export
+from rotary_export.bundle.manifest import check_files, read_manifest
 from rotary_export.deploy.deploy import deploy
 from rotary_export.op.spec import OP_TYPE
 from rotary_export.proof.tolerances import TOLERANCES
@@ -151,6 +154,16 @@ def test_the_page(runtime, tmp_path):
     assert (done.returncode, done.stderr) == (1, "key_out differs from what PyTorch computed\n")
 
 
+def test_a_fused_bundle(runtime, tmp_path):
+    kit = deploy(runtime.name, get_fused_bundle(), tmp_path / "kit")
+    done = run_python(runtime.environment, kit, "run.py")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count(": largest difference from ONNX Runtime ") == 2
+    case = make_feeds(3, 5)
+    (got,), _ = run_cases(runtime.environment, kit, [case])
+    compare(got, rotary_export.load(get_fused_bundle())(**case), find_allowed("fused", "float32"))
+
+
 def test_bad_input(runtime, tmp_path):
     kit = deploy(runtime.name, get_bundle("plain"), tmp_path / "kit")
     check_bad_input(runtime.environment, kit, make_arrays("plain"))
@@ -160,3 +173,25 @@ def test_external_weights_are_not_copied(tmp_path):
     kit = deploy("tract", get_old_model(), tmp_path / "kit")
     assert (kit / "bundle" / "model.onnx.data").is_file()
     assert (kit / "model.inlined.onnx").stat().st_size < 100_000
+
+
+def test_weights_are_in_the_kit_once(runtime, tmp_path, monkeypatch):
+    """Those of a bundle's own file are moved to one that both graphs share."""
+    monkeypatch.setattr("rotary_export.deploy.inline.MAX_INLINE_BYTES", 2**10)
+    model = get_model()
+    bundle = rotary_export.export_model(
+        model, make_inputs(model), tmp_path / "llama18", opset=18, formats=["onnx"], quick=True
+    )
+    before = (bundle.path / "model.onnx").read_bytes()
+    kit = deploy(runtime.name, bundle, tmp_path / "kit")
+    sizes = {f.relative_to(kit).as_posix(): f.stat().st_size for f in kit.rglob("*.onnx*")}
+    data = sizes.pop("bundle/model.onnx.data")
+    assert sizes.keys() == {"bundle/model.onnx", "model.inlined.onnx"}
+    assert max(sizes.values()) < 100_000 < data < len(before)
+    check_files(kit / "bundle", read_manifest(kit / "bundle"))
+    assert (bundle.path / "model.onnx").read_bytes() == before
+    case = make_model_arrays(*MODEL_SHAPES[0])
+    (output,), _ = run_cases(runtime.environment, kit, [case])
+    compare(output, run_model_eager(case), find_allowed("model", "float32"))
+    again = rotary_export.load(kit / "bundle")(**case)
+    compare(again, run_model_eager(case), find_allowed("model", "float32"))

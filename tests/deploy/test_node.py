@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.bundles import edit_manifest, make_arrays
+from helpers.fuse_graphs import make_feeds
 from helpers.javascript_kits import (
     BUNDLES,
     MODEL_SHAPES,
@@ -24,7 +25,10 @@ from helpers.javascript_kits import (
     run_node,
     save_case,
 )
-from helpers.target_runs import TargetRun, compare, record
+from helpers.target_runs import TargetRun, compare, get_fused_bundle, record, require
+
+from rotary_export import load
+from rotary_export.deploy.deploy import deploy
 
 NAME = "node"
 
@@ -104,6 +108,18 @@ def test_model_is_eager(tmp_path):
             exact,
             "llama, two layers",
         )
+    )
+
+
+def test_a_fused_bundle(tmp_path):
+    kit = deploy(NAME, get_fused_bundle(), tmp_path / "kit")
+    (kit / "node_modules").symlink_to(require(NAME) / "node_modules")
+    inputs = make_feeds(3, 5)
+    expected = load(get_fused_bundle())(**inputs)
+    compare(
+        run_case(kit, inputs, expected, tmp_path / "case"),
+        expected,
+        find_allowed("fused", "float32"),
     )
 
 

@@ -12,11 +12,13 @@ import sys
 import numpy as np
 import pytest
 from helpers.bundles import get_bundle, make_arrays, run_eager
+from helpers.fuse_graphs import make_feeds
 from helpers.paths import TOOLS
 from helpers.serving_runs import ask
 from helpers.target_runs import (
     TargetRun,
     compare,
+    get_fused_bundle,
     get_model_allowed,
     get_model_bundle,
     make_model_arrays,
@@ -26,6 +28,7 @@ from helpers.target_runs import (
 )
 from helpers.triton_server import Server
 
+from rotary_export import load
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.deploy.deploy import deploy
 
@@ -61,7 +64,7 @@ def repositories(tmp_path_factory):
     """Return what deploy wrote for some bundles, by name."""
     out = tmp_path_factory.mktemp("triton")
     bundles = {name: get_bundle(name).path for name in ("plain", "float16", "bfloat16", "static")}
-    bundles |= {"model": get_model_bundle().path}
+    bundles |= {"model": get_model_bundle().path, "fused": get_fused_bundle().path}
     return {
         name: deploy("triton", bundle, out / name) / "model_repository"
         for name, bundle in bundles.items()
@@ -233,6 +236,16 @@ def test_model(serve, python, version, tmp_path):
             error, same = compare(reply, run_model_eager(request), allowed)
             worst, exact = max(worst, error), exact and same
     record_run(version, "model", "float32", worst, exact, "HTTP (JSON and binary) and gRPC")
+
+
+def test_a_fused_bundle(repositories, serve, python, tmp_path):
+    models = {folder.name for folder in repositories["fused"].iterdir()}
+    assert models == {"model_onnxruntime", "model_python"}  # it has no TorchScript
+    requests = [make_feeds(*shape) for shape in SHAPES]
+    session = load(get_fused_bundle(), require_fused=True)
+    with serve("fused", "model") as server:
+        for request, reply in ask_all(python, tmp_path, server, requests):
+            compare(reply, session(**request), 0)
 
 
 # ---- together

@@ -13,6 +13,7 @@ from helpers.fuse_graphs import (
     add_query_key,
     half,
     make_feeds,
+    put_in_branches,
     run,
     write_genai,
     write_half,
@@ -28,6 +29,7 @@ from rotary_export.bundle.manifest import (
     hash_file,
     read_manifest,
 )
+from rotary_export.cli.inspection import inspect_path
 from rotary_export.deploy.deploy import deploy
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.fusion.read import read_model
@@ -35,7 +37,7 @@ from rotary_export.measure.benchmark import bench_bundle
 from rotary_export.models.fused.bundle import write_fused_bundle
 from rotary_export.models.fused.describe import describe_file, find_max_positions
 from rotary_export.proof.models.input_values import read_input_values
-from rotary_export.runtime.onnx_file import name_dims, read_onnx_file
+from rotary_export.runtime.onnx_file import load_onnx_file, name_dims, read_onnx_file
 from rotary_export.serving.core import ServedModel
 
 
@@ -174,6 +176,28 @@ def test_a_batch_that_does_not_run_is_verified_by_the_row(tmp_path):
     ]
     assert "row by row" in bundle.manifest.parity["rows"][1]["case"]
     assert rotary_export.verify(bundle).passed
+
+
+def test_nodes_in_branches_alone_are_counted(tmp_path):
+    """They decide whether the op library is registered, and whether it is verified."""
+    g = Graph()
+    half(g)
+    model = put_in_branches(g)
+    bundle = write_fused_bundle(rotary_export.fuse(model), tmp_path / "b")
+    assert bundle.manifest.graphs["model"].rotary_nodes == 2
+    runtimes = {row.runtime for row in rotary_export.verify(bundle).rows}
+    assert "ONNX Runtime, op library" in runtimes
+    session = rotary_export.load(bundle, require_fused=True)
+    assert session.kernel_path.startswith("fused")
+    assert load_onnx_file(bundle.path / "model.onnx").kernel_path.startswith("fused")
+    for flag in (True, False):
+        feeds = make_feeds(3, 7) | {"flag": np.array(flag)}
+        want = run(model, feeds)
+        for got, value in zip(session(**feeds).values(), want, strict=True):
+            np.testing.assert_allclose(got, value, rtol=0, atol=2e-6)
+    facts = inspect_path(bundle.path / "model.onnx")
+    assert (facts["rotary nodes"], len(facts["rotary"])) == (2, 2)
+    assert "fuse would replace" not in facts
 
 
 # ---- what is read from a file

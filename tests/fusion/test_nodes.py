@@ -5,8 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers.function_bodies import collect_onnx_cases
-from helpers.fuse_graphs import Graph, H, add_query_key, find_rotary, make_feeds, run, write_angles
-from onnx import TensorProto, helper
+from helpers.fuse_graphs import (
+    Graph,
+    H,
+    add_query_key,
+    find_rotary,
+    make_feeds,
+    put_in_branches,
+    run,
+    write_angles,
+)
+from onnx import TensorProto
 
 import rotary_export
 from rotary_export.errors import CheckFailedError
@@ -145,28 +154,7 @@ def test_what_rotates_inside_another_op_is_named():
 
 
 def test_nodes_in_subgraphs_are_fused():
-    g = write_onnx("batch")
-    inner = helper.make_graph(
-        g.nodes,
-        "branch",
-        [],
-        [helper.make_tensor_value_info(o.name, 1, ["batch", n, "seq", H])
-         for o, n in zip(g.outputs, (4, 2), strict=True)],
-    )  # fmt: skip
-    node = helper.make_node("If", ["flag"], ["a", "b"], then_branch=inner, else_branch=inner)
-    flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, [])
-    outputs = [helper.make_tensor_value_info(n, 1, None) for n in ("a", "b")]
-    graph = helper.make_graph([node], "t", [flag, *g.inputs], outputs, initializer=g.stored)
-    copy = helper.make_graph([], "c", [], [])
-    copy.CopyFrom(inner)
-    for inner_node in copy.node:  # names are unique over both branches
-        inner_node.input[:] = [n + "e" if n.startswith("v") else n for n in inner_node.input]
-        inner_node.output[:] = [n + "e" for n in inner_node.output]
-    for output in copy.output:
-        output.name += "e"
-    graph.node[0].attribute[1].g.CopyFrom(copy)
-    opsets = [helper.make_opsetid("", 23)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    model = put_in_branches(write_onnx("batch"))
     result = rotary_export.fuse(model)
     assert (len(result.fused), result.nodes) == (4, 2)
     (unseen,) = result.check.skipped

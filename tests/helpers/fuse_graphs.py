@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,24 @@ def half(g: Graph, cut: str = "slice", factor: float = 1.0, axis: int = 1) -> No
         g.output(add_products(g, x, cos, rotate_half(g, x, cut=cut), sin), f"{x}_out")
 
 
+def make_model(weights: int = 0) -> ModelProto:
+    """Return query and key in the half layout; besides, a product with so many columns."""
+    g = Graph()
+    half(g)
+    if weights:
+        big = g.const(np.random.default_rng(0).normal(size=(H, weights)).astype("f"))
+        g.output(g.op("MatMul", g.op("Identity", "query"), big), "wide")
+    return g.model()
+
+
+def save_external(path: Path, location: str = "weights.bin") -> None:
+    """Write such a model with its product in external data."""
+    onnx.save(
+        make_model(4096), path, save_as_external_data=True, location=location,
+        size_threshold=1024,
+    )  # fmt: skip
+
+
 def rotate_both(g: Graph, cos: str, sin: str, turn: Any = rotate_half) -> None:
     """Query and key, x cos + turn(x) sin."""
     for x in add_query_key(g):
@@ -166,6 +185,30 @@ def write_mixed(g: Graph) -> None:
     g.output(add_products(g, query, cos, rotate_half(g, query), sin), "query_out")
     g.output(add_products(g, key, cos, turn_by_signs(*[1] * H)(g, key), sin), "key_out")
     g.output(g.op("Tanh", key, out="other"), "other_out")
+
+
+def put_in_branches(g: Graph) -> ModelProto:
+    """Put a model of query and key into both branches of an `If`, whose nodes are all of it."""
+    branches = []
+    for end in ("", "e"):  # names are unique over both branches
+        branch = helper.make_graph(
+            g.nodes, f"branch{end}", [],
+            [helper.make_tensor_value_info(o.name + end, g.element, ["batch", n, "seq", H])
+             for o, n in zip(g.outputs, (4, 2), strict=True)],
+        )  # fmt: skip
+        made = {name for node in g.nodes for name in node.output}
+        for node in branch.node:
+            node.input[:] = [n + end if n in made else n for n in node.input]
+            node.output[:] = [n + end for n in node.output]
+        branches.append(branch)
+    node = helper.make_node(
+        "If", ["flag"], ["a", "b"], then_branch=branches[0], else_branch=branches[1]
+    )
+    flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, [])
+    outputs = [helper.make_tensor_value_info(n, g.element, None) for n in ("a", "b")]
+    graph = helper.make_graph([node], "t", [flag, *g.inputs], outputs, initializer=g.stored)
+    opsets = [helper.make_opsetid("", g.opset)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
 def find_rotary(model: ModelProto) -> list[onnx.NodeProto]:

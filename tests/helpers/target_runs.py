@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.bundles import make_folder
+from helpers.fuse_graphs import make_model as make_half_model
 from helpers.paths import ROOT
 from helpers.tiny_models import make_inputs, make_model
 
 import rotary_export
+from rotary_export.models.fused.bundle import write_fused_bundle
 
 ENVIRONMENTS = ROOT / "build" / "targets"  # of tools/targets/setup_targets
 ROWS = ENVIRONMENTS / "rows"  # read by tools/targets/targets.py
@@ -91,6 +93,12 @@ def get_model_bundle() -> rotary_export.Bundle:
     """Return its bundle, exported once per process; nobody writes into it."""
     model = get_model()
     return rotary_export.export_model(model, make_inputs(model), make_folder() / "llama")
+
+
+@functools.cache
+def get_fused_bundle() -> rotary_export.Bundle:
+    """Return a bundle of `fuse`: query and key, each rotated; nobody writes into it."""
+    return write_fused_bundle(rotary_export.fuse(make_half_model()), make_folder() / "fused")
 
 
 def get_model_allowed() -> float:

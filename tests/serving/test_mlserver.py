@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.bundles import copy_bundle, get_bundle, make_arrays
+from helpers.fuse_graphs import make_feeds
 from helpers.http_calls import make_body, send
 from helpers.serving_runs import (
     MLSERVER,
@@ -25,6 +26,7 @@ from helpers.serving_runs import (
 )
 from helpers.target_runs import (
     compare,
+    get_fused_bundle,
     get_model_allowed,
     get_model_bundle,
     make_model_arrays,
@@ -83,9 +85,24 @@ def test_model(python, tmp_path):
     MLSERVER.record("model", "float32", worst, exact)
 
 
-@pytest.mark.parametrize("kind", ["rotate", "model"])
+def test_a_fused_bundle(python, tmp_path):
+    """Of `fuse --bundle`, by the command itself, over both protocols."""
+    bundle = get_fused_bundle()
+    requests = [make_feeds(*shape) for shape in SHAPES]
+    session = load(bundle, require_fused=True)
+    wants = [session(**request) for request in requests]
+    with Server(python, tmp_path, bundle.path) as server:
+        assert (server.model, session.kernel_path in server.line) == ("fused", True)
+        compare_replies(server, python, tmp_path, requests, wants, 0)
+
+
+KITS = {"rotate": lambda: get_bundle("plain"), "model": get_model_bundle, "fused": get_fused_bundle}
+
+
+@pytest.mark.parametrize("kind", KITS)
 def test_kit(kind, python, tmp_path):
-    bundle = get_bundle("plain") if kind == "rotate" else get_model_bundle()
+    bundle = KITS[kind]()
+    (graph,) = bundle.manifest.graphs.keys() - {"tables"}
     kit = deploy("mlserver", bundle.path, tmp_path / "kit")
     ports = find_ports("127.0.0.1", 0, 0, 0)
     names = ("MLSERVER_HTTP_PORT", "MLSERVER_GRPC_PORT", "MLSERVER_METRICS_PORT")
@@ -107,8 +124,10 @@ def test_kit(kind, python, tmp_path):
             [python, "client.py", *addresses], cwd=kit, capture_output=True, text=True, check=False
         )
         assert client.returncode == 0, client.stdout + client.stderr
-        assert client.stdout.count("largest error") == 2 * len(bundle.manifest.graphs[kind].outputs)
-        assert client.stdout.count("equal to the bit") == (4 if kind == "rotate" else 0)
+        assert client.stdout.count("largest error") == 2 * len(
+            bundle.manifest.graphs[graph].outputs
+        )
+        assert client.stdout.count("equal to the bit") == (0 if kind == "model" else 4)
         process.terminate()
         assert process.wait(30) == 0
     finally:

@@ -64,6 +64,16 @@ def test_one_bad_id_fails_alone(protocol, server, python, tmp_path):
         compare(reply, compute_eager("plain", request), 0)
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain"])
+def test_a_body_is_json_whatever_its_content_type(kind, server):
+    """As of `curl -d`, which names the first one."""
+    inputs = make_arrays("plain", batch=1)
+    status, answer = send(server.http, make_body(inputs), {"Content-Type": kind})
+    assert status == 200, answer
+    got = {o["name"]: np.array(o["data"], "f").reshape(o["shape"]) for o in answer["outputs"]}
+    compare(got, compute_eager("plain", inputs), 0)
+
+
 # ---- health and metadata
 
 

@@ -104,8 +104,8 @@ def _describe(staging: Path, name: str, result: FuseResult) -> Manifest:
     model = read_model(staging / FILE)
     info, made_by = manifest.graphs[GRAPH], result.model.producer_name
     config = make_config(model, info)
-    config["cases"] = [{"name": s.name, "noise": {}, "spec": s.to_dict()}
-                       for s in _list_specs(model, info, result.check)]  # fmt: skip
+    specs = _list_specs(model, info, result.check)
+    config["cases"] = [{"name": each.name, "noise": {}, "spec": each.to_dict()} for each in specs]
     config[FUSED] = {
         "calls": dict(result.fused),
         "not_replaced": [each.node for each in result.why if each.candidate],
@@ -157,21 +157,19 @@ def _describe_check(check: Check, manifest: Manifest) -> Report:
     report = Report(reference="the model before fuse", notes=list(check.notes))
     for row in check.comparisons:
         shape = row.shape
-        case = f"batch_size {shape.batch}, seq_len {shape.length}, past_seq_len {shape.past}"
+        at = f"batch_size {shape.batch}, seq_len {shape.length}, past_seq_len {shape.past}"
         dtype = next((o.dtype for o in info.outputs if o.name == row.output), manifest.dtype)
         _, tolerance = judge_fused(manifest.config, row.output, dtype)
         kernel_path = info.function_body
         if row.runtime == OP_LIBRARY.name:
             kernel_path = f"fused ({op_library.instruction_set()})"
+        case, error = f"{at}, {row.run_mode}", row.error
         report.rows.append(
-            Row(
-                GRAPH, row.output, row.runtime, kernel_path, tolerance, None, eager=row.error,
-                case=f"{case}, {row.run_mode}",
-            )
-        )  # fmt: skip
+            Row(GRAPH, row.output, row.runtime, kernel_path, tolerance, None, error, case=case)
+        )
         report.shapes.setdefault(GRAPH, [])
-        if case not in report.shapes[GRAPH]:
-            report.shapes[GRAPH].append(case)
+        if at not in report.shapes[GRAPH]:
+            report.shapes[GRAPH].append(at)
     for skipped in check.skipped:
         what, _, why = skipped.partition(": ")
         report.unverified[what] = why

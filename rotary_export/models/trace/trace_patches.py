@@ -16,7 +16,7 @@ from rotary_export.compat.einx import broadcast_with_symbols
 from rotary_export.compat.transformers import BATCHED, EXPERTS, GROUPED
 from rotary_export.models.configs import get_field, list_configs
 from rotary_export.models.find.names import is_rotary_name
-from rotary_export.rope.stateless import replace_stateful
+from rotary_export.rope.stateless_replacement import replace_stateful
 
 _CACHES = "cache_if_possible"
 

@@ -40,6 +40,8 @@ def _make_error(status: int, message: str) -> JSONResponse:
 class BodyGuard:
     """Refuses a body that is too large, compressed or binary, unread; ASGI middleware.
 
+    Any other is JSON, whatever its content type: `curl -d` names a form.
+
     Args:
         app: The next application.
         limit: Largest number of bytes.
@@ -56,6 +58,9 @@ class BodyGuard:
             refusal.headers["connection"] = "close"  # the bytes that follow are not a request
             await refusal(scope, receive, send)
             return
+        if "headers" in scope:
+            others = [header for header in scope["headers"] if header[0] != b"content-type"]
+            scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
         received = 0
 
         async def count() -> Any:

@@ -93,7 +93,8 @@ def test_offline_the_message_names_the_command_that_fetches(tmp_path):
         assert done.returncode == 2
         error = done.stderr.splitlines()[-1]
         assert error.startswith(
-            f"rotary-export: {MODEL} can't be fetched from the Hugging Face hub"
+            f"rotary-export: {MODEL} can't be fetched from the Hugging Face hub, and no such "
+            "folder exists: "
         )
         assert f"hf download {MODEL} --revision v2 --include '*.safetensors'" in error
         assert error.endswith("--local-dir FOLDER; then name FOLDER")

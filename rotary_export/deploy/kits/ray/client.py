@@ -1,4 +1,4 @@
-"""Ask the server for the example over gRPC, and compare with what PyTorch computed.
+"""Ask the server for the example over gRPC, and compare with its outputs in expected/.
 
 python client.py [127.0.0.1:8081]
 """

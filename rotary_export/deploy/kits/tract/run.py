@@ -1,6 +1,6 @@
 """Run this folder's bundle with tract.
 
-python run.py               the example, compared with what PyTorch computed
+python run.py               the example, compared with its outputs in expected/
 python run.py INPUTS OUT    NAME.npy of each input is in INPUTS, of each output goes into OUT
 """
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-# Of a difference from PyTorch, relative to the largest magnitude of an output.
+# Of a difference from what is expected, relative to the largest magnitude of an output.
 LIMITS = {"float64": 1e-12, "float32": 3e-5, "float16": 3e-2, "bfloat16": 1e-2}
 
 
@@ -87,16 +87,23 @@ def widen(array):
     return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
+def name_expected():
+    """Return what computed `example/expected`."""
+    known = json.loads((HERE / "kit.json").read_text())["expected_by"]
+    return "ONNX Runtime" if known == "onnxruntime" else "PyTorch"
+
+
 def compare(infos, got, expected):
-    """Print the difference from PyTorch of each output; stop if it is too large."""
+    """Print the difference of each output from what is expected; stop if it is too large."""
+    reference = name_expected()
     for info in infos:
         left, right = widen(got[info["name"]]), widen(expected[info["name"]])
         if left.shape != right.shape:
-            sys.exit(f"{info['name']} has shape {left.shape}, PyTorch's {right.shape}")
+            sys.exit(f"{info['name']} has shape {left.shape}, {reference}'s {right.shape}")
         error = np.abs(left - right).max(initial=0)
-        print(f"{info['name']} {left.shape}: largest difference from PyTorch {error:.2g}")
+        print(f"{info['name']} {left.shape}: largest difference from {reference} {error:.2g}")
         if not error <= LIMITS.get(info["dtype"], 0) * np.abs(right).max(initial=0):
-            sys.exit(f"{info['name']} differs from what PyTorch computed")
+            sys.exit(f"{info['name']} differs from what {reference} computed")
 
 
 def run_model(make_model, usage):

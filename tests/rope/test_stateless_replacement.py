@@ -11,7 +11,7 @@ from torch import nn
 
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
-from rotary_export.rope.stateless import is_stateful, replace_stateful
+from rotary_export.rope.stateless_replacement import is_stateful, replace_stateful
 
 LENGTHS = (3, 1024, 1025, 2048, 2049, 6000, 3000, 10)  # up and down
 LONG = next(case for case in LENGTH_DEPENDENT if case.name == "longrope")
