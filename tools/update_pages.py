@@ -269,6 +269,19 @@ def write_load() -> str:
     return format_table(headers, rows)
 
 
+def write_attack() -> str:
+    """What tools/targets/attack_server.py saw of MLServer, from tools/results/attack.json."""
+    names = {
+        "attack": "attack",
+        "seconds": "seconds",
+        "answers": "answers",
+        "health_max_ms": "slowest answer of health, ms",
+        "growth_mib": "growth, MiB",
+    }
+    rows = (tuple(row[name] for name in names) for row in _read_result("attack"))
+    return format_table(tuple(names.values()), rows)
+
+
 def write_cpp_latency() -> str:
     """A decode step of the C++ program, from tools/results/cpp_latency.json."""
     found = _read_result("cpp_latency")
@@ -339,7 +352,11 @@ DOCUMENTS = {
         "coverage_families": write_families,
     },
     "tools/real/README.md": {"real_weights": write_real_weights},
-    "tools/targets/README.md": {"targets": write_targets, "load": write_load},
+    "tools/targets/README.md": {
+        "targets": write_targets,
+        "load": write_load,
+        "attack": write_attack,
+    },
 }
 
 

@@ -20,12 +20,13 @@ from rotary_export.cli.options import (
 from rotary_export.cli.terminal import Terminal, print_line
 from rotary_export.deploy.targets import TARGETS
 from rotary_export.serving.core import MAX_BATCH_SIZE, PLATFORMS
-from rotary_export.serving.options import ENGINES, MAX_REQUEST_MIB, Options
+from rotary_export.serving.options import ENGINES, Options
+from rotary_export.serving.size_limits import MAX_REQUEST_MIB
 
 
-def _count_option(name: str, default: int, text: str, largest: int | None = None) -> Decorator:
+def _count_option(name: str, default: int, text: str) -> Decorator:
     """Return an option of at least 1."""
-    kind = click.IntRange(1, largest)
+    kind = click.IntRange(1)
     return click.option(name, type=kind, default=default, show_default=True, help=text)
 
 
@@ -91,7 +92,11 @@ deploy.epilog = "\b\nTargets:\n" + "\n".join(
 @_port_option("--http-port", 8080)
 @_port_option("--grpc-port", 8081)
 @_port_option("--metrics-port", 8082)
-@_count_option("--max-request-mib", MAX_REQUEST_MIB, "Largest body of a request.", largest=2047)
+@click.option(
+    "--max-request-mib",
+    type=click.IntRange(1, 2047),
+    help=f"Largest body; default: of the bundle's largest request, at most {MAX_REQUEST_MIB}.",
+)
 def serve(engine: str, replicas: int, **options: Any) -> None:
     """Serve BUNDLE over HTTP and gRPC (Open Inference Protocol) until SIGTERM or Ctrl-C.
 

@@ -20,7 +20,8 @@ transformers.py       model classes of a config, the kernel of experts
 einx.py               elementwise functions of einx, with symbolic sizes
 x_transformers.py     the cache of its decoders
 foreign_rope.py       the RotaryEmbedding of zeta and x-transformers
-mlserver.py           the HTTP application of an MLServer
+mlserver.py           the HTTP application of an MLServer, its gRPC service, their settings
+uvicorn.py            the protocol of a connection
 ray.py                settings of ray.init that are not public
 
 tests/compat calls each function on a module of a few lines: when a new release moves a name, that

@@ -15,7 +15,8 @@ from rotary_export.bundle.copy_files import copy_file, copy_tree
 from rotary_export.bundle.manifest import DATA_SUFFIX, GraphInfo, Manifest, TensorInfo
 from rotary_export.deploy.package_copy import copy_package
 from rotary_export.op import library as op_library
-from rotary_export.serving.core import DATATYPES, MAX_BATCH_SIZE, find_batch_axes
+from rotary_export.serving.core import MAX_BATCH_SIZE, find_batch_axes
+from rotary_export.serving.interface import DATATYPES
 
 REPOSITORY = "model_repository"
 MOUNT = "/models"  # the path of the repository in the container

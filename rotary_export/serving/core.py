@@ -10,32 +10,19 @@ from typing import Any
 import numpy as np
 
 from rotary_export.bundle.dims import BATCH
-from rotary_export.bundle.manifest import (
-    GraphInfo,
-    Manifest,
-    TensorInfo,
-    read_manifest,
-)
+from rotary_export.bundle.manifest import GraphInfo, Manifest, read_manifest
 from rotary_export.errors import RotaryExportError
 from rotary_export.runtime.load import load
 from rotary_export.runtime.session import check_session_inputs
 from rotary_export.runtime.tensors import make_bfloat16
+from rotary_export.serving.interface import Interface, describe_tensor, find_wire_dtype
+from rotary_export.serving.size_limits import count_numbers
 from rotary_export.types import Array, Arrays
 
 # The protocol's name of each runtime.
 PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "torchscript": "pytorch_torchscript"}
 MAX_BATCH_SIZE = 64
-DATATYPES = {
-    "bool": "BOOL",
-    "uint8": "UINT8",
-    "int8": "INT8",
-    "int32": "INT32",
-    "int64": "INT64",
-    "float16": "FP16",
-    "float32": "FP32",
-    "float64": "FP64",
-    "bfloat16": "FP32",  # JSON has no BF16, nor have half of the protocol's servers
-}
+VERSION = "1"  # of the model; a bundle has one
 
 
 class ServedModel:
@@ -58,7 +45,8 @@ class ServedModel:
         providers: As `Session.providers`.
         batches: Whether requests run together.
         max_batch_size: Largest number of rows of a run.
-        datatypes: The protocol's datatype of each output.
+        interface: What it accepts and returns.
+        largest_request: Numbers in the inputs of the largest request; None: not known.
 
     Raises:
         RotaryExportError: As `load`.
@@ -84,67 +72,26 @@ class ServedModel:
         manifest = read_manifest(path)
         self._session = load(path, graph, runtime, allow_code=allow_code)
         self._info = self._session.graph
-        self._inputs = {info.name: info for info in self._info.inputs}
+        self.interface = Interface(
+            name or manifest.name, VERSION, self._session.graph_name, self._info
+        )
         self._axes = find_batch_axes(manifest, self._info)
         self.max_batch_size = min(max_batch_size, self._info.max_size.get(BATCH, max_batch_size))
         self.batches = self._axes is not None and self.max_batch_size > 1
         self.kernel_path = self._session.kernel_path
         self.providers = self._session.providers
+        self.largest_request = count_numbers(manifest, self._info, self.max_batch_size)
         self.metadata: dict[str, Any] = {
-            "name": name or manifest.name,
-            "versions": ["1"],
+            "name": self.interface.model,
+            "versions": [VERSION],
             "platform": PLATFORMS[runtime],
-            "inputs": [_describe(info) for info in self._info.inputs],
-            "outputs": [_describe(info) for info in self._info.outputs],
+            "inputs": [describe_tensor(info) for info in self._info.inputs],
+            "outputs": [describe_tensor(info) for info in self._info.outputs],
         }
-        self.datatypes = {info.name: DATATYPES[info.dtype] for info in self._info.outputs}
 
     def decode(self, name: str, datatype: str, shape: Sequence[int], data: Any) -> Array:
-        """Make the array of one input from its parts in a request.
-
-        Args:
-            name: Of the input.
-            datatype: In the protocol.
-            shape: Of the input.
-            data: Numbers in row-major order, in a list (nested or not) or an array.
-
-        Returns:
-            The array.
-
-        Raises:
-            RotaryExportError: The graph has no such input, the datatype is not that of the input,
-                or the numbers do not match the datatype or the shape.
-        """
-        info = self._find_input(name)
-        expected = DATATYPES[info.dtype]
-        if datatype != expected:
-            raise RotaryExportError(f"{name} must have the datatype {expected}, got {datatype}")
-        sizes = tuple(shape)
-        if any(size < 0 for size in sizes):
-            raise RotaryExportError(f"{name} must have a shape without negatives, got {sizes}")
-        values = _read_numbers(name, data, _find_wire_dtype(info), expected)
-        count = 1
-        for size in sizes:
-            count *= size  # Python's integers do not overflow
-        if values.size != count:
-            raise RotaryExportError(
-                f"{name} must have {count} numbers for its shape {sizes}, got {values.size}"
-            )
-        return values.reshape(sizes)
-
-    def find_outputs(self, names: Sequence[str]) -> list[str]:
-        """Return the outputs that a request names, or all.
-
-        Raises:
-            RotaryExportError: The graph has no such output.
-        """
-        for name in names:
-            if name not in self.datatypes:
-                raise RotaryExportError(
-                    f"{self._session.graph_name} has no output {name!r}; it returns "
-                    f"{', '.join(self.datatypes)}"
-                )
-        return list(dict.fromkeys(names)) or list(self.datatypes)
+        """Make the array of one input from its parts in a request, as `Interface.decode`."""
+        return self.interface.decode(name, datatype, shape, data)
 
     def check(self, inputs: Arrays) -> dict[str, Array]:
         """Check one request.
@@ -161,7 +108,7 @@ class ServedModel:
         """
         checked = dict(inputs)
         for name, value in inputs.items():
-            if self._find_input(name).dtype == "bfloat16" and value.dtype == np.float32:
+            if self.interface.find_input(name).dtype == "bfloat16" and value.dtype == np.float32:
                 checked[name] = value.astype(make_bfloat16())
         check_session_inputs(self._session.graph_name, self._info, checked)
         return checked
@@ -192,14 +139,6 @@ class ServedModel:
                     results[index] = output
         return [result for result in results if result is not None]
 
-    def _find_input(self, name: str) -> TensorInfo:
-        if name not in self._inputs:
-            raise RotaryExportError(
-                f"{self._session.graph_name} has no input {name!r}; it accepts "
-                f"{', '.join(self._inputs)}"
-            )
-        return self._inputs[name]
-
     def _count_rows(self, inputs: Arrays) -> int:
         assert self._axes is not None
         name = self._info.inputs[0].name
@@ -210,7 +149,7 @@ class ServedModel:
         assert self._axes is not None
         return tuple(
             size
-            for name in self._inputs
+            for name in self.interface.inputs
             for axis, size in enumerate(inputs[name].shape)
             if axis != self._axes[name]
         )
@@ -241,7 +180,7 @@ class ServedModel:
         assert self._axes is not None
         joined = {
             name: np.concatenate([request[name] for request in requests], self._axes[name])
-            for name in self._inputs
+            for name in self.interface.inputs
         }
         outputs = self._run_one(joined)
         if isinstance(outputs, RotaryExportError):
@@ -258,7 +197,7 @@ class ServedModel:
         except Exception as error:  # an error of a torch operator, of any type
             return RotaryExportError(f"{self._session.graph_name} failed: {error}")
         return {
-            info.name: np.asarray(outputs[info.name]).astype(_find_wire_dtype(info), copy=False)
+            info.name: np.asarray(outputs[info.name]).astype(find_wire_dtype(info), copy=False)
             for info in self._info.outputs
         }
 
@@ -278,38 +217,3 @@ def find_batch_axes(manifest: Manifest, graph: GraphInfo) -> dict[str, int] | No
             return None
         axes[info.name] = info.shape.index(BATCH)
     return axes
-
-
-def _find_wire_dtype(info: TensorInfo) -> np.dtype[Any]:
-    return np.dtype("float32" if info.dtype == "bfloat16" else info.dtype)
-
-
-def _describe(info: TensorInfo) -> dict[str, Any]:
-    shape = [size if isinstance(size, int) else -1 for size in info.shape]
-    return {"name": info.name, "datatype": DATATYPES[info.dtype], "shape": shape}
-
-
-def _read_numbers(name: str, data: Any, dtype: np.dtype[Any], datatype: str) -> Array:
-    """Return numbers as a flat array; values outside the datatype's range are refused."""
-    wrong = RotaryExportError(f"{name} must contain {datatype} numbers")
-    if isinstance(data, np.ndarray) and data.dtype == dtype:
-        return data.reshape(-1)
-    try:
-        # JSON has no NaN; null stands for it.
-        values = np.asarray(data, dtype=np.float64 if dtype.kind == "f" else None).reshape(-1)
-    except (ValueError, TypeError, OverflowError):
-        raise wrong from None
-    if values.size == 0:
-        return values.astype(dtype)
-    kinds = {"f": "f", "b": "b", "u": "iu", "i": "iu"}[dtype.kind]
-    if values.dtype.kind not in kinds:
-        raise wrong
-    with np.errstate(over="ignore"):
-        cast = values.astype(dtype)
-    if dtype.kind == "f":
-        fits = np.isfinite(cast) == np.isfinite(values)
-    else:
-        fits = cast == values
-    if not fits.all():
-        raise RotaryExportError(f"{name} must contain {datatype} numbers, got {values[~fits][0]}")
-    return cast

@@ -1,21 +1,22 @@
 """The Open Inference Protocol's messages: read to arrays, written from arrays.
 
-JSON over HTTP, with or without binary tensors, and gRPC (the stubs are those of tritonclient).
+JSON over HTTP, with or without binary tensors, and gRPC.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from rotary_export.errors import RotaryExportError
-from rotary_export.serving.core import DATATYPES, ServedModel
+from rotary_export.serving.interface import DATATYPES, Interface
+from rotary_export.serving.json_text import read_json, write_json
 from rotary_export.types import Array, Arrays
 
+EXTENSIONS = ["binary_tensor_data"]
 HEADER_LENGTH = "Inference-Header-Content-Length"  # of the JSON that binary tensors follow
 WIRE_DTYPES = {wire: np.dtype(name) for name, wire in DATATYPES.items() if name != "bfloat16"}
 # gRPC's fields of numbers that are not raw; FP16 has none.
@@ -28,6 +29,23 @@ CONTENTS = {
     "FP32": "fp32_contents",
     "FP64": "fp64_contents",
 }
+_PART = 1 << 16
+
+
+class RefusedError(RotaryExportError):
+    """A refused request.
+
+    Args:
+        status: Of HTTP.
+        message: What must hold, and what was given.
+
+    Attributes:
+        status: Of HTTP; that of every other error of a request is 400.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -47,11 +65,11 @@ class InferCall:
     id: str = ""
 
 
-def read_http(served: ServedModel, body: bytes, header_length: str | None) -> InferCall:
+def read_http(interface: Interface, body: bytes, header_length: str | None) -> InferCall:
     """Read the body of an HTTP request.
 
     Args:
-        served: The model.
+        interface: Of the model.
         body: JSON, followed by binary tensors if `header_length` is given.
         header_length: The value of HEADER_LENGTH.
 
@@ -66,13 +84,7 @@ def read_http(served: ServedModel, body: bytes, header_length: str | None) -> In
                 f"got {header_length!r}"
             )
         size = int(header_length)
-    try:
-        request = json.loads(body[:size])
-    except ValueError as error:  # of JSON or of UTF-8
-        raise RotaryExportError(f"the body must be JSON: {error}") from None
-    except RecursionError:
-        raise RotaryExportError("the body must be JSON: it is nested too deep") from None
-    request = _Object("the request", request)
+    request = _Object("the request", read_json(body[:size]))
     rest = memoryview(body)[size:]
     inputs: dict[str, Array] = {}
     for tensor in request.get_objects("inputs"):
@@ -88,7 +100,7 @@ def read_http(served: ServedModel, body: bytes, header_length: str | None) -> In
                     f"the body, got {data_size!r}"
                 )
             data, rest = _read_raw(name, datatype, rest[:data_size]), rest[data_size:]
-        _add(inputs, name, served.decode(name, datatype, shape, data))
+        _add(inputs, name, interface.decode(name, datatype, shape, data))
     if len(rest):
         raise RotaryExportError(f"the body has {len(rest)} bytes after its inputs")
     binary = request.get_parameters().value.get("binary_data_output") is True
@@ -96,13 +108,13 @@ def read_http(served: ServedModel, body: bytes, header_length: str | None) -> In
     for output in request.get_objects("outputs") if "outputs" in request.value else []:
         is_binary = output.get_parameters().value.get("binary_data", binary)
         outputs[output.get_str("name")] = is_binary is True
-    served.find_outputs(list(outputs))
+    interface.find_outputs(list(outputs))
     id_ = request.get_str("id") if "id" in request.value else ""
     return InferCall(inputs, outputs, binary, id_)
 
 
 def write_http(
-    served: ServedModel, call: InferCall, outputs: Arrays
+    interface: Interface, call: InferCall, outputs: Arrays
 ) -> tuple[bytes, dict[str, str]]:
     """Return the body of the answer to an HTTP request, and its headers.
 
@@ -120,20 +132,20 @@ def write_http(
             tensor["data"] = _to_json(name, value)
         tensors.append(tensor)
     answer: dict[str, Any] = {
-        "model_name": served.metadata["name"],
-        "model_version": served.metadata["versions"][0],
+        "model_name": interface.model,
+        "model_version": interface.version,
         "outputs": tensors,
     }
     if call.id:
         answer["id"] = call.id
-    header = json.dumps(answer).encode()
+    header = write_json(answer)
     if not raw:
         return header, {"Content-Type": "application/json"}
     headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(header))}
     return b"".join((header, *raw)), headers
 
 
-def read_grpc(served: ServedModel, request: Any) -> InferCall:
+def read_grpc(interface: Interface, request: Any) -> InferCall:
     """Read a ModelInferRequest; raises as `read_http`."""
     raws = request.raw_input_contents
     if raws and len(raws) != len(request.inputs):
@@ -146,23 +158,27 @@ def read_grpc(served: ServedModel, request: Any) -> InferCall:
         if raws:
             data: Any = _read_raw(tensor.name, tensor.datatype, raws[index])
         else:
-            data = list(getattr(tensor.contents, CONTENTS.get(tensor.datatype, "bytes_contents")))
-        array = served.decode(tensor.name, tensor.datatype, tuple(tensor.shape), data)
+            field = CONTENTS.get(tensor.datatype, "bytes_contents")
+            data = _read_contents(getattr(tensor.contents, field))
+        array = interface.decode(tensor.name, tensor.datatype, tuple(tensor.shape), data)
         _add(inputs, tensor.name, array)
     outputs = {output.name: True for output in request.outputs}
-    served.find_outputs(list(outputs))
+    interface.find_outputs(list(outputs))
     return InferCall(inputs, outputs, id=request.id)
 
 
-def write_grpc(served: ServedModel, call: InferCall, outputs: Arrays) -> Any:
-    """Return the ModelInferResponse to a request; its tensors are raw."""
-    from tritonclient.grpc import service_pb2
+def write_grpc(
+    interface: Interface, call: InferCall, outputs: Arrays, make_answer: Callable[..., Any]
+) -> Any:
+    """Return the answer to a gRPC request; its tensors are raw.
 
-    answer = service_pb2.ModelInferResponse(
-        model_name=served.metadata["name"],
-        model_version=served.metadata["versions"][0],
-        id=call.id,
-    )
+    Args:
+        interface: Of the model.
+        call: The request.
+        outputs: Of the model, by name.
+        make_answer: ModelInferResponse, of the server's own messages.
+    """
+    answer = make_answer(model_name=interface.model, model_version=interface.version, id=call.id)
     for name in call.outputs or outputs:
         answer.outputs.add(**_describe(name, outputs[name]))
         answer.raw_output_contents.append(np.ascontiguousarray(outputs[name]).tobytes())
@@ -225,13 +241,26 @@ def _describe(name: str, value: Array) -> dict[str, Any]:
     return {"name": name, "datatype": DATATYPES[value.dtype.name], "shape": list(value.shape)}
 
 
-def _to_json(name: str, value: Array) -> list[Any]:
-    """Return numbers in row-major order; a NaN is null."""
-    flat = value.reshape(-1)
-    if value.dtype.kind != "f" or np.isfinite(flat).all():
-        return list(flat.tolist())
+def _to_json(name: str, value: Array) -> Array:
+    """Return flat numbers for `write_json`.
+
+    The shortest text of a float32 would do for clients that read a float32. One that reads a
+    float64 and rounds it has another neighbour for one of them, 7.038531e-26.
+    """
+    flat = np.ascontiguousarray(value).reshape(-1)
+    if value.dtype.kind != "f":
+        return flat
     if np.isinf(flat).any():
         raise RotaryExportError(
             f"{name} must be finite for JSON, got inf; use binary data, or gRPC"
         )
-    return [None if np.isnan(number) else number for number in flat.tolist()]
+    return flat.astype(np.float64)
+
+
+def _read_contents(field: Sequence[Any]) -> Array | list[Any]:
+    """Return the numbers of one of CONTENTS.
+
+    Part by part: other threads run in between.
+    """
+    parts = [np.array(field[at : at + _PART]) for at in range(0, len(field), _PART)]
+    return np.concatenate(parts) if parts else []

@@ -12,7 +12,6 @@ from rotary_export.serving.batcher import Batcher
 from rotary_export.serving.core import MAX_BATCH_SIZE, ServedModel
 from rotary_export.serving.ports import Addresses, find_ports
 
-MAX_REQUEST_MIB = 64
 # Of `serve --engine`: each module has a `serve(options, report_ready)`.
 ENGINES = {
     "mlserver": "rotary_export.serving.mlserver.engine",
@@ -75,7 +74,7 @@ class Options(ModelOptions):
         http_port: 0: a free one.
         grpc_port: 0: a free one.
         metrics_port: 0: a free one.
-        max_request_mib: Largest body of a request; a larger one is refused unread.
+        max_request_mib: Largest body of a request; None: as `find_largest_body`.
         replicas: Number of processes that run the model; more than one only with Ray.
     """
 
@@ -84,7 +83,7 @@ class Options(ModelOptions):
     http_port: int
     grpc_port: int
     metrics_port: int
-    max_request_mib: int
+    max_request_mib: int | None
     replicas: int
 
     def open(self) -> ServedModel:

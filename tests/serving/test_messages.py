@@ -22,6 +22,11 @@ def served():
 
 
 @pytest.fixture
+def interface(served):
+    return served.interface
+
+
+@pytest.fixture
 def inputs():
     return make_arrays("plain", batch=2, seq_len=3)
 
@@ -36,31 +41,31 @@ def assert_same(got, want):
 # ---- HTTP
 
 
-def test_json_is_read(served, inputs):
-    call = read_http(served, make_body(inputs), None)
+def test_json_is_read(interface, inputs):
+    call = read_http(interface, make_body(inputs), None)
     assert_same(call.inputs, inputs)
     assert (call.outputs, call.binary, call.id) == ({}, False, "")
 
 
-def test_binary_tensors_are_read(served, inputs):
+def test_binary_tensors_are_read(interface, inputs):
     header, tensors = make_binary_body(inputs)
-    call = read_http(served, header + tensors, str(len(header)))
+    call = read_http(interface, header + tensors, str(len(header)))
     assert_same(call.inputs, inputs)
     assert call.binary
 
 
-def test_outputs_and_id_are_read(served, inputs):
+def test_outputs_and_id_are_read(interface, inputs):
     body = json.loads(make_body(inputs))
     body["id"] = "seven"
     body["outputs"] = [
         {"name": "key_out", "parameters": {"binary_data": True}},
         {"name": "query_out"},
     ]
-    call = read_http(served, json.dumps(body).encode(), None)
+    call = read_http(interface, json.dumps(body).encode(), None)
     assert (call.outputs, call.id) == ({"key_out": True, "query_out": False}, "seven")
     body["outputs"] = [{"name": "x"}]
     with pytest.raises(RotaryExportError, match="no output 'x'"):
-        read_http(served, json.dumps(body).encode(), None)
+        read_http(interface, json.dumps(body).encode(), None)
 
 
 @pytest.mark.parametrize(
@@ -78,10 +83,10 @@ def test_outputs_and_id_are_read(served, inputs):
         (lambda h, t: (h.replace(b'"key"', b'"query"'), t), None, "'query' must be given once"),
     ],
 )
-def test_malformed_bodies(change, length, message, served, inputs):
+def test_malformed_bodies(change, length, message, interface, inputs):
     header, tensors = change(*make_binary_body(inputs))
     with pytest.raises(RotaryExportError, match=re.escape(message)):
-        read_http(served, header + tensors, str(len(header)) if length is None else length)
+        read_http(interface, header + tensors, str(len(header)) if length is None else length)
 
 
 def read_answer(content, headers):
@@ -96,30 +101,42 @@ def read_answer(content, headers):
     return answer, tensors
 
 
-def test_answers_are_json_or_binary(served, inputs):
+def test_answers_are_json_or_binary(served, interface, inputs):
     (outputs,) = served.run_many([inputs])
-    answer, _ = read_answer(*write_http(served, InferCall(inputs, id="5"), outputs))
+    answer, _ = read_answer(*write_http(interface, InferCall(inputs, id="5"), outputs))
     assert (answer["model_name"], answer["model_version"], answer["id"]) == ("plain", "1", "5")
     for output in answer["outputs"]:
         got = np.array(output["data"], np.float32).reshape(output["shape"])
         np.testing.assert_array_equal(got, outputs[output["name"]])
-    _, tensors = read_answer(*write_http(served, InferCall(inputs, binary=True), outputs))
+    _, tensors = read_answer(*write_http(interface, InferCall(inputs, binary=True), outputs))
     assert_same(tensors, outputs)
     named = InferCall(inputs, {"key_out": True, "query_out": False})
-    answer, tensors = read_answer(*write_http(served, named, outputs))
+    answer, tensors = read_answer(*write_http(interface, named, outputs))
     assert [output["name"] for output in answer["outputs"]] == ["key_out", "query_out"]
     assert_same(tensors, {"key_out": outputs["key_out"]})
 
 
-def test_json_has_null_for_nan_and_no_infinity(served, inputs):
+def test_json_has_null_for_nan_and_no_infinity(interface, inputs):
     outputs = {"query_out": np.array([1, np.nan], np.float32)}
-    answer, _ = read_answer(*write_http(served, InferCall(inputs), outputs))
+    answer, _ = read_answer(*write_http(interface, InferCall(inputs), outputs))
     assert answer["outputs"][0]["data"] == [1, None]
     outputs["query_out"][0] = np.inf
     with pytest.raises(RotaryExportError, match="query_out must be finite for JSON, got inf"):
-        write_http(served, InferCall(inputs), outputs)
-    _, tensors = read_answer(*write_http(served, InferCall(inputs, binary=True), outputs))
+        write_http(interface, InferCall(inputs), outputs)
+    _, tensors = read_answer(*write_http(interface, InferCall(inputs, binary=True), outputs))
     np.testing.assert_array_equal(tensors["query_out"], outputs["query_out"])
+
+
+def test_a_float32_is_the_same_for_clients_that_read_float64(interface, inputs):
+    outputs = {"query_out": np.array([7.038531e-26], np.float32)}  # its shortest text is not
+    answer, _ = read_answer(*write_http(interface, InferCall(inputs), outputs))
+    assert np.float32(np.float64(answer["outputs"][0]["data"][0])) == outputs["query_out"][0]
+
+
+def test_many_small_lists_are_refused(interface):
+    body = b'{"inputs": [' + b"[]," * 2**20 + b"0]}"
+    with pytest.raises(RotaryExportError, match="at most 1048576 lists, objects and strings"):
+        read_http(interface, body, None)
 
 
 # ---- gRPC
@@ -140,25 +157,25 @@ def make_request(inputs, raw):
 
 
 @pytest.mark.parametrize("raw", [True, False])
-def test_grpc_tensors_are_read(raw, served, inputs):
-    call = read_grpc(served, make_request(inputs, raw))
+def test_grpc_tensors_are_read(raw, interface, inputs):
+    call = read_grpc(interface, make_request(inputs, raw))
     assert_same(call.inputs, inputs)
     assert call.id == "3"
 
 
-def test_malformed_grpc_tensors(served, inputs):
+def test_malformed_grpc_tensors(interface, inputs):
     request = make_request(inputs, raw=True)
     request.raw_input_contents.pop()
     with pytest.raises(RotaryExportError, match="one item for each of 3 inputs, or none"):
-        read_grpc(served, request)
+        read_grpc(interface, request)
     request = make_request(inputs, raw=True)
     request.raw_input_contents[0] = b"123"
     with pytest.raises(RotaryExportError, match="FP32 numbers of 4 bytes each, got 3 bytes"):
-        read_grpc(served, request)
+        read_grpc(interface, request)
     request = make_request(inputs, raw=True)
     request.inputs[1].name = "query"
     with pytest.raises(RotaryExportError, match="'query' must be given once, got it twice"):
-        read_grpc(served, request)
+        read_grpc(interface, request)
 
 
 # ---- options and addresses

@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from helpers.bundles import copy_bundle, get_bundle, make_arrays
 from helpers.fuse_graphs import make_feeds
 from helpers.http_calls import make_body, send
+from helpers.paths import TOOLS
 from helpers.serving_runs import (
     MLSERVER,
     PROTOCOLS,
@@ -37,6 +39,7 @@ from rotary_export import load
 from rotary_export.deploy.deploy import deploy
 from rotary_export.serving.ports import find_ports
 
+PATH = "/v2/models/static/infer"
 # As FP32 on the wire. Eager rounds three times where the kernel rounds once.
 ALLOWED = {"float32": 0.0, "float16": 2**-10, "bfloat16": 2**-7, "float64": 2**-50}
 
@@ -146,7 +149,7 @@ def test_numbers_that_json_lacks(server, python, tmp_path):
     status, answer = send(server.http, make_body(large))
     assert (status, answer["error"]) == (
         400,
-        "query_out must be finite for JSON, got inf; use gRPC",
+        "query_out must be finite for JSON, got inf; use binary data, or gRPC",
     )
     body = json.loads(make_body(empty))
     body["inputs"][0]["data"][0] = None
@@ -183,6 +186,26 @@ def test_under_load_every_answer_is_right(python, tmp_path):
         found = run_load(server, python, tmp_path, bundle)
     assert (found["clients"], found["errors"], found["wrong"]) == (16, 0, 0)
     assert found["requests"] > 16
+
+
+# ---- limits
+
+
+def test_half_sent_requests_are_closed_and_do_not_keep_others_out(python, tmp_path):
+    with Server(python, tmp_path, get_bundle("static").path) as server:
+        status, answer = send(server.http, b"", {"Content-Length": 2**22}, path=PATH)
+        assert (status, "the body must be <= " in answer["error"]) == (413, True)
+        attack = [sys.executable, TOOLS / "targets" / "attack_server.py", "--model=static"]
+        address = [f"--http={server.http}", f"--pid={server.process.pid}"]
+        options = ["--mib=2", "--half-sent-seconds=20", "--json"]
+        run = subprocess.run(
+            [*attack, *address, *options], capture_output=True, text=True, check=False
+        )
+        found = json.loads(run.stdout)
+        assert found[-1]["answers"] == "1 x 300 of 300 closed"
+        assert [each["health_errors"] for each in found] == [[]] * len(found)
+        assert max(each["growth_mib"] for each in found) < 100
+        assert server.errors.read_text() == ""
 
 
 # ---- metrics and sockets
@@ -245,6 +268,7 @@ def test_killed_and_restarted_it_serves_again(python, tmp_path):
         (reply,) = ask(python, tmp_path, "grpc", second.grpc, "plain", [good])
         compare(reply, compute_eager("plain", good), 0)
         assert second.stop(signal.SIGINT) == 0
+        assert second.errors.read_text() == ""
 
 
 def test_a_mistake_at_the_start_is_one_line(server, python, tmp_path):

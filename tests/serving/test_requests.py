@@ -26,6 +26,7 @@ from rotary_export.cli.main import cli
 from rotary_export.serving.batcher import Batcher
 from rotary_export.serving.core import ServedModel
 from rotary_export.serving.ports import find_ports
+from rotary_export.serving.size_limits import find_largest_body
 
 
 def get_served(bundle="plain", **options):
@@ -223,8 +224,28 @@ def test_decode_accepts_nested_lists_arrays_and_no_numbers():
         np.testing.assert_array_equal(served.decode("query", "FP32", [2, 2], data), want)
     assert served.decode("position_ids", "INT64", [0, 3], []).shape == (0, 3)
     with pytest.raises(RotaryExportError, match="no output 'x'; it returns query_out, key_out"):
-        served.find_outputs(["x"])
-    assert served.find_outputs([]) == ["query_out", "key_out"]
+        served.interface.find_outputs(["x"])
+    assert served.interface.find_outputs([]) == ["query_out", "key_out"]
+
+
+@pytest.mark.parametrize("shape", [[1] * 69 + [24], [2**62, 0], [0, 7, 2**62, 24], [2**70, 0]])
+def test_shapes_that_numpy_lacks(shape):
+    with pytest.raises(
+        RotaryExportError, match=re.escape("query must have the shape (batch_size, ")
+    ):
+        get_served().decode("query", "FP32", shape, [0.0] * (24 if len(shape) > 4 else 0))
+
+
+def test_the_largest_request_of_a_bundle():
+    static = get_served("static")
+    numbers = sum(np.prod(tensor["shape"], dtype=int) for tensor in static.metadata["inputs"])
+    assert static.largest_request == numbers
+    assert get_served().largest_request is None  # any number of heads
+    model = ServedModel(get_model_bundle().path, max_batch_size=3)
+    assert model.largest_request == 3 * 3 * 64  # inputs, rows, positions
+    assert find_largest_body(576, None) == 576 * 32 + 2**16
+    assert find_largest_body(10**9, None) == find_largest_body(None, None) == 64 * 2**20
+    assert find_largest_body(576, 2) == 2 * 2**20
 
 
 def test_requests_that_do_not_fit():

@@ -12,13 +12,12 @@ Exit codes: 0 fine, 1 an error or a wrong answer, 2 wrong usage.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,12 @@ import numpy as np
 
 SHAPES = ((1, 1), (1, 7), (2, 1), (1, 33), (3, 12), (1, 100), (4, 1), (2, 64))  # batch, length
 DATATYPES = {"float16": "FP16", "float32": "FP32", "float64": "FP64", "int64": "INT64"}
+DTYPES = {wire: np.dtype(name) for name, wire in DATATYPES.items()}
+HEADER_LENGTH = "Inference-Header-Content-Length"
 MODEL_ALLOWED = 1e-5  # of a whole model, relative to the largest magnitude of an output
 
 Arrays = dict[str, np.ndarray]
-Infer = Callable[[Arrays, list[str]], Arrays]  # inputs, names of the outputs
+Pairs = list[tuple[Arrays, Arrays]]  # inputs, outputs
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -53,7 +54,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     print(f"{arguments.folder}: {index + 1} requests")
 
 
-def read_requests(folder: Path) -> tuple[list[tuple[Arrays, Arrays]], float]:
+def read_requests(folder: Path) -> tuple[Pairs, float]:
     """Return (inputs, outputs) of every request, and the allowed relative error."""
     pairs = []
     for path in sorted(folder.glob("*.npz")):
@@ -81,61 +82,150 @@ def find_mistake(got: Arrays, want: Arrays, allowed: float) -> str:
     return ""
 
 
-def open_client(protocol: str, address: str, model: str, binary: bool) -> Infer:
-    """Return a function that sends a request; one connection."""
-    if protocol == "http":
+class HttpClient:
+    """A connection over HTTP.
+
+    Args:
+        address: HOST:PORT.
+        model: The name of the model.
+        requests: As `write` returns them; each is written once for all clients.
+    """
+
+    def __init__(self, address: str, model: str, requests: list[Any]) -> None:
         import tritonclient.http as triton
 
-        client = triton.InferenceServerClient(address, network_timeout=60, connection_timeout=60)
-        options: dict[str, Any] = {"binary_data": binary}
-    else:
-        import tritonclient.grpc as triton
+        self._parse = triton.InferenceServerClient.parse_response_body
+        self._connection = HTTPConnection(address, timeout=60)
+        self._path = f"/v2/models/{model}/infer"
+        self._requests = requests
 
-        client = triton.InferenceServerClient(address)
-        options = {}
+    @staticmethod
+    def write(model: str, pairs: Pairs, binary: bool) -> list[Any]:
+        """Return the body and the headers of each request."""
+        import tritonclient.http as triton
 
-    def infer(inputs: Arrays, names: list[str]) -> Arrays:
-        tensors = []
-        for name, value in inputs.items():
-            tensor = triton.InferInput(name, value.shape, DATATYPES[value.dtype.name])
-            tensor.set_data_from_numpy(value, **options)
-            tensors.append(tensor)
-        outputs = [triton.InferRequestedOutput(name, **options) for name in names]
-        result = client.infer(model, tensors, outputs=outputs)
+        requests = []
+        for inputs, outputs in pairs:
+            tensors = []
+            for name, value in inputs.items():
+                tensor = triton.InferInput(name, value.shape, DATATYPES[value.dtype.name])
+                tensor.set_data_from_numpy(value, binary_data=binary)
+                tensors.append(tensor)
+            wanted = [triton.InferRequestedOutput(name, binary_data=binary) for name in outputs]
+            body, length = triton.InferenceServerClient.generate_request_body(
+                tensors, outputs=wanted, request_id="1"
+            )
+            headers = {} if length is None else {HEADER_LENGTH: str(length)}
+            headers["Content-Type"] = "application/octet-stream" if headers else "application/json"
+            requests.append((body, headers))
+        return requests
+
+    def send(self, index: int) -> tuple[bytes, str | None]:
+        """Send a request; return the answer, and the length of its JSON if tensors follow."""
+        body, headers = self._requests[index]
+        try:
+            self._connection.request("POST", self._path, body, headers)
+            answer = self._connection.getresponse()
+            content = answer.read()
+        except BaseException:
+            self._connection.close()
+            raise
+        if answer.status != 200:
+            raise RuntimeError(f"{answer.status} {content[:200].decode(errors='replace')}")
+        return content, answer.headers[HEADER_LENGTH]
+
+    def read(self, answer: tuple[bytes, str | None], names: list[str]) -> Arrays:
+        """Return the outputs in an answer."""
+        content, length = answer
+        result = self._parse(content, header_length=None if length is None else int(length))
         return {name: result.as_numpy(name) for name in names}
 
-    return infer
+
+class GrpcClient:
+    """A channel of gRPC; as `HttpClient`."""
+
+    def __init__(self, address: str, model: str, requests: list[Any]) -> None:
+        import grpc
+        from tritonclient.grpc import service_pb2_grpc
+
+        sizes = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
+        channel = grpc.insecure_channel(address, [*sizes, ("grpc.use_local_subchannel_pool", 1)])
+        self._infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
+        self._requests = requests
+
+    @staticmethod
+    def write(model: str, pairs: Pairs, binary: bool) -> list[Any]:
+        """Return the message of each request; its tensors are raw."""
+        from tritonclient.grpc import service_pb2
+
+        requests = []
+        for inputs, outputs in pairs:
+            request = service_pb2.ModelInferRequest(model_name=model, id="1")
+            for name, value in inputs.items():
+                datatype = DATATYPES[value.dtype.name]
+                request.inputs.add(name=name, datatype=datatype, shape=value.shape)
+                request.raw_input_contents.append(value.tobytes())
+            for name in outputs:
+                request.outputs.add(name=name)
+            requests.append(request)
+        return requests
+
+    def send(self, index: int) -> Any:
+        """Send a request; return the answer."""
+        return self._infer(self._requests[index], timeout=60)
+
+    def read(self, answer: Any, names: list[str]) -> Arrays:
+        """Return the outputs in an answer."""
+        return {
+            output.name: np.frombuffer(raw, DTYPES[output.datatype]).reshape(output.shape)
+            for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)
+            if output.name in names
+        }
+
+
+CLIENTS: dict[str, Any] = {"http": HttpClient, "grpc": GrpcClient}
 
 
 def load(
-    open_one: list[Callable[[], Infer]],
-    pairs: list[tuple[Arrays, Arrays]],
+    clients: list[Any],
+    pairs: Pairs,
     allowed: float,
     seconds: float,
 ) -> dict[str, Any]:
-    """Send requests from one thread per client for some seconds; return counts and latencies."""
+    """Send requests from one thread per client for some seconds; return counts and latencies.
+
+    A latency ends with the last byte of an answer. An answer that is equal to one that was right,
+    to the byte, is not read again: the clients are on the server's machine.
+    """
     latencies: list[float] = []
     problems: list[str] = []
+    right: dict[Any, Any] = {}  # an answer, by protocol and request
     end = time.perf_counter() + seconds
 
     def work(index: int) -> None:
         draw = np.random.default_rng(index)
-        infer = open_one[index]()
+        client = clients[index]
         while time.perf_counter() < end:
-            inputs, want = pairs[draw.integers(len(pairs))]
+            number = int(draw.integers(len(pairs)))
             start = time.perf_counter()
             try:
-                got = infer(inputs, list(want))
+                answer = client.send(number)
             except Exception as error:
                 problems.append(f"error: {error}")
                 time.sleep(0.1)  # a server that is gone refuses at once
                 continue
             latencies.append(time.perf_counter() - start)
-            if mistake := find_mistake(got, want, allowed):
+            key = (type(client), number)
+            if answer == right.get(key):
+                continue
+            want = pairs[number][1]
+            if mistake := find_mistake(client.read(answer, list(want)), want, allowed):
                 problems.append(f"wrong: {mistake}")
+            else:
+                right[key] = answer
 
     start = time.perf_counter()
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(open_one))]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(clients))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -143,7 +233,7 @@ def load(
     took = time.perf_counter() - start
     p50, p99 = np.percentile(latencies, [50, 99]) if latencies else (float("nan"),) * 2
     return {
-        "clients": len(open_one),
+        "clients": len(clients),
         "seconds": round(took, 1),
         "requests": len(latencies),
         "errors": sum(p.startswith("error") for p in problems),
@@ -159,14 +249,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Load the server and print what was seen."""
     pairs, allowed = read_requests(arguments.folder)
     addresses = {"http": arguments.http, "grpc": arguments.grpc}
-    protocols = [(name, address) for name, address in addresses.items() if address]
+    protocols = {name: address for name, address in addresses.items() if address}
+    requests = {
+        name: CLIENTS[name].write(arguments.model, pairs, arguments.binary) for name in protocols
+    }
     clients = [
-        functools.partial(open_client, *protocol, arguments.model, arguments.binary)
-        for protocol in itertools.islice(itertools.cycle(protocols), arguments.clients)
+        CLIENTS[name](protocols[name], arguments.model, requests[name])
+        for name in itertools.islice(itertools.cycle(protocols), arguments.clients)
     ]
     allowed = arguments.allowed if arguments.allowed is not None else allowed
     names = {"http": f"HTTP ({'binary' if arguments.binary else 'JSON'})", "grpc": "gRPC"}
-    found: dict[str, Any] = {"protocols": ", ".join(names[name] for name, _ in protocols)}
+    found: dict[str, Any] = {"protocols": ", ".join(names[name] for name in protocols)}
     found |= load(clients, pairs, allowed, arguments.seconds)
     if arguments.save:
         name, file = arguments.save

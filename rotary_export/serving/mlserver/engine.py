@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from rotary_export.compat.mlserver import get_http_app
+from rotary_export.compat.mlserver import configure_grpc, configure_http, get_http_app
+from rotary_export.compat.uvicorn import make_limited_protocol
 from rotary_export.errors import RotaryExportError
 from rotary_export.package import describe_missing
+from rotary_export.serving.messages import EXTENSIONS
 from rotary_export.serving.options import Options
+from rotary_export.serving.size_limits import find_largest_body
 from rotary_export.types import Progress
 
 try:
@@ -20,12 +24,16 @@ try:
     from mlserver.errors import MLServerError, ModelNotFound
     from mlserver.repository import ModelRepository
 
-    from rotary_export.serving.mlserver.http_guard import add_guards
+    from rotary_export.serving.http import HttpInfer
+    from rotary_export.serving.mlserver.grpc_front import make_service
+    from rotary_export.serving.mlserver.http_front import add_front
     from rotary_export.serving.mlserver.model import RotaryModel, opened
 except ImportError as error:
     raise RotaryExportError(describe_missing("serve", error.name, "serve")) from None
 
-_MIB = 2**20
+_CONNECTIONS = 256  # of HTTP, and of gRPC
+_MAX_WORKERS = 8
+_SILENT_S = 15  # of a client that sends a request, or reads an answer
 _POLL_S = 0.05
 
 
@@ -88,25 +96,30 @@ def serve(options: Options, report_ready: Progress) -> None:
             "extra": options.to_arguments(),
         },
     )
-    limit = options.max_request_mib * _MIB
     settings = mlserver.Settings(
         debug=False,
         gzip_enabled=False,  # ten times slower than everything else together
         logging_settings=_LOGGING,
         server_name="rotary_export",
+        extensions=EXTENSIONS,
         parallel_workers=0,
         **asdict(addresses),
-        grpc_max_message_length=limit,
         model_repository_implementation=_OneModel,
         model_repository_implementation_args={"settings": model},
     )
     line = addresses.describe(name, served.kernel_path)
-    asyncio.run(_run(settings, model, limit, lambda: report_ready(line)))
+    largest = find_largest_body(served.largest_request, options.max_request_mib)
+    infer = HttpInfer(served.interface, largest, min(_MAX_WORKERS, os.cpu_count() or 1))
+    asyncio.run(_run(settings, model, infer, lambda: report_ready(line)))
 
 
-async def _run(settings: Any, model: Any, limit: int, ready: Callable[[], None]) -> None:
+async def _run(settings: Any, model: Any, infer: HttpInfer, ready: Callable[[], None]) -> None:
     server = mlserver.MLServer(settings)  # it handles the signals
-    add_guards(get_http_app(server), limit)
+    add_front(get_http_app(server), server, infer)
+    configure_http(server, lambda: make_limited_protocol(_CONNECTIONS, _SILENT_S), _SILENT_S)
+    service = make_service(server, infer.interface)
+    configure_grpc(server, service, infer.largest_body, _CONNECTIONS, _SILENT_S)
+    await infer.workers.start()
     announced = asyncio.create_task(_announce(settings, model.name, ready))
     try:
         await server.start([model])

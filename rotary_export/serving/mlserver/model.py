@@ -15,6 +15,7 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.serving.core import ServedModel
 from rotary_export.serving.mlserver.metrics import get_metrics
 from rotary_export.serving.options import ModelOptions
+from rotary_export.types import Array, Arrays
 
 opened: dict[str, ServedModel] = {}  # by name: models that `serve` has opened, until they load
 
@@ -45,6 +46,10 @@ class RotaryModel(mlserver.MLModel):  # type: ignore[misc]  # mlserver has no ty
         )
         return True
 
+    async def run(self, inputs: Arrays) -> dict[str, Array]:
+        """Run one request together with those that are waiting; raises as `Batcher.run`."""
+        return await self._batcher.run(inputs)
+
     async def predict(self, payload: Any) -> Any:
         """Check one request by itself, then run it together with those that are waiting."""
         try:
@@ -58,8 +63,10 @@ class RotaryModel(mlserver.MLModel):  # type: ignore[misc]  # mlserver has no ty
                 inputs[tensor.name] = self._served.decode(
                     tensor.name, tensor.datatype, tensor.shape, data
                 )
-            wanted = self._served.find_outputs([tensor.name for tensor in payload.outputs or ()])
-            outputs = await self._batcher.run(inputs)
+            wanted = self._served.interface.find_outputs(
+                [tensor.name for tensor in payload.outputs or ()]
+            )
+            outputs = await self.run(inputs)
             if _is_json(payload):
                 _refuse_infinite({name: outputs[name] for name in wanted})
         except RotaryExportError as error:
@@ -74,7 +81,7 @@ class RotaryModel(mlserver.MLModel):  # type: ignore[misc]  # mlserver has no ty
         return types.ResponseOutput.model_construct(
             name=name,
             shape=list(value.shape),
-            datatype=self._served.datatypes[name],
+            datatype=self._served.interface.datatypes[name],
             data=types.TensorData.model_construct(root=value.reshape(-1).tolist()),
         )
 

@@ -6,6 +6,7 @@ through `build_app`: see the kit that `rotary-export deploy ray` writes.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -19,28 +20,15 @@ from tritonclient.grpc import service_pb2 as pb
 
 from rotary_export.errors import RotaryExportError
 from rotary_export.package import __version__
-from rotary_export.serving.messages import (
-    HEADER_LENGTH,
-    read_grpc,
-    read_http,
-    write_grpc,
-    write_http,
-)
+from rotary_export.serving.http import HttpInfer, make_error
+from rotary_export.serving.messages import EXTENSIONS, RefusedError, read_grpc, write_grpc
 from rotary_export.serving.metrics import BUCKETS, KERNEL_PATH, REQUESTS_TOGETHER
-from rotary_export.serving.options import MAX_REQUEST_MIB, ModelOptions
+from rotary_export.serving.options import ModelOptions
+from rotary_export.serving.size_limits import find_largest_body
 
 SERVER = {"name": "rotary_export", "version": __version__}
-EXTENSIONS = ["binary_tensor_data"]
+CODES = {404: grpc.StatusCode.NOT_FOUND}  # of gRPC, for those of HTTP
 ONGOING = 256  # requests in a replica at a time, so that they can run together
-
-
-class RefusedError(RotaryExportError):
-    """A refused request: (HTTP status, gRPC status, message)."""
-
-    def __init__(self, http: int, code: grpc.StatusCode, message: str) -> None:
-        super().__init__(message)
-        self.http = http
-        self.code = code
 
 
 class OpenInference:
@@ -48,19 +36,20 @@ class OpenInference:
 
     Args:
         bundle_dir: The bundle's folder, on the replica's machine.
-        max_request_mib: Largest body of a request over HTTP; a larger one is refused.
+        max_request_mib: Largest body of a request over HTTP; None: as `find_largest_body`.
         **options: As `ModelOptions`.
     """
 
     def __init__(
         self,
         bundle_dir: str,
-        max_request_mib: int = MAX_REQUEST_MIB,
+        max_request_mib: int | None = None,
         **options: Any,
     ) -> None:
         model_options = ModelOptions(**options)
         self._served = model_options.open_bundle(bundle_dir)
-        self._largest_body = max_request_mib << 20
+        largest = find_largest_body(self._served.largest_request, max_request_mib)
+        self._http = HttpInfer(self._served.interface, largest)
         labels = {
             "model": self._served.metadata["name"],
             "kernel_path": self._served.kernel_path,
@@ -75,10 +64,8 @@ class OpenInference:
         """Answer an HTTP request."""
         try:
             return await self._route(request)
-        except RefusedError as error:
-            return _make_error(error.http, str(error))
         except RotaryExportError as error:
-            return _make_error(400, str(error))
+            return make_error(error)
 
     async def _route(self, request: Request) -> Response:
         match request.method, request.url.path.strip("/").split("/"):
@@ -94,17 +81,8 @@ class OpenInference:
                 return Response()
             case "POST", ["v2", "models", name, *rest] if _is_call(rest, "infer"):
                 self._check_name(name)
-                body = await _read_body(request, self._largest_body)
-                call = read_http(self._served, body, request.headers.get(HEADER_LENGTH))
-                content, headers = write_http(
-                    self._served, call, await self._batcher.run(call.inputs)
-                )
-                return Response(content, headers=headers)
-        raise RefusedError(
-            404,
-            grpc.StatusCode.NOT_FOUND,
-            f"{request.method} {request.url.path} is not part of the protocol",
-        )
+                return await self._http.answer(request, self._batcher.run)
+        raise RefusedError(404, f"{request.method} {request.url.path} is not part of the protocol")
 
     async def answer(self, method: str, request: bytes) -> tuple[Any, grpc.StatusCode, str]:
         """Answer a call of the protocol's gRPC service.
@@ -120,7 +98,7 @@ class OpenInference:
         try:
             return await respond(self, parse(request)), grpc.StatusCode.OK, ""
         except RefusedError as error:
-            return empty(), error.code, str(error)
+            return empty(), CODES[error.status], str(error)
         except RotaryExportError as error:
             return empty(), grpc.StatusCode.INVALID_ARGUMENT, str(error)
         except DecodeError:
@@ -133,8 +111,10 @@ class OpenInference:
 
     async def _infer_grpc(self, request: Any) -> Any:
         self._check_name(request.model_name, request.model_version)
-        call = read_grpc(self._served, request)
-        return write_grpc(self._served, call, await self._batcher.run(call.inputs))
+        interface = self._served.interface
+        call = await asyncio.to_thread(read_grpc, interface, request)
+        outputs = await self._batcher.run(call.inputs)
+        return write_grpc(interface, call, outputs, pb.ModelInferResponse)
 
     async def _describe_model(self, request: Any) -> Any:
         self._check_name(request.name, request.version)
@@ -163,7 +143,6 @@ class OpenInference:
             version = version and f" version {version}"
             raise RefusedError(
                 404,
-                grpc.StatusCode.NOT_FOUND,
                 f"the model {name!r}{version} does not exist; this server has {known['name']!r} "
                 f"version {', '.join(known['versions'])}",
             )
@@ -232,26 +211,3 @@ for _name in METHODS:
 
 def _is_call(path: list[str], call: str) -> bool:
     return path in ([call], ["versions", "1", call])
-
-
-def _make_error(status: int, message: str) -> Response:
-    # A body that was not read must not be parsed as the next request.
-    headers = {"Connection": "close"} if status in (413, 415) else None
-    return JSONResponse({"error": message}, status, headers)
-
-
-async def _read_body(request: Request, largest: int) -> bytes:
-    """Return the body; one that is too large, or announces it, is refused early."""
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise RefusedError(415, grpc.StatusCode.INVALID_ARGUMENT, "the body must not be compressed")
-    too_large = RefusedError(
-        413, grpc.StatusCode.RESOURCE_EXHAUSTED, f"the body must be <= {largest} bytes"
-    )
-    if int(request.headers.get("content-length", 0)) > largest:
-        raise too_large
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > largest:
-            raise too_large
-    return bytes(body)

@@ -19,6 +19,7 @@ from rotary_export.package import describe_missing
 from rotary_export.serving.options import Options
 from rotary_export.serving.ports import Addresses
 from rotary_export.serving.ray.reaper import start_reaper
+from rotary_export.serving.size_limits import find_largest_body
 from rotary_export.types import Progress
 
 # Read when Ray is imported. The first keeps Ray's own sockets on the loopback interface (on Linux
@@ -48,7 +49,9 @@ STOP_S = 5  # for calls to end
 
 def serve(options: Options, report_ready: Progress) -> None:
     """Serve as `serving.mlserver.engine.serve`; afterwards, no process of Ray remains."""
-    name = options.open().metadata["name"]  # raises here, not in a replica
+    served = options.open()  # raises here, not in a replica
+    name = served.metadata["name"]
+    largest = find_largest_body(served.largest_request, options.max_request_mib)
     addresses = options.find_addresses()
     args = {
         "bundle_dir": str(options.bundle.absolute()),
@@ -81,7 +84,7 @@ def serve(options: Options, report_ready: Progress) -> None:
             app = build_app(args, options.replicas)
             handle = ray_serve.run(app, name=APPLICATION, route_prefix="/")
             kernel_path = handle.get_kernel_path.remote().result()
-            server = _start_grpc(handle, addresses, options.max_request_mib << 20)
+            server = _start_grpc(handle, addresses, largest)
             replicas = "1 replica" if options.replicas == 1 else f"{options.replicas} replicas"
             state = f"{kernel_path}, {replicas}"
             report_ready(addresses.describe(name, state, metrics_host="127.0.0.1"))
