@@ -154,7 +154,7 @@ def test_a_bundle_that_came_in_the_meantime_stays(tmp_path, quick):
 
 
 def test_a_file_that_came_into_the_old_bundle_in_the_meantime_stays(tmp_path, quick):
-    def compare(*_):
+    def compare(*_, **__):
         (tmp_path / "b" / "theirs").write_text("theirs")
         return Report()
 

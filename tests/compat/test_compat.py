@@ -428,6 +428,7 @@ def double(x: torch.Tensor) -> torch.Tensor:
     return 2 * x
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch 2.14
 def test_compiled_functions_have_a_source_and_a_name_and_can_be_redirected():
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         compiled = torch.jit.script(double)

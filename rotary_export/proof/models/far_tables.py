@@ -89,10 +89,7 @@ def compare_far_tables(
         found, names = _cut_tables(file, infos)
         with tempfile.TemporaryDirectory() as folder:
             ir.save(found, path := Path(folder, "tables.onnx"))
-            outputs = tuple(
-                TensorInfo(value.name or "", "float32", (f"rows of {value.name}",))
-                for value in found.graph.outputs
-            )
+            outputs = tuple(_describe(value) for value in found.graph.outputs)
             graph = replace(info, inputs=tuple(infos), outputs=outputs, rotary_nodes=0)
             session = OrtSession(path, "tables", graph, [CPU], False, False, minimum_onnxruntime)
             rows: dict[str, Row] = {}
@@ -180,6 +177,14 @@ def _cut_tables(file: Path, infos: Sequence[TensorInfo]) -> tuple[ir.Model, list
     kept = {info.name for info in infos}
     graph.inputs[:] = [value for value in graph.inputs if value.name in kept]
     return ir.Model(graph, ir_version=model.ir_version), names
+
+
+def _describe(value: ir.Value) -> TensorInfo:
+    """Describe a table whose sizes only ONNX Runtime finds out."""
+    rank = 1 if value.shape is None else len(value.shape)
+    dims = tuple(f"size {axis} of {value.name}" for axis in range(rank))
+    dtype = ir.DataType.FLOAT if value.dtype is None else value.dtype
+    return TensorInfo(str(value.name), dtype.numpy().name, dims)
 
 
 def _compare_tables(
