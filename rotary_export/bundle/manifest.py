@@ -47,6 +47,11 @@ class TensorInfo:
     shape: tuple[int | str, ...]
     limits: tuple[int, int] | None = None
 
+    @property
+    def has_unknown_rank(self) -> bool:
+        """Whether it is an output of a fused file that does not declare its rank."""
+        return self.shape == (f"{self.name}_shape",)
+
 
 @dataclass(frozen=True)
 class GraphInfo:

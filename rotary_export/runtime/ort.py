@@ -132,8 +132,9 @@ def _compare_tensors(
     for value, info in zip(values, infos, strict=True):
         element = value.type.removeprefix("tensor(").removesuffix(")")
         element = _ELEMENTS.get(element, element)
-        # ONNX Runtime gives () for an unknown rank as well.
-        dims = value.shape or info.shape
+        # ONNX Runtime gives () for an unknown rank as well, or infers what a file does not declare.
+        is_unknown = not value.shape or info.has_unknown_rank
+        dims = info.shape if is_unknown else value.shape
         sizes = zip(dims, info.shape, strict=False)
         unequal = any(a != b for a, b in sizes if isinstance(a, int) and isinstance(b, int))
         if element != info.dtype or len(dims) != len(info.shape) or unequal:

@@ -18,7 +18,6 @@ from rotary_export.serving.json_workers import PREFIX, SMALL_BODY, JsonWorkers
 from rotary_export.serving.messages import HEADER_LENGTH, RefusedError
 from rotary_export.types import Array
 
-CONTENT_TYPES = ("", "application/json", "application/octet-stream")  # "": tritonclient's
 HELD_BYTES = 512 << 20  # of bodies at a time
 READ_S = 10  # for the first part of a body; then it must keep up this rate:
 READ_RATE = 64 << 10  # bytes per second
@@ -40,7 +39,7 @@ class HttpInfer:
         workers: Read and write large JSON.
     """
 
-    def __init__(self, interface: Interface, largest_body: int, workers: int = 1) -> None:
+    def __init__(self, interface: Interface, largest_body: int, workers: int = 0) -> None:
         self.largest_body = largest_body
         self._held = 0
         self.interface = interface
@@ -71,11 +70,6 @@ class HttpInfer:
             raise RefusedError(413, f"the body must be <= {self.largest_body} bytes, got {length}")
         if headers.get("content-encoding", "identity") != "identity":
             raise RefusedError(415, "the body must not be compressed")
-        given = headers.get("content-type", "")
-        if given.partition(";")[0].strip().lower() not in CONTENT_TYPES:
-            raise RefusedError(
-                415, f"the header Content-Type must be application/json, got {given!r}"
-            )
 
     @asynccontextmanager
     async def _read(self, request: Request) -> AsyncIterator[IO[bytes]]:

@@ -34,7 +34,7 @@ class JsonWorkers:
 
     Args:
         interface: Of the model.
-        count: Of the processes.
+        count: Of the processes; 0: a thread of this process reads.
     """
 
     def __init__(self, interface: Interface, count: int) -> None:
@@ -92,12 +92,14 @@ class JsonWorkers:
         return _iterate_parts(file), headers
 
     async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        if not self._count:
+            return await asyncio.to_thread(function, *args)
         if self._limiter is None:
             self._limiter = CapacityLimiter(self._count)
         try:
             async with asyncio.timeout(WORK_S):
                 return await to_process.run_sync(
-                    function, *args, cancellable=True, limiter=self._limiter
+                    _work, function, *args, cancellable=True, limiter=self._limiter
                 )
         except TimeoutError:
             raise RefusedError(503, f"the request took more than {WORK_S} s to read") from None
@@ -118,9 +120,13 @@ def _prepare() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _work(function: Callable[..., Any], *args: Any) -> Any:
+    _prepare()
+    return function(*args)
+
+
 def _read(interface: Interface, name: str, header_length: str | None) -> None:
     """Read a body; its file then contains the request."""
-    _prepare()
     path = Path(name)
     call = read_http(interface, path.read_bytes(), header_length)
     with path.open("wb") as file:
@@ -130,7 +136,6 @@ def _read(interface: Interface, name: str, header_length: str | None) -> None:
 
 def _write(interface: Interface, call: InferCall, name: str) -> dict[str, str]:
     """Write an answer to the file that contains the outputs; return the headers."""
-    _prepare()
     path = Path(name)
     body, headers = write_http(interface, call, pickle.loads(path.read_bytes()))
     path.write_bytes(body)

@@ -145,13 +145,16 @@ def test_the_page(runtime, tmp_path):
     done = run_python(runtime.environment, kit, "run.py")
     assert done.returncode == 0, done.stderr
     assert FIRST_LINE[runtime.name] in done.stdout
-    assert "query_out (2, 8, 7, 24): largest difference from PyTorch " in done.stdout
-    assert runtime is not TRACT or "from PyTorch 0\n" in done.stdout
+    assert "query_out (2, 8, 7, 24): largest difference from ONNX Runtime " in done.stdout
+    assert runtime is not TRACT or "from ONNX Runtime 0\n" in done.stdout
     wrong = np.load(kit / "example" / "expected" / "key_out.npy")
     wrong[1, 2, 3, 4] += 1
     np.save(kit / "example" / "expected" / "key_out.npy", wrong)
     done = run_python(runtime.environment, kit, "run.py")
-    assert (done.returncode, done.stderr) == (1, "key_out differs from what PyTorch computed\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "key_out differs from what ONNX Runtime computed\n",
+    )
 
 
 def test_a_fused_bundle(runtime, tmp_path):

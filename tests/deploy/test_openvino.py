@@ -37,7 +37,7 @@ def test_a_wrong_fusion_is_found(environment, tmp_path, monkeypatch):
     program = (kit / "run.py").read_text()
     (kit / "run.py").write_text(program.replace("sys.exit(\n", "print(\n", 1))
     done = run_python(environment, kit, "run.py")  # as soon as it is right, this can go
-    assert (done.returncode, done.stderr) == (1, "logits differs from what PyTorch computed\n")
+    assert (done.returncode, done.stderr) == (1, "logits differs from what ONNX Runtime computed\n")
 
 
 def test_refuses_types_that_are_not_computed_or_compared(tmp_path):

@@ -187,6 +187,8 @@ def test_a_team_keeps_the_memory_that_its_threads_use(teams, threads, monkeypatc
     assert kept == {x.data_ptr() for x in (*inputs.values(), *outputs)}
 
 
+# A signal may arrive in a callback of torch, where Python can only print what it raises.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("openmp", [True, False], ids=["openmp", "own"])
 def test_signals_lose_no_rows(openmp, threads, monkeypatch):
     """As Ctrl-C, at any moment of a call: it ends in the exception, or in the right rows."""

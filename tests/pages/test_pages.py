@@ -134,12 +134,6 @@ def test_ci_runs_the_readme_test_command():
     assert command in (ROOT / ".ci" / "run").read_text()
 
 
-def test_curl_sends_json_as_json():
-    page = (ROOT / "rotary_export" / "serving" / "README.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"^curl .*@.*$", page, re.MULTILINE)
-    assert "--json @request.json" in line  # -d is another Content-Type, which servers refuse
-
-
 # ---- the checks themselves
 
 

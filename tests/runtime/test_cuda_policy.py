@@ -68,8 +68,12 @@ def registered(monkeypatch) -> list[str]:
     libraries: list[str] = []
 
     def open_session(file, options, providers):
-        inputs = [SimpleNamespace(name=name) for name in ("query", "key", "position_ids")]
-        return SimpleNamespace(get_providers=lambda: providers, get_inputs=lambda: inputs)
+        portable = onnxruntime.InferenceSession(file, providers=[CPU])
+        return SimpleNamespace(
+            get_providers=lambda: providers,
+            get_inputs=portable.get_inputs,
+            get_outputs=portable.get_outputs,
+        )
 
     stand_in = SimpleNamespace(
         __version__=onnxruntime.__version__,

@@ -26,7 +26,6 @@ from rotary_export.serving.messages import HEADER_LENGTH
 
 LENGTH = "Content-Length"
 SMALL_BODY = 32 << 10  # bytes; as in json_workers.py, which requires anyio
-TEXT = {"Content-Type": "text/plain"}
 
 
 @pytest.fixture(scope="module", params=[MLSERVER, RAY], ids=lambda engine: engine.name)
@@ -68,6 +67,16 @@ def test_one_bad_id_fails_alone(protocol, server, python, tmp_path):
         compare(reply, compute_eager("plain", request), 0)
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain"])
+def test_a_body_is_json_whatever_its_content_type(kind, server):
+    """As of `curl -d`, which names the first one."""
+    inputs = make_arrays("plain", batch=1)
+    status, answer = send(server.http, make_body(inputs), {"Content-Type": kind})
+    assert status == 200, answer
+    got = {o["name"]: np.array(o["data"], "f").reshape(o["shape"]) for o in answer["outputs"]}
+    compare(got, compute_eager("plain", inputs), 0)
+
+
 # ---- health and metadata
 
 
@@ -105,7 +114,6 @@ def list_malformed():
         (400, "must have the datatype FP32, got BF16", make_body(good, datatype="BF16"), {}),
         (413, "the body must be <= 67108864 bytes, got 1073741824", b"{}", {LENGTH: 2**30}),
         (415, "must not be compressed", body, {"Content-Encoding": "gzip"}),
-        (415, "Content-Type must be application/json, got 'text/plain'", body, TEXT),
         (400, "must be a number <= the size of the body", body, {HEADER_LENGTH: 2**30}),
         (400, "must have 'datatype', a str, got int", make_body(good, datatype=3), {}),
         (400, "the input 'key' must be given once", make_body(good, name="key"), {}),

@@ -2,8 +2,8 @@
 
 import os
 import random
-import signal
-from collections import Counter
+import subprocess
+import sys
 from pathlib import Path
 
 import kills
@@ -11,7 +11,6 @@ import pytest
 from kill_works import WORKS, Work, make_sources
 from kills_report import tabulate
 
-from rotary_export.bundle import atomic
 from rotary_export.errors import RotaryExportError
 
 QUICK = [work for work in WORKS if work.name in ("`fuse --force`", "`run --out`")]
@@ -73,19 +72,43 @@ def test_each_work_tells_its_versions_apart(work, sources):
         work.read(folder)
 
 
-def test_a_kill_between_the_renames_is_restored(sources, monkeypatch):
+# Forks, so it needs a process that has not run torch's threads.
+KILL_BETWEEN_RENAMES = """
+import os, signal, sys
+from collections import Counter
+from pathlib import Path
+
+import kills
+from kill_works import WORKS, make_sources
+
+sources = Path(sys.argv[1])
+make_sources(sources)
+work = next(work for work in WORKS if "no exchange" in work.name)
+folder = sources / "restored"
+folder.mkdir()
+assert kills.run_child(lambda: work.write(folder, 0)) == 0
+rename = Path.rename
+
+
+def kill(path, other):
+    if other.name == "out":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(path, other)
+
+
+Path.rename = kill
+assert os.WIFSIGNALED(kills.run_child(lambda: work.write(folder, 1)))
+Path.rename = rename
+assert not (folder / "out").exists()
+found = Counter()
+assert kills.look(work, folder, found) == 0
+assert found == {"restored": 1}
+"""
+
+
+def test_a_kill_between_the_renames_is_restored(tmp_path):
     """Where folders can't be exchanged."""
-    work = next(work for work in WORKS if "no exchange" in work.name)
-    folder = sources / "restored"
-    folder.mkdir()
-    work.write(folder, 0)
-    rename = Path.rename
-    kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", lambda a, b: kill() if b.name == "out" else rename(a, b))
-        assert os.WIFSIGNALED(kills.run_child(lambda: work.write(folder, 1)))
-    found = Counter()
-    assert not (folder / "out").exists()
-    assert kills.look(work, folder, found) == 0
-    assert found == {"restored": 1}
-    assert atomic.exchange.__module__ == "rotary_export.bundle.staging"
+    command = [sys.executable, "-c", KILL_BETWEEN_RENAMES, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -27,6 +27,7 @@ from rotary_export.proof.models.compare import GRAPH, Results, compare_results
 from rotary_export.proof.models.reference import Measured, Reference
 from rotary_export.proof.oracle import compute_ulp
 from rotary_export.proof.tolerances import TOLERANCES
+from rotary_export.runtime import torch_runtime
 from rotary_export.types import Progress, ignore_progress
 
 COUNTS = 10.0  # a fault counts if its effect is more than so many times what the proof allows
@@ -230,7 +231,7 @@ def _keep_program() -> Iterator[None]:
 
     with (
         change_attribute(writing, "save_program", save),
-        change_attribute(torch.export, "load", lambda _: kept[-1]),
+        change_attribute(torch_runtime, "open_torch_file", lambda *_: kept[-1]),
     ):
         yield
 

@@ -53,7 +53,8 @@ _LOGGING = {
     "loggers": {
         name: {"handlers": ["stderr"], "level": "WARNING", "propagate": False}
         for name in ("mlserver", "uvicorn")
-    },
+    }
+    | {"asyncio": {"level": "ERROR"}},  # it warns of a worker process that ended before its wait
 }
 
 

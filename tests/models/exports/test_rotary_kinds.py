@@ -248,7 +248,7 @@ SESSIONS = (
     {},
     {"use_op_library": False},
     {"runtime": "torchscript", "allow_code": True},
-    {"runtime": "program"},
+    {"runtime": "program", "allow_code": True},
 )
 
 
