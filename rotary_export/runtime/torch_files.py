@@ -15,12 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rotary_export.compat.archives import load_program, open_archive
 from rotary_export.compat.quiet import quiet_loaders
 from rotary_export.errors import RotaryExportError, first_line
 
 try:
     import torch as torch  # torch_runtime has it from here: it may be missing
+
+    from rotary_export.compat.archives import load_program, open_archive
 except ImportError:
     raise RotaryExportError(
         "the runtimes 'torchscript', 'program' and 'aoti' need torch: pip install torch"

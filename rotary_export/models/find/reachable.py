@@ -49,7 +49,9 @@ def list_module_values(model: nn.Module, classes: set[type]) -> Iterator[tuple[s
         if is_own(name) and isinstance(module, ModuleType):
             for key, value in tuple(vars(module).items()):
                 source = get_source(value) if isinstance(value, ScriptFunction) else value
-                if name in near or getattr(source, "__module__", None) == name:
+                # A module may import what it is asked for, and fail.
+                is_module = isinstance(source, ModuleType)
+                if name in near or (not is_module and getattr(source, "__module__", None) == name):
                     yield key, value
 
 
