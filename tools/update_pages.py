@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-TOOLS = ("bench", "coverage", "real", "soak", "targets", "teeth")
+TOOLS = ("bench", "coverage", "matrix", "real", "soak", "targets", "teeth")
 sys.path += [str(ROOT / "tools" / folder) for folder in TOOLS]
 
 import coverage_report
 import kills_report
 import libraries_report
+import matrix_report
 import measure_real
 import performance_section
 import targets
@@ -235,6 +236,16 @@ def write_headline() -> str:
     return format_table(("what", "measured", "page"), rows)
 
 
+def write_runtimes() -> str:
+    """What each release of ONNX Runtime runs, from tools/results/matrix.json."""
+    return format_table(*matrix_report.tabulate_runtimes(_read_result("matrix")["runtimes"]))
+
+
+def write_packages() -> str:
+    """What each environment exports, from tools/results/matrix.json."""
+    return format_table(*matrix_report.tabulate_packages(_read_result("matrix")["packages"]))
+
+
 def write_in_place() -> str:
     """How often ONNX Runtime puts an output over its input, from tools/results/in_place.json."""
     rows: dict[str, list[int]] = {}
@@ -351,6 +362,7 @@ DOCUMENTS = {
         "libraries_refusals": write_library_refusals,
         "coverage_families": write_families,
     },
+    "tools/matrix/README.md": {"runtimes": write_runtimes, "packages": write_packages},
     "tools/real/README.md": {"real_weights": write_real_weights},
     "tools/targets/README.md": {
         "targets": write_targets,
