@@ -171,10 +171,9 @@ def write_target_summary() -> str:
 def write_headline() -> str:
     """What a reader wants to see first, of each of tools/results."""
     coverage = _read_result("coverage")["summary"]
-    ratios = {(r["case"], r["ratio of"]): r["median"] for r in _read_result("bench")["results"]}
-    shares = {
-        (s["model"], s["phase"], s["op"]): s["share"] for s in _read_result("bench")["shares"]
-    }
+    bench = _read_result("bench")
+    ratios = {(r["case"], r["ratio of"]): r["median"] for r in bench["results"]}
+    shares = {(s["model"], s["phase"], s["op"]): s["share"] for s in bench["shares"]}
     exact = {row["target"] for row in _read_result("targets") if row["exact"]}
     ran = {row["target"] for row in _read_result("targets") if row["how"] == "ran"}
     load = _read_result("load").values()
@@ -183,7 +182,7 @@ def write_headline() -> str:
     decode = next(m for (case, _), m in ratios.items() if case == "decode half batch 1")
     layer = "1B", "prefill of 512 tokens"
     ours, theirs = (shares[*layer, op] for op in ("rotary_export", "com.microsoft"))
-    bench, cover, where = (f"tools/{name}/README.md" for name in ("bench", "coverage", "targets"))
+    speed, cover, where = (f"tools/{name}/README.md" for name in ("bench", "coverage", "targets"))
     kit = "rotary_export/deploy/kits/cpp-onnxruntime/README.md"
     rows = (
         (
@@ -205,17 +204,17 @@ def write_headline() -> str:
         (
             "speed, prefill of 2048 tokens: times as fast as ONNX Runtime's op",
             f"{ratios[prefill]:.2g}",
-            f"[bench]({bench})",
+            f"[bench]({speed})",
         ),
         (
             "decode of 1 token: time relative to ONNX Runtime's op",
             f"{decode:.2g}",
-            f"[bench]({bench})",
+            f"[bench]({speed})",
         ),
         (
             "rope's share of a 1B decoder layer, prefill: ours, ONNX Runtime's op",
             f"{ours:.2%}, {theirs:.2%}",
-            f"[bench]({bench})",
+            f"[bench]({speed})",
         ),
         (
             "decode step of the C++ program, relative to `run_with_iobinding`",
@@ -315,19 +314,17 @@ def write_cpp_latency() -> str:
         for row in found["rows"]
     )
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return f"On {machine['processor']}, {machine['cores']} cores, {versions}.\n\n" + format_table(
-        headers, rows
-    )
+    where = f"On {machine['processor']}, {machine['cores']} cores, {versions}."
+    return f"{where}\n\n{format_table(headers, rows)}"
 
 
 def write_real_weights() -> str:
     """Proof and text with trained weights, from tools/results/real_weights.json."""
     found = _read_result("real_weights")
-    machine = found["machine"]
     headers, rows = measure_real.tabulate_differences(found)
     return "\n\n".join(
         (
-            f"On {machine['processor']}, {machine['cores']} cores.",
+            "On {processor}, {cores} cores.".format_map(found["machine"]),
             format_table(*measure_real.tabulate(found)),
             format_table(headers, rows) if rows else "No token differs.",
         )

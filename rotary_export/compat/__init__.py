@@ -23,6 +23,7 @@ foreign_rope.py       the RotaryEmbedding of zeta and x-transformers
 mlserver.py           the HTTP application of an MLServer, its gRPC service, their settings
 uvicorn.py            the protocol of a connection
 ray.py                settings of ray.init that are not public
+glibc.py              memory that was freed
 
 tests/compat calls each function on a module of a few lines: when a new release moves a name, that
 test fails and names it.

@@ -1,4 +1,4 @@
-"""What torch.onnx and onnxscript need not do, so that an export takes half the time."""
+"""What torch.onnx and onnxscript need not do."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from rotary_export.bundle.manifest import GraphInfo, Manifest, TensorInfo
 from rotary_export.bundle.paths import check_path
 from rotary_export.errors import RotaryExportError, explain_damage
 from rotary_export.op import spec
-from rotary_export.op.onnx_graph import count_rotary_nodes
+from rotary_export.op.onnx_graph import count_rotary_nodes, list_graphs
 from rotary_export.runtime.load import open_session
 from rotary_export.runtime.session import Session
 
@@ -105,11 +105,13 @@ def check_location(location: str, file: str) -> None:
 
 
 def check_locations(model: Any, file: str) -> None:
-    """Check the location of each weight of an `onnx.ModelProto`; as `check_location`."""
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                check_location(entry.value, file)
+    """Check the location of each tensor of an `onnx.ModelProto`; as `check_location`."""
+    for graph in list_graphs(model.graph):
+        constants = [a.t for node in graph.node for a in node.attribute if a.HasField("t")]
+        for tensor in (*graph.initializer, *constants):
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    check_location(entry.value, file)
 
 
 def load_onnx_file(

@@ -89,10 +89,6 @@ class ServedModel:
             "outputs": [describe_tensor(info) for info in self._info.outputs],
         }
 
-    def decode(self, name: str, datatype: str, shape: Sequence[int], data: Any) -> Array:
-        """Make the array of one input from its parts in a request, as `Interface.decode`."""
-        return self.interface.decode(name, datatype, shape, data)
-
     def check(self, inputs: Arrays) -> dict[str, Array]:
         """Check one request.
 

@@ -31,7 +31,7 @@ class HttpInfer:
     Args:
         interface: Of the model.
         largest_body: As the attribute.
-        workers: Number of processes that read and write large JSON.
+        workers: Number of processes that read and write large JSON; 0: a thread does.
 
     Attributes:
         interface: Of the model.

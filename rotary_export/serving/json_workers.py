@@ -1,12 +1,13 @@
 """Large JSON is read and written in worker processes; small requests do not wait for it.
 
-Numbers pass through files: a pipe would take the event loop once for each 64 KiB.
+anyio's processes import the script that started the server. That of a replica of Ray can't be
+imported, so that a thread does the same there. Numbers pass through files: a pipe would take the
+event loop once for each 64 KiB.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import functools
 import os
 import pickle
@@ -18,6 +19,7 @@ from typing import IO, Any
 
 from anyio import BrokenWorkerProcess, CapacityLimiter, to_process
 
+from rotary_export.compat.glibc import return_memory
 from rotary_export.serving.interface import Interface
 from rotary_export.serving.messages import InferCall, RefusedError, read_http, write_http
 from rotary_export.types import Arrays
@@ -131,7 +133,7 @@ def _read(interface: Interface, name: str, header_length: str | None) -> None:
     call = read_http(interface, path.read_bytes(), header_length)
     with path.open("wb") as file:
         pickle.dump(call, file, pickle.HIGHEST_PROTOCOL)
-    _return_memory()
+    return_memory()
 
 
 def _write(interface: Interface, call: InferCall, name: str) -> dict[str, str]:
@@ -139,12 +141,5 @@ def _write(interface: Interface, call: InferCall, name: str) -> dict[str, str]:
     path = Path(name)
     body, headers = write_http(interface, call, pickle.loads(path.read_bytes()))
     path.write_bytes(body)
-    _return_memory()
+    return_memory()
     return headers
-
-
-def _return_memory() -> None:
-    """Return to the system what the numbers of a request took, where glibc keeps it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -215,3 +215,15 @@ def test_external_data_outside_the_folder_is_refused(tmp_path, location):
         rotary_export.fuse(folder / "in.onnx")
     with pytest.raises(RotaryExportError, match=re.escape(message)):
         check_locations(model, "in.onnx")
+
+
+@pytest.mark.parametrize("inside", ["branch", "constant"])
+def test_external_data_of_inner_tensors_is_checked_too(inside):
+    tensor = onnx.TensorProto(name="w", data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../w")
+    constant = onnx.helper.make_node("Constant", [], ["w"], value=tensor)
+    branch = onnx.helper.make_graph([], "branch", [], [], [tensor])
+    node = onnx.helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)
+    graph = onnx.helper.make_graph([node if inside == "branch" else constant], "graph", [], [])
+    with pytest.raises(RotaryExportError, match=r"in its folder, got the location '\.\./w'"):
+        check_locations(onnx.helper.make_model(graph), "in.onnx")

@@ -3,7 +3,6 @@
 import functools
 import importlib
 import sys
-import types
 import warnings
 
 import pytest
@@ -13,7 +12,6 @@ from torch import nn
 
 from rotary_export import register_rotary
 from rotary_export.compat.script import get_source
-from rotary_export.models.find import reachable
 from rotary_export.models.find.candidates import find_candidates
 from rotary_export.models.find.names import is_rotary_name
 from rotary_export.models.find.redirect import Place, redirect_calls
@@ -393,22 +391,3 @@ def test_names_that_are_looked_at(name):
 @pytest.mark.parametrize("name", ["protein", "property", "Protocol", "rotten", "quorot", "prot_x"])
 def test_names_that_are_not_looked_at(name):
     assert not is_rotary_name(name)
-
-
-def test_modules_that_import_what_they_are_asked_for_are_left_alone(monkeypatch):
-    """As aliases in transformers 5.18 do, and fail without torchvision."""
-
-    def refuse(name):
-        raise ModuleNotFoundError(f"no module for {name}")
-
-    lazy = types.ModuleType("lazy")
-    lazy.__getattr__ = refuse
-    for name in ("lazy_package.near", "lazy_package.far"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    far = sys.modules["lazy_package.far"]
-    far.alias = lazy
-    far.rotate = types.FunctionType((lambda x: x).__code__, {"__name__": far.__name__})
-    model = type("Model", (nn.Module,), {"__module__": "lazy_package.near"})()
-    names = {key for key, _ in reachable.list_module_values(model, {type(model)})}
-    assert "rotate" in names
-    assert "alias" not in names

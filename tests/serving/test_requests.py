@@ -147,7 +147,7 @@ def test_a_static_graph_runs_one_by_one():
     assert not served.batches
     assert served.metadata["inputs"][2] == {"name": "seq_len", "datatype": "INT64", "shape": []}
     requests = [make_arrays("static", seq_len=length) for length in (5, 32)]
-    requests[0]["seq_len"] = served.decode("seq_len", "INT64", [], [5])
+    requests[0]["seq_len"] = served.interface.decode("seq_len", "INT64", [], [5])
     check_eager("static", requests, served.run_many(requests))
 
 
@@ -176,7 +176,7 @@ def test_bfloat16_is_float32_on_the_wire():
     assert {t["datatype"] for t in served.metadata["outputs"]} == {"FP32"}
     inputs = make_arrays("bfloat16")
     wire = {
-        key: served.decode(key, "FP32", value.shape, value.astype(np.float32).tolist())
+        key: served.interface.decode(key, "FP32", value.shape, value.astype(np.float32).tolist())
         for key, value in inputs.items()
         if key != "position_ids"
     }
@@ -213,7 +213,7 @@ def test_bfloat16_is_float32_on_the_wire():
 )
 def test_decode_refuses(call, message):
     with pytest.raises(RotaryExportError, match=re.escape(message)):
-        get_served().decode(*call)
+        get_served().interface.decode(*call)
 
 
 def test_decode_accepts_nested_lists_arrays_and_no_numbers():
@@ -221,8 +221,8 @@ def test_decode_accepts_nested_lists_arrays_and_no_numbers():
     flat, nested = [1, 2.5, None, 4], [[1, 2.5], [None, 4]]
     want = np.array([[1, 2.5], [np.nan, 4]], np.float32)
     for data in (flat, nested, want):
-        np.testing.assert_array_equal(served.decode("query", "FP32", [2, 2], data), want)
-    assert served.decode("position_ids", "INT64", [0, 3], []).shape == (0, 3)
+        np.testing.assert_array_equal(served.interface.decode("query", "FP32", [2, 2], data), want)
+    assert served.interface.decode("position_ids", "INT64", [0, 3], []).shape == (0, 3)
     with pytest.raises(RotaryExportError, match="no output 'x'; it returns query_out, key_out"):
         served.interface.find_outputs(["x"])
     assert served.interface.find_outputs([]) == ["query_out", "key_out"]
@@ -233,7 +233,7 @@ def test_shapes_that_numpy_lacks(shape):
     with pytest.raises(
         RotaryExportError, match=re.escape("query must have the shape (batch_size, ")
     ):
-        get_served().decode("query", "FP32", shape, [0.0] * (24 if len(shape) > 4 else 0))
+        get_served().interface.decode("query", "FP32", shape, [0.0] * (24 if len(shape) > 4 else 0))
 
 
 def test_the_largest_request_of_a_bundle():

@@ -132,7 +132,9 @@ def _call(command: Sequence[str]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=("runtimes", "packages"))
     parser.add_argument("--runtime", action="append", help="a release of ONNX Runtime")
     parser.add_argument("--python", default=sys.executable, help="of an environment made by hand")
@@ -164,10 +166,6 @@ def main() -> int:
                     text = json.dumps(found, indent=1) + "\n"
                     options.json.write_text(text, encoding="utf-8")
     return int(wrong)
-
-
-class _Raw(argparse.RawDescriptionHelpFormatter):
-    pass
 
 
 if __name__ == "__main__":

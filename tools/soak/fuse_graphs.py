@@ -11,9 +11,7 @@ repeats it.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import random
 import sys
 import time
@@ -43,7 +41,7 @@ from helpers.fuse_graphs import (
     turn_by_signs,
     write_tables,
 )
-from workers import try_all
+from workers import run_command, try_all
 
 KINDS = ("unequal", "tracebacks")
 SHAPES = ((1, 5), (2, 1), (3, 7))  # batch, length; `fuse` tries others
@@ -297,24 +295,5 @@ def soak(first: int, count: int, seed: int, jobs: int, seconds: float) -> dict[s
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--count", type=int, default=20000)
-    parser.add_argument("--first", type=int, default=0, help="Number of the first graph.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=1e9, help="Stop after so long.")
-    parser.add_argument("--json", type=Path, help="File to write.")
-    arguments = parser.parse_args()
-    found = soak(
-        arguments.first, arguments.count, arguments.seed, arguments.jobs, arguments.seconds
-    )
-    text = json.dumps(found, indent=1) + "\n"
-    print(text, end="")
-    if arguments.json:
-        arguments.json.write_text(text)
-    return int(any(found[kind] for kind in (*KINDS, "signals", "timeouts")))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(__doc__ or "", 20000, KINDS, soak))

@@ -10,10 +10,8 @@ are opened. A mutation follows from the seed and its number: `--first NUMBER --c
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import functools
-import json
 import os
 import random
 import shutil
@@ -32,7 +30,7 @@ from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
 from damage import CHANNELS, HEADS, ROWS, damage, make_subjects
-from workers import run_apart, try_all
+from workers import run_apart, run_command, try_all
 
 CALLS = ("load", "inspect", "verify", "run", "fuse", "deploy")
 KINDS = ("tracebacks", "control_codes", "opened_outside")
@@ -198,24 +196,5 @@ def soak(first: int, count: int, seed: int, jobs: int, seconds: float) -> dict[s
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--count", type=int, default=3000)
-    parser.add_argument("--first", type=int, default=0, help="Number of the first mutation.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=1e9, help="Stop after so long.")
-    parser.add_argument("--json", type=Path, help="File to write.")
-    arguments = parser.parse_args()
-    found = soak(
-        arguments.first, arguments.count, arguments.seed, arguments.jobs, arguments.seconds
-    )
-    text = json.dumps(found, indent=1) + "\n"
-    print(text, end="")
-    if arguments.json:
-        arguments.json.write_text(text)
-    return int(any(found[kind] for kind in (*KINDS, "signals", "timeouts")))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(__doc__ or "", 3000, KINDS, soak))

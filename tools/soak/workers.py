@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -36,6 +37,37 @@ class Found:
     done: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     findings: dict[str, list[str]] = field(default_factory=lambda: {"signals": [], "timeouts": []})
+
+
+def run_command(
+    text: str, count: int, kinds: Sequence[str], soak: Callable[..., dict[str, Any]]
+) -> int:
+    """Read the command line of a tool, try its cases, print and write what was found.
+
+    Args:
+        text: What the tool does.
+        count: Default number of cases.
+        kinds: Of findings, beside "signals" and "timeouts".
+        soak: Tries cases: called with the first number, the count, the seed, the number of
+            processes and the seconds.
+
+    Returns:
+        The exit code: 1 if something was found.
+    """
+    parser = argparse.ArgumentParser(description=text.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=count)
+    parser.add_argument("--first", type=int, default=0, help="Number of the first case.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1e9, help="Stop after so long.")
+    parser.add_argument("--json", type=Path, help="File to write.")
+    given = parser.parse_args()
+    found = soak(given.first, given.count, given.seed, given.jobs, given.seconds)
+    written = json.dumps(found, indent=1) + "\n"
+    print(written, end="")
+    if given.json:
+        given.json.write_text(written)
+    return int(any(found[kind] for kind in (*kinds, "signals", "timeouts")))
 
 
 def run_apart(function: Callable[..., None], *arguments: Any) -> None:

@@ -5,7 +5,6 @@ input_values.py  where the values of an input come from
 cases.py         the inputs of a case, and what is compared of its outputs
 reference.py     the model itself: what it returns for each case
 noise.py         how much rounding moves a model's outputs
-memory.py        what is given back before a session is opened
 compare.py       every format and runtime against the model itself
 far_tables.py    the tables of an ONNX file up to the last position
 frequencies.py   its inv_freq against the formula of the rope type that its config names

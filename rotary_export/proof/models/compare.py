@@ -6,6 +6,7 @@ One session is open at a time, so that there are two copies of the weights at mo
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,11 @@ import onnx
 import torch
 
 from rotary_export.bundle.manifest import GraphInfo, Manifest
+from rotary_export.compat.glibc import return_memory
 from rotary_export.errors import CheckFailedError, RotaryExportError, first_line
 from rotary_export.proof.comparison import compare
 from rotary_export.proof.models.cases import Case, CaseSpec, Run, make_case
 from rotary_export.proof.models.input_values import InputValues, read_input_values
-from rotary_export.proof.models.memory import release_memory
 from rotary_export.proof.models.reference import (
     MOST_NOISE,
     Measured,
@@ -162,7 +163,8 @@ def compare_model(
         way = ways.pop(0)
         progress(f"verify {GRAPH}: {way.name}")
         if _count_bytes(path) > _LARGE:
-            release_memory()  # the last session, too: torch.export's are in cycles
+            gc.collect()  # the last session, too: torch.export's are in cycles
+            return_memory()
         try:
             kernel_path, results = _run_cases(path, manifest, way, [m.case for m in measured])
         except RotaryExportError as error:

@@ -60,7 +60,7 @@ class RotaryModel(mlserver.MLModel):  # type: ignore[misc]  # mlserver has no ty
                         f"the input {tensor.name!r} must be given once, got it twice"
                     )
                 data = getattr(tensor.data, "root", tensor.data)
-                inputs[tensor.name] = self._served.decode(
+                inputs[tensor.name] = self._served.interface.decode(
                     tensor.name, tensor.datatype, tensor.shape, data
                 )
             wanted = self._served.interface.find_outputs(

@@ -3,9 +3,11 @@
 #ifndef ROTARY_EXPORT_MANIFEST_H_
 #define ROTARY_EXPORT_MANIFEST_H_
 
+#include <cctype>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
