@@ -280,7 +280,7 @@ def test_a_mistake_at_the_start_is_one_line(server, python, tmp_path):
         (1, "sha256 differs", [broken]),
         (2, "has no graph 'x'; it has tables, rotate", [bundle, "--graph", "x"]),
         (2, "--allow-code", [bundle, "--runtime", "torchscript"]),
-        (2, "this needs torch", [bundle, "--runtime", "torchscript", "--allow-code"]),
+        (2, "need torch: pip install torch", [bundle, "--runtime", "torchscript", "--allow-code"]),
         (2, "needs a free port", [bundle, "--http-port", server.http.rpartition(":")[2]]),
         (2, "needs a free port, got 192.0.2.1:", [bundle, "--host", "192.0.2.1"]),
     ]
