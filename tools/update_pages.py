@@ -15,11 +15,11 @@ TOOLS = ("bench", "coverage", "matrix", "real", "soak", "targets", "teeth")
 sys.path += [str(ROOT / "tools" / folder) for folder in TOOLS]
 
 import coverage_report
-import kills_report
 import libraries_report
 import matrix_report
 import measure_real
 import performance_section
+import soak_report
 import targets
 import teeth_report
 
@@ -113,7 +113,12 @@ def write_teeth() -> str:
 
 def write_kills() -> str:
     """What killed runs left, from tools/results/kills.json."""
-    return format_table(*kills_report.tabulate(_read_result("kills")))
+    return format_table(*soak_report.tabulate_kills(_read_result("kills")))
+
+
+def write_soak() -> str:
+    """One line per long run, from tools/results."""
+    return format_table(*soak_report.tabulate_soak(_read_result))
 
 
 def write_performance() -> str:
@@ -269,27 +274,12 @@ def write_model_export() -> str:
 
 def write_load() -> str:
     """What tools/targets/load_server.py saw of the servers, from tools/results/load.json."""
-    found = _read_result("load")
-    names = ("protocols", "clients", "seconds", "requests", "errors", "wrong")
-    headers = ("server", *names, "p50, ms", "p99, ms", "requests per second")
-    rows = (
-        (server, *(row[n] for n in (*names, "p50_ms", "p99_ms", "per_second")))
-        for server, row in found.items()
-    )
-    return format_table(headers, rows)
+    return format_table(*soak_report.tabulate_load(_read_result("load")))
 
 
 def write_attack() -> str:
     """What tools/targets/attack_server.py saw of MLServer, from tools/results/attack.json."""
-    names = {
-        "attack": "attack",
-        "seconds": "seconds",
-        "answers": "answers",
-        "health_max_ms": "slowest answer of health, ms",
-        "growth_mib": "growth, MiB",
-    }
-    rows = (tuple(row[name] for name in names) for row in _read_result("attack"))
-    return format_table(tuple(names.values()), rows)
+    return format_table(*soak_report.tabulate_attack(_read_result("attack")))
 
 
 def write_cpp_latency() -> str:
@@ -361,6 +351,7 @@ DOCUMENTS = {
     },
     "tools/matrix/README.md": {"runtimes": write_runtimes, "packages": write_packages},
     "tools/real/README.md": {"real_weights": write_real_weights},
+    "tools/soak/README.md": {"soak": write_soak},
     "tools/targets/README.md": {
         "targets": write_targets,
         "load": write_load,

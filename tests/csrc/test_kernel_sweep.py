@@ -53,6 +53,9 @@ def test_clean_under_address_and_undefined_behavior_sanitizer(tmp_path):
             }
             out = run(tmp_path / "kernel_sweep", **settings)
             assert re.fullmatch(rf"\d{{4}} calls, instruction set {isa}\n", out)
+        # As tools/soak/op_calls.py runs it.
+        out = run(tmp_path / "kernel_sweep", "1", "300", ROTARY_EXPORT_ISA=isa)
+        assert out == f"300 calls, instruction set {isa}\n"
 
 
 def test_threads_of_a_team_have_no_data_race(tmp_path):

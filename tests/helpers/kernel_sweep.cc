@@ -1,8 +1,14 @@
 // Sweeps the CPU kernel where Python does not run: under AddressSanitizer,
 // UndefinedBehaviorSanitizer and ThreadSanitizer, and on another processor in an emulator. Every
 // buffer is a separate allocation that ends with the numbers, so a sanitizer detects an access past
-// it; without one, guards around the outputs do. The oracle computes one number at a time and
-// shares no code with the kernel. Prints the number of calls, or the first that is wrong.
+// it; without one, guards around the outputs do, or pages that can't be accessed
+// (KERNEL_SWEEP_GUARD_PAGES). The oracle computes one number at a time and shares no code with the
+// kernel. Prints the number of calls, or the first that is wrong.
+//
+//   kernel_sweep                every head dimension and alignment
+//   kernel_sweep SEED CALLS     random calls
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -17,7 +23,7 @@ namespace {
 using Bytes = std::vector<unsigned char>;
 
 constexpr unsigned char kSentinel = 0xa5;
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__) || defined(KERNEL_SWEEP_GUARD_PAGES)
 constexpr size_t kGuard = 0;  // The allocation's own end is watched.
 #else
 constexpr size_t kGuard = 192;
@@ -182,30 +188,48 @@ RotaryExportTensor Describe(const void* data, int type, std::vector<int64_t> sha
 // Memory for numbers that start `offset` bytes past a multiple of 64, between guards.
 class Buffer {
  public:
-  Buffer(size_t size, size_t offset) : size_(size), offset_(offset + kGuard) {
-    if (posix_memalign(&memory_, 64, offset_ + size + kGuard) != 0) std::abort();
-    std::memset(memory_, kSentinel, offset_ + size + kGuard);
+#ifdef KERNEL_SWEEP_GUARD_PAGES
+  // The numbers end where a page begins that can't be accessed; for an odd offset, they begin where
+  // one ends.
+  Buffer(size_t size, size_t offset) : size_(size) {
+    constexpr size_t kPage = 4096;
+    const size_t pages = (size / kPage + 1) * kPage;
+    mapped_ = pages + 2 * kPage;
+    memory_ = mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory_ == MAP_FAILED) std::abort();
+    unsigned char* first = static_cast<unsigned char*>(memory_) + kPage;
+    if (mprotect(first, pages, PROT_READ | PROT_WRITE) != 0) std::abort();
+    std::memset(first, kSentinel, pages);
+    data_ = offset % 2 == 0 ? first + (pages - size) : first;
   }
-  Buffer(const Bytes& numbers, size_t offset) : Buffer(numbers.size(), offset) {
-    if (size_ > 0) std::memcpy(data(), numbers.data(), size_);
+  ~Buffer() { munmap(memory_, mapped_); }
+#else
+  Buffer(size_t size, size_t offset) : size_(size), mapped_(offset + size + 2 * kGuard) {
+    if (posix_memalign(&memory_, 64, mapped_) != 0) std::abort();
+    std::memset(memory_, kSentinel, mapped_);
+    data_ = static_cast<unsigned char*>(memory_) + offset + kGuard;
   }
   ~Buffer() { std::free(memory_); }
+#endif
+  Buffer(const Bytes& numbers, size_t offset) : Buffer(numbers.size(), offset) {
+    if (size_ > 0) std::memcpy(data_, numbers.data(), size_);
+  }
   Buffer(const Buffer&) = delete;
 
-  unsigned char* data() const { return static_cast<unsigned char*>(memory_) + offset_; }
+  unsigned char* data() const { return data_; }
   bool GuardsHold() const {
-    for (size_t i = 1; i <= offset_; ++i) {
-      if (*(data() - i) != kSentinel) return false;
-    }
-    for (size_t i = 0; i < kGuard; ++i) {
-      if (data()[size_ + i] != kSentinel) return false;
+    for (size_t i = 1; i <= kGuard; ++i) {
+      if (data_[-static_cast<ptrdiff_t>(i)] != kSentinel || data_[size_ + i - 1] != kSentinel) {
+        return false;
+      }
     }
     return true;
   }
 
  private:
   void* memory_ = nullptr;
-  size_t size_, offset_;
+  unsigned char* data_ = nullptr;
+  size_t size_, mapped_;
 };
 
 // Rotates on this thread, or in parts on this and another one. Returns whether it succeeded.
@@ -285,9 +309,24 @@ void Try(Case c) {
   }
 }
 
-}  // namespace
+int64_t DrawSize(uint64_t below) { return static_cast<int64_t>(Draw(below)); }
 
-int main() {
+// Small sizes mostly; now and then several blocks of rows, or a row of many channels.
+void TryAny() {
+  Case c = {};
+  constexpr int kTypes[] = {ROTARY_EXPORT_FLOAT32, ROTARY_EXPORT_FLOAT16, ROTARY_EXPORT_BFLOAT16,
+                            ROTARY_EXPORT_FLOAT64};
+  c.type = kTypes[Draw(4)];
+  c.heads = DrawSize(4);
+  c.seq_len = DrawSize(Draw(200) == 0 ? 400 : 5);
+  c.head_dim = 2 + DrawSize(Draw(100) == 0 ? 5000 : Draw(4) == 0 ? 320 : 66);
+  c.rotary_dim = Draw(2) == 0 ? c.head_dim / 2 * 2
+                              : 2 + 2 * DrawSize(static_cast<uint64_t>(c.head_dim / 2));
+  c.in_offset = Draw(64), c.out_offset = Draw(64);
+  Try(c);
+}
+
+void Sweep() {
   for (const int type : {ROTARY_EXPORT_FLOAT32, ROTARY_EXPORT_FLOAT16, ROTARY_EXPORT_BFLOAT16,
                          ROTARY_EXPORT_FLOAT64}) {
     Case c = {};
@@ -311,6 +350,17 @@ int main() {
     Try(c);
     c.seq_len = 2, c.head_dim = c.rotary_dim = 5000;  // A row that is too long for one block.
     Try(c);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 3) {
+    random_state = std::strtoull(argv[1], nullptr, 10);
+    for (const int count = std::atoi(argv[2]); calls < count;) TryAny();
+  } else {
+    Sweep();
   }
   std::printf("%d calls, instruction set %s\n", calls, RotaryExportInstructionSet());
 }

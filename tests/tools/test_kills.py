@@ -9,7 +9,7 @@ from pathlib import Path
 import kills
 import pytest
 from kill_works import WORKS, Work, make_sources
-from kills_report import tabulate
+from soak_report import tabulate_kills
 
 from rotary_export.errors import RotaryExportError
 
@@ -23,7 +23,7 @@ def test_a_few_kills_lose_nothing():
         assert row["placed"] == 2
         assert row["random"] <= 2  # a run may end before each of its tries
         assert not any(row[name] for name in BAD), row
-    headers, rows = tabulate(results)
+    headers, rows = tabulate_kills(results)
     assert [len(row) for row in rows] == 3 * [len(headers)]
     assert rows[-1][:3] == ["all", results["kills"] - 4, 4]
 

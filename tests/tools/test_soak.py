@@ -1,11 +1,13 @@
 """The long runs, cut short: damaged files, and changed graphs for `fuse`."""
 
+import itertools
 import json
 import subprocess
 import sys
 
 import fuse_graphs
 import numpy as np
+import op_calls
 import pytest
 from helpers.paths import ROOT
 
@@ -15,6 +17,35 @@ def run_tool(name, *arguments):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
+
+
+def test_threads_and_sessions_return_the_same_bits():
+    found = op_calls.run_threads(threads=3, count=70, seed=1)
+    assert (found["done"], found["wrong"]) == (210, [])
+    found = op_calls.run_sessions(count=10, seed=1)
+    assert (found["done"], found["wrong"]) == (10, [])
+
+
+def test_other_bits_are_counted(monkeypatch):
+    load, numbers = op_calls.rotary_export.load, itertools.count()
+
+    class Wrong:
+        """A session that is wrong at its 100th call of all."""
+
+        def __init__(self, *arguments, **options):
+            self.right = load(*arguments, **options)
+            self.graph = self.right.graph
+
+        def __call__(self, **inputs):
+            outputs = self.right(**inputs)
+            if next(numbers) == 100:
+                outputs["key_out"] = -outputs["key_out"]
+            return outputs
+
+    monkeypatch.setattr(op_calls.rotary_export, "load", Wrong)
+    assert len(op_calls.run_threads(threads=3, count=70, seed=1)["wrong"]) == 1
+    numbers = itertools.count(95)
+    assert op_calls.run_sessions(count=10, seed=1)["wrong"] == ["session 4"]
 
 
 def test_mutations_are_refused_or_do_no_harm():
