@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-TOOLS = ("bench", "coverage", "matrix", "real", "soak", "targets", "teeth")
+TOOLS = ("bench", "coverage", "matrix", "real", "soak", "targets", "teeth", "wheel")
 sys.path += [str(ROOT / "tools" / folder) for folder in TOOLS]
 
 import coverage_report
@@ -22,6 +22,7 @@ import performance_section
 import soak_report
 import targets
 import teeth_report
+import wheel_report
 
 from rotary_export.bundle.manifest import read_manifest
 from rotary_export.deploy.targets import TARGETS
@@ -250,6 +251,21 @@ def write_packages() -> str:
     return format_table(*matrix_report.tabulate_packages(_read_result("matrix")["packages"]))
 
 
+def write_wheel() -> str:
+    """What the built wheel needs, from tools/results/wheel.json."""
+    return wheel_report.describe(_read_result("wheel"))
+
+
+def write_wheel_tags() -> str:
+    """What the wheels of a deployment require, from tools/results/wheel.json."""
+    return format_table(*wheel_report.tabulate_tags(_read_result("wheel")))
+
+
+def write_wheel_installs() -> str:
+    """Where the sdist and the wheel were installed and run, from tools/results/wheel.json."""
+    return format_table(*wheel_report.tabulate_installs(_read_result("wheel")))
+
+
 def write_in_place() -> str:
     """How often ONNX Runtime puts an output over its input, from tools/results/in_place.json."""
     rows: dict[str, list[int]] = {}
@@ -356,6 +372,11 @@ DOCUMENTS = {
         "targets": write_targets,
         "load": write_load,
         "attack": write_attack,
+    },
+    "tools/wheel/README.md": {
+        "wheel": write_wheel,
+        "wheel_tags": write_wheel_tags,
+        "wheel_installs": write_wheel_installs,
     },
 }
 
