@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,11 @@ def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> st
 def _read_result(name: str) -> Any:
     path = ROOT / "tools" / "results" / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def table(tabulate: Callable[[Any], tuple[Any, Any]], name: str) -> Callable[[], str]:
+    """Return what writes the table of one result of tools/results."""
+    return lambda: format_table(*tabulate(_read_result(name)))
 
 
 def write_tolerances() -> str:
@@ -110,11 +115,6 @@ def write_teeth() -> str:
             format_table(*teeth_report.tabulate_sizes(rows)),
         )
     )
-
-
-def write_kills() -> str:
-    """What killed runs left, from tools/results/kills.json."""
-    return format_table(*soak_report.tabulate_kills(_read_result("kills")))
 
 
 def write_soak() -> str:
@@ -256,16 +256,6 @@ def write_wheel() -> str:
     return wheel_report.describe(_read_result("wheel"))
 
 
-def write_wheel_tags() -> str:
-    """What the wheels of a deployment require, from tools/results/wheel.json."""
-    return format_table(*wheel_report.tabulate_tags(_read_result("wheel")))
-
-
-def write_wheel_installs() -> str:
-    """Where the sdist and the wheel were installed and run, from tools/results/wheel.json."""
-    return format_table(*wheel_report.tabulate_installs(_read_result("wheel")))
-
-
 def write_in_place() -> str:
     """How often ONNX Runtime puts an output over its input, from tools/results/in_place.json."""
     rows: dict[str, list[int]] = {}
@@ -286,16 +276,6 @@ def write_model_export() -> str:
         f"Ratio {found['ratio']} ({found['ratio_min']} to {found['ratio_max']}). "
         f"On {found['machine']['processor']}."
     )
-
-
-def write_load() -> str:
-    """What tools/targets/load_server.py saw of the servers, from tools/results/load.json."""
-    return format_table(*soak_report.tabulate_load(_read_result("load")))
-
-
-def write_attack() -> str:
-    """What tools/targets/attack_server.py saw of MLServer, from tools/results/attack.json."""
-    return format_table(*soak_report.tabulate_attack(_read_result("attack")))
 
 
 def write_cpp_latency() -> str:
@@ -341,7 +321,7 @@ def write_real_weights() -> str:
 DOCUMENTS = {
     "README.md": {"target_summary": write_target_summary, "headline": write_headline},
     "rotary_export/README.md": {"xpos_lengths": write_xpos_lengths},
-    "rotary_export/bundle/README.md": {"kills": write_kills},
+    "rotary_export/bundle/README.md": {"kills": table(soak_report.tabulate_kills, "kills")},
     "rotary_export/proof/README.md": {
         "tolerances": write_tolerances,
         "proof": write_proof,
@@ -370,13 +350,13 @@ DOCUMENTS = {
     "tools/soak/README.md": {"soak": write_soak},
     "tools/targets/README.md": {
         "targets": write_targets,
-        "load": write_load,
-        "attack": write_attack,
+        "load": table(soak_report.tabulate_load, "load"),
+        "attack": table(soak_report.tabulate_attack, "attack"),
     },
     "tools/wheel/README.md": {
         "wheel": write_wheel,
-        "wheel_tags": write_wheel_tags,
-        "wheel_installs": write_wheel_installs,
+        "wheel_tags": table(wheel_report.tabulate_tags, "wheel"),
+        "wheel_installs": table(wheel_report.tabulate_installs, "wheel"),
     },
 }
 
