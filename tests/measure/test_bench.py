@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import sys
@@ -23,7 +24,20 @@ from rotary_export.op import library as op_library
 from rotary_export.runtime.ways import AOTI, FUNCTION_BODY, OP_LIBRARY, REFERENCE, WAYS
 
 SMALL = BenchCase(2, 4, 2, 6, 8)
+M_MMAP_THRESHOLD = -3  # of malloc.h
 RUNS = [way.name for way in WAYS if way not in (AOTI, REFERENCE)]  # of the default formats
+
+
+@pytest.fixture(scope="module", autouse=True)
+def restored_settings():
+    """Restore what the benches set for their process: later tests would take several times as long.
+
+    A bench chooses torch's threads. It also sets limits of malloc, which then no longer learns
+    which sizes are worth keeping.
+    """
+    yield
+    torch.set_num_threads(1)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 32 << 20)
 
 
 # ---- rotary-export bench
