@@ -6,4 +6,6 @@
 - `prompts.py`: prompts as an array and a mask, checked.
 - `settings.py`: what `generate` is asked for, `generation_config.json`, defaults.
 - `sampling.py`: from logits to tokens.
+- `text.py`: text to token ids and back, by the bundle's tokenizer.
+- `chat.py`: chat templates.
 """

@@ -16,7 +16,7 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.runtime.decoder.graph import DecoderGraph
 from rotary_export.runtime.decoder.prompts import Prompts, check_ids, read_prompts, read_row
 from rotary_export.runtime.decoder.sampling import choose_tokens
-from rotary_export.runtime.decoder.settings import FILE, Settings, make_settings
+from rotary_export.runtime.decoder.settings import FILE, Settings, make_settings, read_ends
 from rotary_export.runtime.load import load
 from rotary_export.runtime.ort import OrtSession
 from rotary_export.types import Array
@@ -77,6 +77,7 @@ class Decoder:
     Attributes:
         session: Of the graph: `session.kernel_path` names what computes its rotary nodes.
         max_positions: How many tokens a row may have; None: any number.
+        eos_token_ids: Tokens that end a row, by the bundle's `generation_config.json`.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Decoder:
         self.max_positions: int | None = facts.get("max_positions", config.get("max_positions"))
         self._graph = DecoderGraph(session)
         self._generation = generation
+        self.eos_token_ids = read_ends(generation)
         self._resets: list[int] = facts.get("length_thresholds", [])
         self._lengths: list[int] = config.get("length_thresholds", [])
         self._ids = self._mask = np.empty((0, 0), np.int64)  # (B, at least width)

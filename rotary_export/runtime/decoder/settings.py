@@ -105,11 +105,10 @@ def make_settings(
         found = config.get(name) if asked is None else asked
         return default if found is None else found
 
-    ends = pick(eos_token_id, "eos_token_id", [])
-    ends = [ends] if isinstance(ends, int) else ends
+    ends = read_ends({"eos_token_id": pick(eos_token_id, "eos_token_id", None)})
     settings = Settings(
         max_new_tokens,
-        _read_ids("eos_token_id", ends),
+        ends,
         pick(pad_token_id, "pad_token_id", ends[0] if ends else None),
         do_sample,
         pick(temperature, "temperature", 1.0),
@@ -121,6 +120,16 @@ def make_settings(
     )
     _check_values(settings)
     return settings
+
+
+def read_ends(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the tokens that end a row: `eos_token_id` of a generation config.
+
+    Raises:
+        RotaryExportError: They are not ints.
+    """
+    ends = config.get("eos_token_id")
+    return _read_ids("eos_token_id", [] if ends is None else [ends] if type(ends) is int else ends)
 
 
 def _check_supported(config: Mapping[str, Any], do_sample: bool) -> None:
