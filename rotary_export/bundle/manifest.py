@@ -27,7 +27,7 @@ SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "program": ".pt2", "aoti": ".
 CODE_FORMATS = ("torchscript", "program", "aoti")  # opening such a file can run code in it
 DEFAULT_FORMATS = ("onnx", "torchscript", "program")
 MAIN_GRAPHS = ("rotate", "model")  # a bundle has one of them
-DATA_SUFFIX = ".data"  # of the file beside GRAPH.onnx that contains a large model's weights
+DATA_SUFFIX = "_data"  # GRAPH.onnx_data contains a large model's weights, as optimum names it
 
 
 @dataclass(frozen=True)

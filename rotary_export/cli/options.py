@@ -101,3 +101,19 @@ def bundle_options(dtype: str | None, requires_out: bool = True) -> Decorator:
         return command
 
     return decorate
+
+
+def decoder_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a decoder: its cache, its logits."""
+    options = (
+        click.option(
+            "--cache",
+            type=click.Choice(["full", "none"]),
+            help="Key/value cache of a causal language model.  [default: full, or as the factory's "
+            "example inputs have it]",
+        ),
+        click.option("--last-logits", is_flag=True, help="Only the logits of the last position."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command

@@ -15,13 +15,13 @@ from rotary_export.bundle.manifest import TensorInfo
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.models.arguments import (
     FlatModel,
-    check_arguments,
-    complete_inputs,
     find_extra_arguments,
     read_arguments,
 )
 from rotary_export.models.configs import find_last_position, find_length_thresholds
 from rotary_export.models.convert import convert_model
+from rotary_export.models.decoder.inputs import prepare_inputs
+from rotary_export.models.decoder.options import DecoderOptions
 from rotary_export.models.dim_names import NamedDims, has_own_cache, name_dims, read_sizes
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.find.replacement import Replacement, find_replacement
@@ -38,6 +38,8 @@ from rotary_export.proof.models.input_values import (
 )
 from rotary_export.proof.models.plan import TRACED, Plan
 from rotary_export.types import Progress, name_dtype
+
+_DEFAULTS = DecoderOptions()
 
 
 @dataclass(frozen=True)
@@ -290,7 +292,10 @@ def _find_rotary(
 
 
 def find_rotary_calls(
-    model: nn.Module, example_inputs: Mapping[str, Any], dtype: torch.dtype | None = None
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | None,
+    dtype: torch.dtype | None = None,
+    decoder: DecoderOptions = _DEFAULTS,
 ) -> Replacement:
     """Find out what `export_model` would replace; export nothing.
 
@@ -298,6 +303,7 @@ def find_rotary_calls(
         model: As `export_model`; it is restored.
         example_inputs: As `export_model`.
         dtype: As `export_model`.
+        decoder: As of `prepare_inputs`.
 
     Returns:
         `findings`, one per function and kind of call; `calls` and `fused`, their sums.
@@ -305,12 +311,11 @@ def find_rotary_calls(
     Raises:
         RotaryExportError: The model does not run on its example inputs.
     """
-    check_arguments(model, example_inputs)
-    example_inputs = complete_inputs(model, example_inputs)
+    inputs = prepare_inputs(model, example_inputs, decoder)
     if dtype is not None:
-        model, example_inputs = convert_model(model, example_inputs, dtype)
+        model, inputs = convert_model(model, inputs, dtype)
     with take_snapshot(model) as snapshot:
-        return analyze_model(model, example_inputs, "auto", snapshot, lambda _: None).found
+        return analyze_model(model, inputs, "auto", snapshot, lambda _: None).found
 
 
 def check_found(model: nn.Module, found: Replacement, formats: Sequence[str]) -> None:

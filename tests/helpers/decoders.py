@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.bundles import edit_manifest, make_folder
+from helpers.bundles import make_folder
 from helpers.tiny_models import make_model
 from torch import nn
-from transformers import DynamicCache
 
 from rotary_export import export_model
-from rotary_export.bundle.manifest import hash_file
 
 PHI3 = {
     "max_position_embeddings": 256,
@@ -29,30 +27,8 @@ PHI3 = {
 
 
 def export_decoder(model: nn.Module, out: Path, **options: Any) -> Path:
-    """Export a model of transformers with a cache of every position."""
-    ids = torch.arange(16).reshape(2, 8) % 90 + 3
-    cache = DynamicCache()
-    with torch.no_grad():
-        model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
-    example = {
-        "input_ids": ids[:, 5:],
-        "attention_mask": torch.ones(2, 8, dtype=torch.int64),
-        "position_ids": torch.arange(5, 8).repeat(2, 1),
-        "past_key_values": cache,
-    }
-    bundle = export_model(model, example, out, formats=["onnx"], quick=True, **options)
-    config = dict(bundle.manifest.config)
-    config["decoder"] = {
-        "cache": "full",
-        "num_layers": len(cache.layers),
-        "logits": "all",
-        "max_cache_len": None,
-        "length_thresholds": config["length_thresholds"],
-        "max_positions": config["max_positions"],
-    }
-    (out / "generation_config.json").write_text(model.generation_config.to_json_string())
-    files = {f.name: hash_file(f) for f in out.iterdir() if f.name != "manifest.json"}
-    edit_manifest(out, config=config, files=files)
+    """Export a model of transformers with its cache."""
+    export_model(model, None, out, formats=["onnx"], quick=True, **options)
     return out
 
 

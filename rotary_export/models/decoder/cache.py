@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from rotary_export.compat.x_transformers import is_layer_cache, list_layers, make_layer_cache
@@ -49,6 +50,32 @@ def is_empty(cache: Any) -> bool:
     return isinstance(cache, DynamicCache) and not any(
         getattr(layer, "is_initialized", False) for layer in cache.layers
     )
+
+
+def make_dynamic_cache() -> Any:
+    """Make an empty cache of transformers that holds every position, in each layer."""
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def make_cache_of_length(length: int) -> Any:
+    """Make a cache of one layer that holds so many positions, of zeros."""
+    return rebuild_cache([torch.zeros(1, 1, length, 1)] * 2)
+
+
+def find_stateful_layer(model: Any) -> str:
+    """Return the kind of a layer that keeps more than keys and values, or other ones; "": none.
+
+    transformers chooses the kind of each layer by the config: full, with a window, a recurrent
+    state, none of its own.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    for layer in DynamicCache(config=model.config).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return type(layer).__name__
+    return ""
 
 
 def read_cache(name: str, cache: Any) -> dict[str, Tensor]:
