@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,21 @@ class PathType(click.Path):
         """Refuse what is not a path, then convert."""
         check_path(value)
         return super().convert(value, param, ctx)
+
+
+class IntegerList(click.ParamType[list[int]]):
+    """Integers >= 0, with commas between them."""
+
+    name = "1,2,3"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Convert, or fail with the first part that is not one."""
+        if not isinstance(value, str):
+            return value
+        for part in value.split(","):
+            if not re.fullmatch(r"\s*[0-9]{1,18}\s*", part):
+                self.fail(f"{part!r} is not an integer >= 0", param, ctx)
+        return [int(part) for part in value.split(",")]
 
 
 bundle_argument = click.argument("bundle", type=PathType())

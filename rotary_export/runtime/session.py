@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from rotary_export.bundle.dims import compute_dim, list_names, read_bounded, solve_dim, solve_sum
+from rotary_export.bundle.dims import (
+    PAST,
+    SEQ,
+    compute_dim,
+    list_names,
+    read_bounded,
+    solve_dim,
+    solve_sum,
+)
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import RotaryExportError, UsageWarning
 from rotary_export.op.spec import bad_id_message
 from rotary_export.runtime.tensors import is_torch
 from rotary_export.types import name_dtype
@@ -36,6 +45,7 @@ class Session(ABC):
         self.graph = graph
         self.providers = providers
         self.kernel_path = kernel_path
+        self._has_warned = False
 
     def __repr__(self) -> str:
         return (
@@ -62,6 +72,7 @@ class Session(ABC):
             for name, value in inputs.items()
         }
         sizes = check_session_inputs(self.graph_name, self.graph, arrays)
+        self._warn_of_length(sizes)
         return self._run(arrays, sizes, self._check_kinds(inputs))
 
     def _check_kinds(self, inputs: Tensors) -> bool:
@@ -79,6 +90,19 @@ class Session(ABC):
                 f"inputs must be all numpy arrays or all torch tensors, got {given}"
             )
         return True in kinds
+
+    def _warn_of_length(self, sizes: Mapping[str, int]) -> None:
+        """Warn, once, of a cache whose keys have other angles than a sequence of that length."""
+        past, new = sizes.get(PAST, 0), sizes.get(SEQ, 0)
+        passed = [n for n in self.graph.length_thresholds if 0 < past <= n < past + new]
+        if passed and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"past {passed[0]} tokens the angles of all positions change, and keys in a cache "
+                "keep theirs: compute the cache anew from all tokens, as load_decoder does",
+                UsageWarning,
+                stacklevel=3,
+            )
 
     @abstractmethod
     def _run(self, inputs: Tensors, sizes: Mapping[str, int], wants_torch: bool) -> dict[str, Any]:
