@@ -49,7 +49,7 @@ _INPUT = {
 }
 # Of a graph with a key/value cache: what a loop over it must know.
 _DECODER = {
-    "cache": {"full"},
+    "cache": {"full", "window", "static"},
     "num_layers": int,
     "logits": {"all", "last"},
     "max_cache_len": (None, int),

@@ -280,7 +280,7 @@ def _list_rotary_calls(
         from rotary_export.models.decoder.options import DecoderOptions
 
         progress("find rotary embeddings")
-        decoder = DecoderOptions(options["cache"], options["last_logits"])
+        decoder = DecoderOptions(options["cache"], options["last_logits"], options["max_cache_len"])
         found = find_rotary_calls(loaded.model, loaded.example_inputs, torch_dtype, decoder)
     rotary = [asdict(finding) for finding in found.findings]
     _print_findings(terminal, loaded.note, rotary)

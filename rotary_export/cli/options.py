@@ -108,10 +108,11 @@ def decoder_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = (
         click.option(
             "--cache",
-            type=click.Choice(["full", "none"]),
+            type=click.Choice(["full", "window", "static", "none"]),
             help="Key/value cache of a causal language model.  [default: full, or as the factory's "
             "example inputs have it]",
         ),
+        click.option("--max-cache-len", type=int, help="Positions of a static cache."),
         click.option("--last-logits", is_flag=True, help="Only the logits of the last position."),
     )
     for option in reversed(options):

@@ -15,6 +15,7 @@ from rotary_export.bundle.dims import is_past
 from rotary_export.compat import pytree
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.decoder.cache import (
+    arrange,
     choose_rebuild,
     is_cache,
     name_present,
@@ -73,6 +74,7 @@ class FlatModel(nn.Module):
         for argument in self.arguments:
             kwargs[argument.name] = argument.rebuild(given[: len(argument.names)])
             del given[: len(argument.names)]
+        arrange(kwargs)
         with Float32Tables(tensors) if self.float32_tables else nullcontext():
             value = self.model(**kwargs)
         results = _name_results(value, "", self.has_past)

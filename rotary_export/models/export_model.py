@@ -69,6 +69,7 @@ def export_model(
     max_inline_bytes: int = MAX_INLINE_BYTES,
     float32_tables: bool = False,
     cache: str | None = None,
+    max_cache_len: int | None = None,
     last_logits: bool = False,
     model_folder: str | os.PathLike[str] | None = None,
     quick: bool = False,
@@ -99,8 +100,10 @@ def export_model(
             beside the ONNX file.
         float32_tables: Compute positions, angles and tables in float32 where the model computes
             them in a half type. The proof compares with the model changed in the same way.
-        cache: The key/value cache of a causal language model: "full" or "none". None: as
-            `example_inputs` have it; "full" where they are made, or contain `use_cache=True`.
+        cache: The key/value cache of a causal language model: "full", "window", "static" or
+            "none". None: as `example_inputs` have it; "full" where they are made, or contain
+            `use_cache=True`.
+        max_cache_len: How many positions a static cache holds.
         last_logits: Only the logits of the last position are an output.
         model_folder: Of a model of transformers: its config, tokenizer and chat template become
             part of the bundle. Without it, the configs of the model do.
@@ -140,7 +143,7 @@ def export_model(
                 formats=formats,
                 max_inline_bytes=max_inline_bytes,
                 float32_tables=float32_tables,
-                decoder=DecoderOptions(cache, last_logits),
+                decoder=DecoderOptions(cache, last_logits, max_cache_len),
                 model_folder=model_folder,
                 options=options,
                 progress=progress,
@@ -164,6 +167,7 @@ def prove_case(
     max_inline_bytes: int = MAX_INLINE_BYTES,
     float32_tables: bool = False,
     cache: str | None = None,
+    max_cache_len: int | None = None,
     last_logits: bool = False,
     quick: bool = False,
     seed: int = 0,
@@ -182,6 +186,7 @@ def prove_case(
         max_inline_bytes: As `export_model`.
         float32_tables: As `export_model`.
         cache: As `export_model`.
+        max_cache_len: As `export_model`.
         last_logits: As `export_model`.
         quick: As `export_model`.
         seed: As `export_model`.
@@ -205,7 +210,7 @@ def prove_case(
             formats=formats,
             max_inline_bytes=max_inline_bytes,
             float32_tables=float32_tables,
-            decoder=DecoderOptions(cache, last_logits),
+            decoder=DecoderOptions(cache, last_logits, max_cache_len),
             model_folder=None,
             options=ProofOptions(quick, seed, case),
             progress=progress,

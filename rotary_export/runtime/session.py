@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from rotary_export.bundle.dims import PAST, SEQ, compute_dim, list_names, solve_dim
+from rotary_export.bundle.dims import (
+    PAST,
+    SEQ,
+    compute_dim,
+    list_names,
+    read_bounded,
+    solve_dim,
+    solve_sum,
+)
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
 from rotary_export.errors import RotaryExportError, UsageWarning
 from rotary_export.op.spec import bad_id_message
@@ -122,7 +130,7 @@ def check_session_inputs(name: str, graph: GraphInfo, inputs: Tensors) -> dict[s
                 f"{name} has no input {given!r}; it accepts {', '.join(wanted)}"
             )
     sizes: dict[str, int] = {}
-    for info in sorted(graph.inputs, key=lambda i: not _is_solvable(i)):  # sums last
+    for info in sorted(graph.inputs, key=_rank):
         if info.name not in inputs:
             raise RotaryExportError(
                 f"{name} needs the input {info.name!r}; it accepts {', '.join(wanted)}"
@@ -155,7 +163,8 @@ def _check_shape(info: TensorInfo, shape: tuple[int, ...], sizes: dict[str, int]
         if (solved := solve_dim(want, got)) is not None:
             name, size = solved
             return sizes.setdefault(name, size) == size
-        return len(list_names([want])) > 1 and compute_dim(want, sizes) == got
+        is_open = len(list_names([want])) > 1 or read_bounded(want) is not None
+        return is_open and solve_sum(want, got, sizes)
 
     if len(shape) != len(info.shape) or not all(map(fits, info.shape, shape)):
         known = {name: sizes[name] for name in list_names(info.shape) if name in sizes}
@@ -164,9 +173,12 @@ def _check_shape(info: TensorInfo, shape: tuple[int, ...], sizes: dict[str, int]
         raise RotaryExportError(f"{info.name} must have shape {wanted}{where}, got {shape}")
 
 
-def _is_solvable(info: TensorInfo) -> bool:
-    """Return whether the shape of an input alone has one value for each of its names."""
-    return all(len(list_names([dim])) < 2 for dim in info.shape)
+def _rank(info: TensorInfo) -> int:
+    """Return when an input is checked: first what has one name a size, then sums, then bounds."""
+    dims = [dim for dim in info.shape if isinstance(dim, str)]
+    if any(read_bounded(dim) for dim in dims):
+        return 2
+    return int(any(len(list_names([dim])) > 1 for dim in dims))
 
 
 def _check_limits(info: TensorInfo, value: Any) -> None:

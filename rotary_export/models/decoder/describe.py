@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from rotary_export.bundle.dims import is_past
-from rotary_export.bundle.manifest import GraphInfo
+from rotary_export.bundle.dims import is_past, read_bounded
+from rotary_export.bundle.manifest import GraphInfo, TensorInfo
 from rotary_export.models.configs import find_last_position, find_length_thresholds
 from rotary_export.models.decoder.cache import is_of_transformers, make_cache_of_length
-from rotary_export.models.decoder.options import FULL, DecoderOptions
+from rotary_export.models.decoder.options import FULL, STATIC, WINDOW, DecoderOptions
 
 
 def describe_decoder(model: nn.Module, graph: GraphInfo, options: DecoderOptions) -> dict[str, Any]:
@@ -28,23 +29,31 @@ def describe_decoder(model: nn.Module, graph: GraphInfo, options: DecoderOptions
         - `cache`: the kind of the cache.
         - `num_layers`: how many layers it has.
         - `logits`: of "all" positions, or of the "last" one.
-        - `max_cache_len`: of a static cache.
+        - `max_cache_len`: of a static cache; None: it grows.
         - `length_thresholds`: lengths past which transformers computes its cache anew.
         - `max_positions`: how many positions the config names, where a model can't go past them.
     """
-    keys = [info.name for info in graph.inputs if is_past(info.name) and info.name.endswith("key")]
+    keys = [info for info in graph.inputs if is_past(info.name) and info.name.endswith("key")]
     found: dict[str, Any] = {"last_logits": options.last_logits}
     if keys:
         is_open = bool(find_length_thresholds(model, ["dynamic"]))
         found["decoder"] = {
-            "cache": FULL,
+            "cache": _find_kind(keys),
             "num_layers": len(keys),
             "logits": "last" if options.last_logits else "all",
-            "max_cache_len": None,
+            "max_cache_len": options.max_cache_len,
             "length_thresholds": find_cache_resets(model),
             "max_positions": None if is_open else find_last_position(model),
         }
     return found
+
+
+def _find_kind(keys: Sequence[TensorInfo]) -> str:
+    """Return the kind of a cache."""
+    dims = [info.shape[2] for info in keys]
+    if all(isinstance(dim, int) for dim in dims):
+        return STATIC
+    return WINDOW if any(read_bounded(str(dim)) for dim in dims) else FULL
 
 
 def find_cache_resets(model: nn.Module) -> list[int]:

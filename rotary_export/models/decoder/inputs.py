@@ -9,22 +9,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.arguments import CACHES as NAMES
 from rotary_export.models.arguments import check_arguments, find_extra_arguments
 from rotary_export.models.configs import get_field
 from rotary_export.models.decoder.cache import (
+    arrange,
+    choose_rebuild,
     find_stateful_layer,
     is_cache,
     is_empty,
     is_of_transformers,
     is_pairs,
-    make_dynamic_cache,
+    make_empty_cache,
     read_cache,
     rebuild_cache,
 )
-from rotary_export.models.decoder.options import FULL, NONE, DecoderOptions
+from rotary_export.models.decoder.options import FULL, NONE, STATIC, DecoderOptions
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.trace.snapshot import take_snapshot
 
@@ -65,7 +68,7 @@ def prepare_inputs(
         kind = _choose_cache(model, inputs, options)
     inputs = {name: _convert_pairs(model, name, value) for name, value in inputs.items()}
     if kind != NONE and not has_cache(inputs):
-        inputs = _add_cache(model, inputs)
+        inputs = _add_cache(model, inputs, options, kind)
     for name, value in inputs.items():
         if is_cache(value) and is_empty(value):
             inputs[name] = _make_empty(model, inputs, name)
@@ -148,7 +151,9 @@ def _convert_pairs(model: nn.Module, name: str, value: Any) -> Any:
     return value
 
 
-def _add_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _add_cache(
+    model: nn.Module, inputs: Mapping[str, Any], options: DecoderOptions, kind: str
+) -> dict[str, Any]:
     """Return inputs with an empty cache, and with what a step needs beside it."""
     name, argument = type(model).__name__, _find_argument(model)
     if not is_of_transformers(model) or argument is None:
@@ -167,7 +172,25 @@ def _add_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
             f"({stateful}), so it has no key/value cache alone: pass cache='none' (--cache none)"
         )
     inputs = _add_positions(model, inputs)
-    return {n: v for n, v in inputs.items() if n != argument} | {argument: make_dynamic_cache()}
+    cache = make_empty_cache(model, options, kind)
+    if kind == STATIC:
+        inputs = _lengthen_mask(inputs, cache.max_cache_len)
+    return {n: v for n, v in inputs.items() if n != argument} | {argument: cache}
+
+
+def _lengthen_mask(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """Return inputs with a mask of all positions of a static cache: those to come are 0."""
+    if "position_ids" not in inputs or inputs["position_ids"].dim() != 2:
+        raise RotaryExportError(
+            "cache 'static' is for a model whose forward accepts position_ids (B, S): keys and "
+            "values are written there"
+        )
+    mask = inputs["attention_mask"]
+    if mask.shape[1] > length:
+        raise RotaryExportError(
+            f"max_cache_len must be >= {mask.shape[1]}, the length of the example, got {length}"
+        )
+    return {**inputs, "attention_mask": pad(mask, (0, length - mask.shape[1]))}
 
 
 def _add_positions(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,9 +208,11 @@ def _add_positions(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
 def _make_empty(model: nn.Module, inputs: Mapping[str, Any], name: str) -> Any:
     """Return an empty cache that has the shapes of what the model keeps."""
     cache = deepcopy(inputs[name])
+    arguments = {**inputs, **find_extra_arguments(model, inputs), name: cache}
+    arrange(arguments)
     try:
         with take_snapshot(model), torch.no_grad():
-            model(**{**inputs, **find_extra_arguments(model, inputs), name: cache})
+            model(**arguments)
     except Exception as error:  # whatever the model raises
         raise RotaryExportError(
             f"{type(model).__name__} fails on its example inputs: {describe_error(error)}"
@@ -195,7 +220,8 @@ def _make_empty(model: nn.Module, inputs: Mapping[str, Any], name: str) -> Any:
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     if not tensors or not all(isinstance(t, Tensor) and t.dim() == 4 for t in tensors):
         read_cache(name, cache)  # raises
-    return rebuild_cache([tensor[:, :, :0] for tensor in tensors])
+    empty = cache.empty(tensors) if hasattr(cache, "empty") else [t[:, :, :0] for t in tensors]
+    return choose_rebuild(cache)(empty)
 
 
 def _check_accepts(model: nn.Module, argument: str, option: str) -> None:

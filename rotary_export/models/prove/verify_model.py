@@ -164,8 +164,9 @@ def _read_plan(manifest: Manifest, seed: int | None, quick: bool) -> Plan:
 def _read_options(manifest: Manifest, makes_inputs: bool) -> DecoderOptions:
     """Return what the export was asked for: example inputs of that kind are compared."""
     config = manifest.config
-    cache = config.get("decoder", {}).get("cache", NONE if makes_inputs else None)
-    return DecoderOptions(cache, bool(config.get("last_logits")))
+    decoder = config.get("decoder", {})
+    cache = decoder.get("cache", NONE if makes_inputs else None)
+    return DecoderOptions(cache, bool(config.get("last_logits")), decoder.get("max_cache_len"))
 
 
 def _convert(

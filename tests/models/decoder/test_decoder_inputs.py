@@ -105,7 +105,7 @@ def make_moonshine():
 
 
 REFUSED = {
-    "unknown": ({}, None, {"cache": "large"}, "cache must be one of full, none, got 'large'"),
+    "unknown": ({}, None, {"cache": "large"}, "one of full, window, static, none, got 'large'"),
     "not a string": ({}, None, {"cache": ["full"]}, "cache must be one of"),
     "cache and none": (
         IDS | {"past_key_values": make_cache([])},
