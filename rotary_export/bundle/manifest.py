@@ -27,7 +27,7 @@ SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "program": ".pt2", "aoti": ".
 CODE_FORMATS = ("torchscript", "program", "aoti")  # opening such a file can run code in it
 DEFAULT_FORMATS = ("onnx", "torchscript", "program")
 MAIN_GRAPHS = ("rotate", "model")  # a bundle has one of them
-DATA_SUFFIX = ".data"  # of the file beside GRAPH.onnx that contains a large model's weights
+DATA_SUFFIX = "_data"  # GRAPH.onnx_data contains a large model's weights, as optimum names it
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class GraphInfo:
         function_body: What ONNX Runtime runs without our op library: "native" or "primitive".
         max_size: By name of a dynamic size, the largest that is legal, where there is one.
         min_size: The smallest, where it is more than 1.
+        length_thresholds: Of a decoder: lengths past which its cache must be computed anew, as
+            the config's "decoder" has them.
     """
 
     inputs: tuple[TensorInfo, ...]
@@ -74,6 +76,7 @@ class GraphInfo:
     function_body: str = "primitive"
     max_size: Mapping[str, int] = field(default_factory=dict)
     min_size: Mapping[str, int] = field(default_factory=dict)
+    length_thresholds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,10 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "op": {"domain": spec.DOMAIN, "name": spec.OP_TYPE, "version": spec.OP_VERSION},
         }
-        return json.dumps(head | asdict(self), indent=1, allow_nan=False) + "\n"
+        content = asdict(self)
+        for graph in content["graphs"].values():
+            del graph["length_thresholds"]  # of the config
+        return json.dumps(head | content, indent=1, allow_nan=False) + "\n"
 
 
 def hash_file(path: Path) -> str:
@@ -154,7 +160,9 @@ def read_manifest(bundle_dir: Path) -> Manifest:
         _check_version(path, "op version", op.get("version"), spec.OP_VERSION)
     try:
         schema.check(data, schema.MANIFEST)
-        graphs = {name: _read_graph(graph) for name, graph in data["graphs"].items()}
+        decoder = data["config"].get("decoder", {})
+        lengths = tuple(decoder.get("length_thresholds", ()))
+        graphs = {name: _read_graph(graph, lengths) for name, graph in data["graphs"].items()}
     except ValueError as error:
         raise RotaryExportError(f"{path} is damaged: {error}") from None
     manifest = Manifest(
@@ -198,7 +206,7 @@ def _check_version(path: Path, what: str, got: object, known: int) -> None:
         )
 
 
-def _read_graph(data: Mapping[str, Any]) -> GraphInfo:
+def _read_graph(data: Mapping[str, Any], lengths: tuple[int, ...]) -> GraphInfo:
     """Read a graph that fits the schema.
 
     Raises:
@@ -232,6 +240,7 @@ def _read_graph(data: Mapping[str, Any]) -> GraphInfo:
         data["function_body"],
         data.get("max_size", {}),
         data.get("min_size", {}),
+        lengths,
     )
 
 

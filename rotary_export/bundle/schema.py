@@ -47,6 +47,15 @@ _INPUT = {
     "value": object,
     "spread": [float],
 }
+# Of a graph with a key/value cache: what a loop over it must know.
+_DECODER = {
+    "cache": {"full", "window", "static"},
+    "num_layers": int,
+    "logits": {"all", "last"},
+    "max_cache_len": (None, int),
+    "length_thresholds": [int],
+    "max_positions": (None, int),
+}
 # Of the config of a plain bundle and of a model's, what is there.
 _CONFIG = {
     "embedding?": {...: (float, bool, None)},
@@ -65,6 +74,8 @@ _CONFIG = {
     "length_thresholds?": [int],
     "max_positions?": (None, int),
     "last_position?": (None, int),
+    "last_logits?": bool,
+    "decoder?": _DECODER,
     "left_out?": {...: str},
     "unverified?": [str],
     "mismatched?": [str],

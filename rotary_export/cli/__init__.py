@@ -4,7 +4,7 @@ main.py: the group `cli`, its errors and exit codes.
 options.py: options and arguments that several commands share.
 export.py: `export`, `export-model`.
 fuse.py: `fuse`.
-verify_run.py: `verify`, `run`, `bench`.
+verify_run.py: `verify`, `run`, `generate`, `bench`.
 deploy_serve.py: `deploy`, `serve`.
 inspect.py: `inspect`, `doctor`; inspection.py: the facts that they print.
 examples.py: two examples of each command, for its `--help`.

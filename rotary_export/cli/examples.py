@@ -27,9 +27,13 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "rotary-export run rope --input inputs.npz --out outputs.npz",
         "rotary-export run rope --graph tables --input seq_len=16 --out tables.npz",
     ),
+    "generate": (
+        'rotary-export generate smollm --prompt "The capital of France is"',
+        "rotary-export generate smollm --ids 1,2,3 --max-new-tokens 8 --json",
+    ),
     "bench": (
         "rotary-export bench rope",
-        "rotary-export bench rope --shape 1 1 --shape 1 2048 --seconds 2",
+        "rotary-export bench smollm --past 0,512,2048",
     ),
     "deploy": (
         "rotary-export deploy cpp-onnxruntime rope --out rope-cpp",

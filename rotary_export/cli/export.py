@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 import rotary_export
 from rotary_export.bundle.folder import check_out, find_out
-from rotary_export.cli.options import PathType, bundle_options, revision_option
+from rotary_export.cli.options import PathType, bundle_options, decoder_options, revision_option
 from rotary_export.cli.report import print_report
 from rotary_export.cli.terminal import Terminal
 from rotary_export.errors import CheckFailedError, RotaryExportError, UsageWarning
@@ -127,6 +127,7 @@ def _make_rope(options: dict[str, Any]) -> Any:
     is_flag=True,
     help="Compute angles and tables in float32 where the model computes them in a half type.",
 )
+@decoder_options
 @click.option("--quick", is_flag=True, help="Prove less: no far positions, no long sequences.")
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the proof's inputs."
@@ -163,13 +164,14 @@ def export_model(
     folders = () if dry_run or case is not None else (out, keep_failed)
     _check_target(options["opset"], options["force"], *folders)
     if dry_run:
-        _list_rotary_calls(terminal, source, revision, dtype)
+        _list_rotary_calls(terminal, source, revision, dtype, options)
         return
     if out is None or case is not None:
         _prove_case(terminal, source, revision, dtype, case or "", options)
         return
     with terminal.progress() as progress:
         loaded, torch_dtype = _load_model(source, revision, dtype, progress)
+        options["model_folder"] = loaded.folder
         from rotary_export.models.prove.prove import RejectedError
 
         warnings.simplefilter("ignore", UsageWarning)  # printed as a note
@@ -265,15 +267,21 @@ def _load_model(
 
 
 def _list_rotary_calls(
-    terminal: Terminal, source: str, revision: str | None, dtype: str | None
+    terminal: Terminal,
+    source: str,
+    revision: str | None,
+    dtype: str | None,
+    options: Mapping[str, Any],
 ) -> None:
     """Print what an export would fuse; exit with 1 if that is nothing."""
     with terminal.progress() as progress:
         loaded, torch_dtype = _load_model(source, revision, dtype, progress)
         from rotary_export.models.analyze import find_rotary_calls
+        from rotary_export.models.decoder.options import DecoderOptions
 
         progress("find rotary embeddings")
-        found = find_rotary_calls(loaded.model, loaded.example_inputs, torch_dtype)
+        decoder = DecoderOptions(options["cache"], options["last_logits"], options["max_cache_len"])
+        found = find_rotary_calls(loaded.model, loaded.example_inputs, torch_dtype, decoder)
     rotary = [asdict(finding) for finding in found.findings]
     _print_findings(terminal, loaded.note, rotary)
     name = type(loaded.model).__name__

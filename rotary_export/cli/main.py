@@ -1,4 +1,4 @@
-"""`rotary-export`: export, fuse, verify, run, bench, deploy, serve, inspect, doctor.
+"""`rotary-export`: export, fuse, verify, run, generate, bench, deploy, serve, inspect, doctor.
 
 Exit codes: 0 fine, 1 a check failed, 2 wrong usage, 130 Ctrl-C.
 """
@@ -22,7 +22,7 @@ from rotary_export.cli.export import export, export_model
 from rotary_export.cli.fuse import fuse
 from rotary_export.cli.inspect import doctor, inspect
 from rotary_export.cli.terminal import print_error
-from rotary_export.cli.verify_run import bench, run, verify
+from rotary_export.cli.verify_run import bench, generate, run, verify
 from rotary_export.errors import CheckFailedError, InterruptedWarning, RotaryExportError
 from rotary_export.package import EXPORT_PACKAGES, __version__, describe_missing
 
@@ -84,7 +84,7 @@ def cli() -> None:
 
 
 for _command in (
-    export, export_model, fuse, verify, run, bench, deploy, serve, inspect, doctor
+    export, export_model, fuse, verify, run, generate, bench, deploy, serve, inspect, doctor
 ):  # fmt: skip
     assert _command.name
     _command.epilog = "\n\n".join(filter(None, (format_examples(_command.name), _command.epilog)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,21 @@ class PathType(click.Path):
         """Refuse what is not a path, then convert."""
         check_path(value)
         return super().convert(value, param, ctx)
+
+
+class IntegerList(click.ParamType[list[int]]):
+    """Integers >= 0, with commas between them."""
+
+    name = "1,2,3"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Convert, or fail with the first part that is not one."""
+        if not isinstance(value, str):
+            return value
+        for part in value.split(","):
+            if not re.fullmatch(r"\s*[0-9]{1,18}\s*", part):
+                self.fail(f"{part!r} is not an integer >= 0", param, ctx)
+        return [int(part) for part in value.split(",")]
 
 
 bundle_argument = click.argument("bundle", type=PathType())
@@ -85,3 +101,20 @@ def bundle_options(dtype: str | None, requires_out: bool = True) -> Decorator:
         return command
 
     return decorate
+
+
+def decoder_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a decoder: its cache, its logits."""
+    options = (
+        click.option(
+            "--cache",
+            type=click.Choice(["full", "window", "static", "none"]),
+            help="Key/value cache of a causal language model.  [default: full, or as the factory's "
+            "example inputs have it]",
+        ),
+        click.option("--max-cache-len", type=int, help="Positions of a static cache."),
+        click.option("--last-logits", is_flag=True, help="Only the logits of the last position."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command

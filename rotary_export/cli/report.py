@@ -1,11 +1,13 @@
-"""The proof as a table, for the commands that export or verify."""
+"""The proof as a table, and the tokens of a decoder as text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rotary_export.cli.terminal import Terminal
+from rotary_export.runtime.decoder.text import Text
+from rotary_export.types import Array
 
 
 def print_report(terminal: Terminal, report: dict[str, Any]) -> None:
@@ -65,3 +67,49 @@ def _print_graph(terminal: Terminal, graph: str, rows: Sequence[Mapping[str, Any
     for kernel, names in kernels.items():
         if kernel and names:
             terminal.line(f"kernel {kernel}: {'; '.join(names)}")
+
+
+def print_tokens(
+    terminal: Terminal,
+    columns: Iterable[Array],
+    prompts: Sequence[Sequence[int]],
+    ends: Collection[int],
+    text: Text | None,
+) -> tuple[list[list[int]], list[str]]:
+    """Print tokens as they are generated: text, or ids where there is no tokenizer.
+
+    Several rows are printed one after the other, once they are complete.
+
+    Args:
+        terminal: Where to print.
+        columns: The new tokens of all rows, (B,), one after the other.
+        prompts: The ids of each row.
+        ends: Tokens that end a row.
+        text: The tokenizer.
+
+    Returns:
+        The ids of each row, its prompt and its new tokens up to the end; and the new text.
+    """
+    rows = [[*prompt] for prompt in prompts]
+    is_open = [True] * len(rows)
+    streams = [text.decode_after(prompt) if text else None for prompt in prompts]
+    parts: list[list[str]] = [[] for _ in rows]
+    for column in columns:
+        for index, token in enumerate(column.tolist()):
+            if not is_open[index]:
+                continue
+            is_open[index] = token not in ends
+            rows[index].append(token)
+            decode = streams[index]
+            separator = "," if len(rows[index]) > len(prompts[index]) + 1 else ""
+            part = decode(token) if decode else f"{separator}{token}"
+            if len(rows) == 1:
+                terminal.stream(part)
+            parts[index].append(part)
+    for index, each in enumerate(parts if len(rows) > 1 else ()):
+        terminal.line(f"prompt {index + 1}:")
+        terminal.stream("".join(each))
+        terminal.stream("\n")
+    if len(rows) == 1:
+        terminal.stream("\n")
+    return rows, ["".join(each) for each in parts]

@@ -19,6 +19,7 @@ from rotary_export.errors import escape
 
 Row = Sequence[object]
 READABLE_COLUMNS = 80
+STREAMED = "\n\t\u200c\u200d"  # line ends, tabs, and what joins letters and emoji or does not
 
 
 class _Console(Console):
@@ -50,6 +51,16 @@ class Terminal:
         """Print a human-readable line; a terminal wraps it between words."""
         if not self._as_json:
             self._out.print(escape(text), soft_wrap=not self._out.is_terminal)
+
+    def stream(self, text: str) -> None:
+        """Print a part of a text at once, its line ends and tabs included.
+
+        It is other people's: what would move the cursor or change a colour is escaped.
+        """
+        if not self._as_json:
+            kept = "".join(c if c in STREAMED else escape(c) for c in text)
+            self._out.out(kept, end="")
+            self._out.file.flush()
 
     def field(self, name: str, value: object, indent: str = "") -> None:
         """Print `name: value`; a long list has a line for each element."""

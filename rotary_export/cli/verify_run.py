@@ -1,15 +1,18 @@
-"""The commands that run a bundle: `verify`, `run`, `bench`."""
+"""The commands that run a bundle: `verify`, `run`, `generate`, `bench`."""
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import click
 
 import rotary_export
 from rotary_export.bundle.atomic import check_file
 from rotary_export.cli.options import (
+    IntegerList,
     PathType,
     allow_code_option,
     bundle_argument,
@@ -17,7 +20,7 @@ from rotary_export.cli.options import (
     json_option,
     revision_option,
 )
-from rotary_export.cli.report import print_report
+from rotary_export.cli.report import print_report, print_tokens
 from rotary_export.cli.terminal import Terminal
 from rotary_export.measure.timing import SECONDS
 from rotary_export.runtime.onnx_file import GRAPH, is_onnx_file, load_onnx_file
@@ -151,6 +154,67 @@ def run(
 
 @click.command()
 @bundle_argument
+@click.option("--prompt", "prompts", multiple=True, help="A text; may be repeated, for a batch.")
+@click.option("--ids", multiple=True, type=IntegerList(), help="Token ids: 1,2,3; may be repeated.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--chat", is_flag=True, help="--prompt is a user's message: apply the chat template.")
+@click.option("--sample", is_flag=True, help="Draw tokens; without it, the best one is chosen.")
+@click.option("--temperature", type=float, help="Of --sample, like the next three.")
+@click.option("--top-k", type=int, help="Draw from the k best tokens; 0: from all.")
+@click.option("--top-p", type=float, help="Draw from the best ones of this total probability.")
+@click.option("--seed", type=int, help="The same seed draws the same tokens.")
+@click.option("--provider", "providers", multiple=True, help="Of ONNX Runtime; may be repeated.")
+@click.option("--no-op-library", is_flag=True, help="Run the function body.")
+@json_option
+def generate(
+    bundle: Path,
+    prompts: tuple[str, ...],
+    ids: tuple[list[int], ...],
+    chat: bool,
+    sample: bool,
+    providers: tuple[str, ...],
+    no_op_library: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Generate tokens with BUNDLE, a causal language model with a key/value cache.
+
+    Text is printed as it is generated. What is not given is read from the bundle's
+    generation_config.json.
+    """
+    from rotary_export.runtime.decoder.text import Text, find_text
+
+    if bool(prompts) == bool(ids):
+        raise click.UsageError("Give --prompt or --ids.")
+    if chat and ids:
+        raise click.UsageError("--chat is for --prompt.")
+    drawn = {name: options[name] for name in ("temperature", "top_k", "top_p", "seed")}
+    for name, value in drawn.items():
+        if value is not None and not sample:
+            raise click.UsageError(f"--{name.replace('_', '-')} needs --sample.")
+    terminal = Terminal(as_json)
+    with terminal.progress() as progress:
+        progress(f"load {bundle.name}")
+        text = Text(bundle) if prompts else find_text(bundle)
+        if text and prompts:
+            ids = tuple(text.encode_chat(p) if chat else text.encode(p) for p in prompts)
+        decoder = rotary_export.load_decoder(
+            bundle,
+            providers=list(providers) or "auto",
+            use_op_library=False if no_op_library else "auto",
+        )
+    started = time.perf_counter()
+    columns = decoder.stream(ids, do_sample=sample, **options)
+    rows, texts = print_tokens(terminal, columns, ids, decoder.eos_token_ids, text)
+    seconds = time.perf_counter() - started
+    new = sum(map(len, rows)) - sum(map(len, ids))
+    speed = float(f"{new / seconds:.4g}")
+    terminal.line(f"{new} tokens in {seconds:.2f} s with the prompt: {speed:g} tokens/s")
+    terminal.finish({"ids": rows, "text": texts if text else None, "tokens_per_second": speed})
+
+
+@click.command()
+@bundle_argument
 @click.option(
     "--shape",
     "shapes",
@@ -159,12 +223,16 @@ def run(
     metavar="BATCH_SIZE SEQ_LEN",
     help="May be repeated; default: decode and prefill shapes.",
 )
+@click.option(
+    "--past", type=IntegerList(), help="Of a decoder: 0,512 times it after 0, 512 tokens."
+)
 @click.option("--seconds", type=click.FloatRange(0), default=SECONDS, show_default=True)
 @allow_code_option
 @json_option
 def bench(
     bundle: Path,
     shapes: tuple[tuple[int, int], ...],
+    past: list[int] | None,
     seconds: float,
     allow_code: bool,
     as_json: bool,
@@ -173,11 +241,18 @@ def bench(
 
     BUNDLE may be a plain .onnx file: its inputs are drawn by their names and shapes.
 
+    With --past, times how a decoder reads a prompt of so many tokens and generates the next ones.
+
     Each shape is measured for about --seconds.
     """
     from rotary_export.measure.benchmark import SHAPES, bench_bundle, bench_graph
 
     terminal = Terminal(as_json)
+    if past is not None:
+        if shapes:
+            raise click.UsageError("Give --shape or --past.")
+        _bench_decoder(terminal, bundle, past, seconds)
+        return
     with terminal.progress() as progress:
         if is_onnx_file(bundle):
             from rotary_export.models.fused.describe import describe_file
@@ -194,3 +269,15 @@ def bench(
     if report["warning"]:
         terminal.line(f"warning: {report['warning']}")
     terminal.finish(report)
+
+
+def _bench_decoder(terminal: Terminal, bundle: Path, past: list[int], seconds: float) -> None:
+    from rotary_export.measure.decoding import bench_decoder
+
+    with terminal.progress() as progress:
+        found = bench_decoder(bundle, past, seconds, progress)
+    terminal.table(*found.tabulate())
+    terminal.line("batch_size 1; prefill: of the prompt; decode: of one token after it")
+    for run_name, why in found.skipped.items():
+        terminal.line(f"not run: {run_name}: {why}")
+    terminal.finish(found.to_dict())

@@ -7,6 +7,7 @@ onnx_rewriter.py      the pattern matcher of onnxscript's rewriter
 onnx_decompositions.py  the decomposition of a program by torch.onnx
 onnx_promotion.py     the casts that torch.onnx adds where types are mixed
 onnx_evaluator.py     the operators of onnx.reference, on half types
+ort_binding.py        ONNX Runtime's IO binding, called for each token
 dispatch.py           torch.utils._python_dispatch: what sees every operator, and its schema
 pytree.py             torch.utils._pytree: nested arguments as flat lists
 sizes.py              symbolic sizes of a traced program: its shape environment, guards and ranges

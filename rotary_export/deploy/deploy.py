@@ -88,6 +88,11 @@ def deploy(
             f"{target} needs the format {known.format!r}, but the bundle was exported with "
             f"{', '.join(manifest.graphs[graph].files)}"
         )
+    if manifest.config.get("decoder", {}).get("cache") == "window" and not known.has_windows:
+        raise RotaryExportError(
+            f"{target} needs a cache whose layers have one length, but the bundle was exported "
+            "with cache 'window': export the model with --cache full"
+        )
     with write_folder(path, force, _check_owned) as staging:
         progress(f"copy the kit {target}")
         for folder in (*([f"{SHARED}/{known.shared}"] if known.shared else []), target):

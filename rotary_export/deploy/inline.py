@@ -1,8 +1,8 @@
 """`GRAPH.inlined.onnx`: the graph without model-local functions, which some runtimes can't run.
 
 OpenVINO gets the function bodies of the bundle, tract gets primitives of opset 18. The file lies
-beside `bundle/`, whose `.data` file it shares: the weights are in the kit once. It is compared with
-the bundle's own graph first.
+beside `bundle/`, whose `.onnx_data` file it shares: the weights are in the kit once. It is compared
+with the bundle's own graph first.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def prepare_tract(staging: Path, manifest: Manifest, graph: str) -> None:
 
 
 def _read(staging: Path, manifest: Manifest, graph: str) -> Any:
-    """Read the bundle's graph; external data stay in `bundle/GRAPH.onnx.data`."""
+    """Read the bundle's graph; external data stay in `bundle/GRAPH.onnx_data`."""
     import onnx
 
     file = staging / "bundle" / manifest.graphs[graph].files["onnx"]

@@ -25,6 +25,8 @@ class Target:
         runs: What computes the rotary embedding there.
         format: The format of the bundle that it opens: "onnx", "torchscript", "program", "aoti".
         also: A format that it opens, too, where the bundle has it.
+        has_windows: Whether it runs a cache whose layers have different lengths: such sizes are
+            checked by this package's own session.
         prepare: Writes the files that depend on the bundle into the folder, if there are any.
         shared: A folder of `kits/shared/`, whose files are copied too.
     """
@@ -35,6 +37,7 @@ class Target:
     prepare: Prepare | None = None
     shared: str | None = None
     also: str | None = None
+    has_windows: bool = False
 
 
 def _find(module: str, name: str) -> Prepare:
@@ -98,11 +101,13 @@ TARGETS: dict[str, Target] = {
         "our kernel",
         "onnx",
         _find("mlserver", "prepare_mlserver"),
+        has_windows=True,
     ),
     "ray": Target(
         "an application and a config file of Ray Serve, and a client",
         "our kernel",
         "onnx",
         _find("package_copy", "prepare_ray"),
+        has_windows=True,
     ),
 }

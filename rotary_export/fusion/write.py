@@ -14,7 +14,8 @@ from rotary_export.fusion.read import list_external_tensors, list_initializers
 
 _HASH_DIGITS = 16
 _INLINE_BYTES = 256  # smaller tensors stay in the graph
-_NAME_BYTES = 255 - _HASH_DIGITS - len(f".{DATA_SUFFIX}")  # of the file's name in that of its data
+_SUFFIX = ".data"
+_NAME_BYTES = 255 - _HASH_DIGITS - len(f".{_SUFFIX}")  # of the file's name in that of its data
 
 
 def write_external(model: ir.Model, file: Path) -> None:
@@ -28,7 +29,7 @@ def write_external(model: ir.Model, file: Path) -> None:
     ir.external_data.unload_from_model(
         model, file.parent, data.name, size_threshold_bytes=_INLINE_BYTES
     )
-    name = f"{cut_name(file.name, _NAME_BYTES)}.{hash_file(data)[:_HASH_DIGITS]}{DATA_SUFFIX}"
+    name = f"{cut_name(file.name, _NAME_BYTES)}.{hash_file(data)[:_HASH_DIGITS]}{_SUFFIX}"
     for value in list_initializers(model):
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
@@ -48,7 +49,7 @@ def write_external(model: ir.Model, file: Path) -> None:
 def list_data(path: Path) -> set[Path]:
     """Return the external data that a file names, if it belongs to that file alone.
 
-    This is `NAME.HASH.data`, and `NAME.data` as other exporters write it.
+    This is `NAME.HASH.data`, and `NAME.data` or `NAME_data` as other exporters write it.
     """
     if not path.is_file():
         return set()
@@ -57,6 +58,9 @@ def list_data(path: Path) -> set[Path]:
     except Exception:  # it is replaced, whatever it is
         return set()
     own = rf"{re.escape(cut_name(path.name, _NAME_BYTES))}\.[0-9a-f]{{{_HASH_DIGITS}}}"
-    pattern = re.compile(f"({own}|{re.escape(path.name)}){re.escape(DATA_SUFFIX)}")
+    pattern = re.compile(
+        rf"({own}|{re.escape(path.name)}){re.escape(_SUFFIX)}|"
+        rf"{re.escape(path.name)}{re.escape(DATA_SUFFIX)}"
+    )
     names = {str(tensor.location) for tensor in list_external_tensors(model)}
     return {path.with_name(name) for name in names if pattern.fullmatch(name)}

@@ -4,7 +4,6 @@
 - `source.py`: loads a model that the command line names.
 - `hub.py`: fetches a model of the Hugging Face hub.
 - `arguments.py`: a model's arguments and results as named tensors.
-- `cache.py`: key/value caches of transformers as named tensors, and back.
 - `dim_names.py`: names the sizes that stay dynamic.
 - `convert.py`: a copy of a model in another floating-point type.
 - `configs.py`: lengths that a model's transformers configs contain.
@@ -14,6 +13,7 @@
 - `error_text.py`: an exporter's error in one line, with its place in the model.
 - `find/`: which functions apply a rotary embedding, what they compute, and their replacement.
 - `trace/`: `torch.export`, guards, size limits, patches while tracing, the snapshot.
+- `decoder/`: causal language models: their caches, their example inputs, their files.
 - `fused/`: an ONNX file that was fused, or any other, where a bundle is asked for.
 - `prove/`: a traced model against the model: by its export, and again by `verify_model`.
 """

@@ -10,18 +10,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rotary_export.bundle.dims import PAST, SEQ, TOTAL, list_names
+from rotary_export.bundle.dims import PAST, SEQ, TOTAL, list_names, read_bounded
 from rotary_export.bundle.manifest import TensorInfo
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.models.arguments import (
     FlatModel,
-    check_arguments,
-    complete_inputs,
     find_extra_arguments,
     read_arguments,
 )
 from rotary_export.models.configs import find_last_position, find_length_thresholds
 from rotary_export.models.convert import convert_model
+from rotary_export.models.decoder.cache import find_cache_dims
+from rotary_export.models.decoder.inputs import prepare_inputs
+from rotary_export.models.decoder.options import DecoderOptions
 from rotary_export.models.dim_names import NamedDims, has_own_cache, name_dims, read_sizes
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.find.replacement import Replacement, find_replacement
@@ -32,12 +33,15 @@ from rotary_export.models.trace.trace_patches import patch_for_tracing
 from rotary_export.proof.models.cases import EXAMPLE, Case, CaseSpec, make_case
 from rotary_export.proof.models.input_values import (
     InputValues,
+    choose_static,
     choose_values,
     find_offsets,
     find_tables,
 )
 from rotary_export.proof.models.plan import TRACED, Plan
 from rotary_export.types import Progress, name_dtype
+
+_DEFAULTS = DecoderOptions()
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Analysis:
         found: What will be replaced.
         length_thresholds: Lengths at which its angles change.
         last: How many positions its config names; None: it names none.
+        max_cache_len: How many positions its static cache holds; None: it has none.
     """
 
     flat: FlatModel
@@ -69,10 +74,13 @@ class Analysis:
     found: Replacement
     length_thresholds: list[int]
     last: int | None
+    max_cache_len: int | None = None
 
     @property
     def max_positions(self) -> int | None:
         """How many positions the model accepts; None: any number, or it is not known."""
+        if self.max_cache_len is not None:
+            return self.max_cache_len
         return None if self.length_thresholds else self.last
 
     @property
@@ -125,7 +133,11 @@ def analyze_model(
             any other size.
     """
     arguments, tensors = read_arguments(example_inputs)
-    named = name_dims(tensors, dynamic_shapes)
+    cache_dims = find_cache_dims(example_inputs)
+    named = name_dims(tensors, dynamic_shapes, cache_dims=cache_dims)
+    max_cache_len = next((dim for dim in cache_dims.values() if isinstance(dim, int)), None)
+    if max_cache_len is not None:
+        named.limit(SEQ, None, max_cache_len)
     extra = find_extra_arguments(model, example_inputs)
     flat = FlatModel(model, arguments, extra, float32_tables)
     example = Case(EXAMPLE, tuple(tensors.values()))
@@ -133,9 +145,11 @@ def analyze_model(
     _run_example(flat, example.tensors, snapshot)
     if dynamic_shapes == "auto" and has_own_cache(tensors):
         named = _open_cache(flat, tensors, named, snapshot)
-    named = _narrow_sizes(flat, tensors, named, snapshot)
-    inputs, input_values = _describe_inputs(model, tensors, named)
+    named = _narrow_sizes(flat, tensors, named, snapshot, max_cache_len)
+    inputs, input_values = _describe_inputs(model, tensors, named, max_cache_len)
     own_sizes = read_sizes(tensors, named.dims)
+    if max_cache_len is not None:  # no size of a tensor, but what is in the cache
+        own_sizes[PAST] = 0
     sizes = _choose_traced_sizes(own_sizes, inputs, input_values, named, trace_at)
     spec = CaseSpec(sizes, stagger=True)
     candidates = [(make_case(inputs, input_values, spec), input_values)]
@@ -147,6 +161,7 @@ def analyze_model(
         candidates.append((make_case(inputs, counted, spec), counted))
     if min(own_sizes.values(), default=2) > 1:  # a size of 1 would be a constant
         candidates.append((replace(example, spec=CaseSpec(own_sizes)), candidates[-1][1]))
+    last = find_last_position(model)
     traced, sources, found = _find_rotary(flat, candidates, snapshot)
     return Analysis(
         flat=flat,
@@ -159,20 +174,27 @@ def analyze_model(
         traced=traced,
         found=found,
         length_thresholds=find_length_thresholds(model),
-        last=find_last_position(model),
+        last=last if max_cache_len is None else min(last or max_cache_len, max_cache_len),
+        max_cache_len=max_cache_len,
     )
 
 
 def _describe_inputs(
-    model: nn.Module, tensors: Mapping[str, Tensor], named: NamedDims
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    named: NamedDims,
+    max_cache_len: int | None = None,
 ) -> tuple[tuple[TensorInfo, ...], dict[str, InputValues]]:
     """Return the inputs, and where their values come from at other sizes."""
+    limits = {name: _find_id_limits(model, name) for name in tensors}
+    if max_cache_len is not None:
+        limits["position_ids"] = 0, max_cache_len - 1
     inputs = tuple(
-        TensorInfo(name, name_dtype(v.dtype), named.dims[name], _find_id_limits(model, name))
+        TensorInfo(name, name_dtype(v.dtype), named.dims[name], limits[name])
         for name, v in tensors.items()
     )
     tables, offsets = find_tables(tensors), find_offsets(tensors, named.dims)
-    return inputs, {
+    values = {
         i.name: choose_values(
             i.name,
             tensors[i.name],
@@ -183,18 +205,25 @@ def _describe_inputs(
         )
         for i in inputs
     }
+    if max_cache_len is not None:
+        values = {name: choose_static(each) for name, each in values.items()}
+    return inputs, values
 
 
 def _narrow_sizes(
-    flat: FlatModel, tensors: Mapping[str, Tensor], named: NamedDims, snapshot: Snapshot
+    flat: FlatModel,
+    tensors: Mapping[str, Tensor],
+    named: NamedDims,
+    snapshot: Snapshot,
+    max_cache_len: int | None,
 ) -> NamedDims:
     """Narrow the sizes that may vary to those at which the model runs.
 
     They are searched one by one, but only if it does not run at the smallest sizes, or at those
     that follow the ones to trace.
     """
-    runs = _make_trial(flat, tensors, named, snapshot)
-    inputs, input_values = _describe_inputs(flat.model, tensors, named)
+    runs = _make_trial(flat, tensors, named, snapshot, max_cache_len)
+    inputs, input_values = _describe_inputs(flat.model, tensors, named, max_cache_len)
     own = read_sizes(tensors, named.dims)
     chosen = _choose_traced_sizes(own, inputs, input_values, named)
     smallest = {name: named.min_size.get(name, 1) for name in own}
@@ -225,10 +254,14 @@ def _open_cache(
 
 
 def _make_trial(
-    flat: FlatModel, tensors: Mapping[str, Tensor], named: NamedDims, snapshot: Snapshot
+    flat: FlatModel,
+    tensors: Mapping[str, Tensor],
+    named: NamedDims,
+    snapshot: Snapshot,
+    max_cache_len: int | None = None,
 ) -> Callable[[Mapping[str, int]], bool]:
     """Return what tells whether a model runs at such sizes."""
-    inputs, input_values = _describe_inputs(flat.model, tensors, named)
+    inputs, input_values = _describe_inputs(flat.model, tensors, named, max_cache_len)
 
     def runs(sizes: Mapping[str, int]) -> bool:
         try:
@@ -290,7 +323,10 @@ def _find_rotary(
 
 
 def find_rotary_calls(
-    model: nn.Module, example_inputs: Mapping[str, Any], dtype: torch.dtype | None = None
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | None,
+    dtype: torch.dtype | None = None,
+    decoder: DecoderOptions = _DEFAULTS,
 ) -> Replacement:
     """Find out what `export_model` would replace; export nothing.
 
@@ -298,6 +334,7 @@ def find_rotary_calls(
         model: As `export_model`; it is restored.
         example_inputs: As `export_model`.
         dtype: As `export_model`.
+        decoder: As of `prepare_inputs`.
 
     Returns:
         `findings`, one per function and kind of call; `calls` and `fused`, their sums.
@@ -305,12 +342,11 @@ def find_rotary_calls(
     Raises:
         RotaryExportError: The model does not run on its example inputs.
     """
-    check_arguments(model, example_inputs)
-    example_inputs = complete_inputs(model, example_inputs)
+    inputs = prepare_inputs(model, example_inputs, decoder)
     if dtype is not None:
-        model, example_inputs = convert_model(model, example_inputs, dtype)
+        model, inputs = convert_model(model, inputs, dtype)
     with take_snapshot(model) as snapshot:
-        return analyze_model(model, example_inputs, "auto", snapshot, lambda _: None).found
+        return analyze_model(model, inputs, "auto", snapshot, lambda _: None).found
 
 
 def check_found(model: nn.Module, found: Replacement, formats: Sequence[str]) -> None:
@@ -364,6 +400,7 @@ def _choose_traced_sizes(
     Those that are wanted are taken as they are.
     """
     sizes = dict(wanted or {})
+    kept = [bounded[1] for i in inputs for d in map(str, i.shape) if (bounded := read_bounded(d))]
     for name, size in example.items():
         if name in sizes:
             continue
@@ -371,6 +408,8 @@ def _choose_traced_sizes(
         free = all(input_values[i.name].role not in ("values", "rows") for i in held)
         chosen = TRACED.get(name, max(size, 2)) if free or size < 2 else size
         chosen = max(chosen, named.min_size.get(name, 2))
+        if name == PAST and kept:  # of a window, other sizes than of all positions
+            chosen = max(kept) + 3
         while chosen in sizes.values():
             chosen += 1
         sizes[name] = min(chosen, named.max_size.get(name, chosen))

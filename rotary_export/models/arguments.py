@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +14,16 @@ from torch import Tensor, nn
 from rotary_export.bundle.dims import is_past
 from rotary_export.compat import pytree
 from rotary_export.errors import RotaryExportError
-from rotary_export.models.cache import (
+from rotary_export.models.decoder.cache import (
+    arrange,
     choose_rebuild,
     is_cache,
-    is_empty,
-    is_of_transformers,
-    is_pairs,
     name_present,
     read_cache,
-    rebuild_cache,
 )
-from rotary_export.models.error_text import describe_error
 from rotary_export.models.trace.float32_tables import Float32Tables
-from rotary_export.models.trace.snapshot import take_snapshot
 
-_CACHES = ("past_key_values", "cache")  # arguments of transformers
+CACHES = ("past_key_values", "cache")  # arguments of transformers
 
 
 @dataclass(frozen=True)
@@ -80,6 +74,7 @@ class FlatModel(nn.Module):
         for argument in self.arguments:
             kwargs[argument.name] = argument.rebuild(given[: len(argument.names)])
             del given[: len(argument.names)]
+        arrange(kwargs)
         with Float32Tables(tensors) if self.float32_tables else nullcontext():
             value = self.model(**kwargs)
         results = _name_results(value, "", self.has_past)
@@ -117,46 +112,6 @@ def check_arguments(model: object, example_inputs: object) -> None:
                 f"{type(model).__name__}.forward accepts {', '.join(parameters)}, "
                 f"example_inputs has {name!r}"
             )
-
-
-def complete_inputs(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return example inputs whose key/value caches hold tensors.
-
-    - An empty cache gets keys and values of no position; the model is run once to learn their
-      shapes.
-    - A tuple of (key, value) becomes a cache, if the model is one of transformers.
-
-    Args:
-        model: The model.
-        example_inputs: By argument name, as `check_arguments` accepts them.
-
-    Raises:
-        RotaryExportError: The model fails on its example inputs.
-    """
-    inputs = dict(example_inputs)
-    for name, value in inputs.items():
-        if name in _CACHES and is_pairs(value) and is_of_transformers(model):
-            inputs[name] = rebuild_cache([tensor for pair in value for tensor in pair])
-    for name, value in inputs.items():
-        if is_cache(value) and is_empty(value):
-            inputs[name] = _make_empty(model, inputs, name)
-    return inputs
-
-
-def _make_empty(model: nn.Module, inputs: Mapping[str, Any], name: str) -> Any:
-    """Return an empty cache that has the shapes of what the model keeps."""
-    cache = deepcopy(inputs[name])
-    try:
-        with take_snapshot(model), torch.no_grad():
-            model(**{**inputs, **find_extra_arguments(model, inputs), name: cache})
-    except Exception as error:  # whatever the model raises
-        raise RotaryExportError(
-            f"{type(model).__name__} fails on its example inputs: {describe_error(error)}"
-        ) from error
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    if not all(isinstance(tensor, Tensor) and tensor.dim() == 4 for tensor in tensors):
-        read_cache(name, cache)  # raises
-    return rebuild_cache([tensor[:, :, :0] for tensor in tensors])
 
 
 def read_arguments(example_inputs: Mapping[str, Any]) -> tuple[list[Argument], dict[str, Tensor]]:
@@ -241,7 +196,7 @@ def find_extra_arguments(model: nn.Module, example_inputs: Mapping[str, Any]) ->
     parameters = inspect.signature(model.forward).parameters
     extra: dict[str, Any] = {}
     if "use_cache" in parameters:
-        given = [name in _CACHES or is_cache(value) for name, value in example_inputs.items()]
+        given = [name in CACHES or is_cache(value) for name, value in example_inputs.items()]
         extra["use_cache"] = any(given)
     if "return_dict" in parameters and hasattr(model, "config"):
         extra["return_dict"] = True

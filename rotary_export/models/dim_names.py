@@ -17,6 +17,7 @@ from rotary_export.bundle.dims import (
     compute_dim,
     is_past,
     list_names,
+    read_bounded,
     read_terms,
     solve_dim,
 )
@@ -81,6 +82,7 @@ def name_dims(
     tensors: Mapping[str, Tensor],
     dynamic_shapes: str | Mapping[str, Any] | None,
     cache_axis: int | None = None,
+    cache_dims: Mapping[str, int | str] | None = None,
 ) -> NamedDims:
     """Name the sizes that may vary.
 
@@ -91,17 +93,18 @@ def name_dims(
             "a + b", "8 * a"; a `torch.export.Dim`, also a derived one; None for a fixed one; or a
             dict of "name", "min", "max", "multiple", all optional.
         cache_axis: By "auto", the axis of positions of a cache of the model's own; None: fixed.
+        cache_dims: By name of cached keys or values, the size of their axis of positions.
 
     Raises:
         RotaryExportError: It names a tensor or an axis that does not exist, its value is not a
             size, the example does not have such a size, or one name has two sizes.
     """
     if dynamic_shapes == "auto":
-        named = NamedDims(_name_dims_auto(tensors, cache_axis))
+        named = NamedDims(_name_dims_auto(tensors, cache_axis, cache_dims))
     elif dynamic_shapes is None:
         named = NamedDims({name: tuple(value.shape) for name, value in tensors.items()})
     elif isinstance(dynamic_shapes, Mapping):
-        named = _name_dims_given(tensors, dynamic_shapes)
+        named = _name_dims_given(tensors, dynamic_shapes, cache_dims)
     else:
         raise RotaryExportError(
             "dynamic_shapes must be 'auto', None or a dict by tensor name, got "
@@ -138,6 +141,8 @@ def read_sizes(tensors: Mapping[str, Tensor], named: Mapping[str, Dims]) -> dict
         for dim, size in zip(named[name], value.shape, strict=True):
             if not isinstance(dim, str) or len(list_names([dim])) > 1:
                 continue
+            if (bounded := read_bounded(dim)) and size == bounded[1]:
+                continue  # any number of positions, that or more
             if (solved := solve_dim(dim, size)) is None:
                 raise RotaryExportError(f"{name} must have a size {dim}, got {tuple(value.shape)}")
             term, found = solved
@@ -149,14 +154,18 @@ def read_sizes(tensors: Mapping[str, Tensor], named: Mapping[str, Dims]) -> dict
     return sizes
 
 
-def _name_dims_given(tensors: Mapping[str, Tensor], dynamic_shapes: Mapping[str, Any]) -> NamedDims:
+def _name_dims_given(
+    tensors: Mapping[str, Tensor],
+    dynamic_shapes: Mapping[str, Any],
+    cache_dims: Mapping[str, int | str] | None,
+) -> NamedDims:
     for name in dynamic_shapes:
         if name not in tensors:
             raise RotaryExportError(
                 f"dynamic_shapes names {name!r}, which is not one of the example's tensors: "
                 f"{', '.join(tensors)}"
             )
-    named, found = NamedDims({}), _name_dims_auto(tensors)
+    named, found = NamedDims({}), _name_dims_auto(tensors, None, cache_dims)
     for name, value in tensors.items():
         dims: list[int | str] = list(value.shape)
         given = dynamic_shapes.get(name) or {}
@@ -231,12 +240,15 @@ def _write_term(factor: int, name: str, multiple: int) -> str:
 
 
 def _name_dims_auto(
-    tensors: Mapping[str, Tensor], cache_axis: int | None = None
+    tensors: Mapping[str, Tensor],
+    cache_axis: int | None = None,
+    cache_dims: Mapping[str, int | str] | None = None,
 ) -> dict[str, Dims]:
     first = next((v for v in tensors.values() if v.dim()), None)
     batch = first.shape[0] if first is not None else 0
     caches = _find_caches(tensors, batch, cache_axis)
     has_past = bool(caches)
+    is_static = any(isinstance(dim, int) for dim in (cache_dims or {}).values())
     past = next((tensors[name].shape[axis] for name, axis in caches.items()), 0)
     lengths = [v.shape[1] for n, v in tensors.items() if _find_sequence(n, v) and "mask" not in n]
     seq = lengths[0] if lengths else None
@@ -248,7 +260,7 @@ def _name_dims_auto(
     for name, value in tensors.items():
         dims: list[int | str] = list(value.shape)
         if name in caches:
-            dims[0], dims[caches[name]] = BATCH, PAST
+            dims[0], dims[caches[name]] = BATCH, (cache_dims or {}).get(name, PAST)
         elif name == "position_ids" and value.dim() == 3:
             dims[1:] = [BATCH, SEQ]
         elif name in offsets:
@@ -269,7 +281,7 @@ def _name_dims_auto(
             dims[-2] = SEQ
         elif value.dim() and dims[0] == batch:
             dims[0] = BATCH
-            axis = _find_sequence(name, value)
+            axis = None if is_static and "mask" in name else _find_sequence(name, value)
             grows = past > 0 or (has_past and "mask" in name)
             if axis is None:
                 pass

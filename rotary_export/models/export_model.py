@@ -35,9 +35,11 @@ from rotary_export.models.analyze import (
     analyze_model,
     check_found,
 )
-from rotary_export.models.arguments import check_arguments, complete_inputs
-from rotary_export.models.configs import find_length_thresholds
 from rotary_export.models.convert import convert_model
+from rotary_export.models.decoder.describe import describe_decoder
+from rotary_export.models.decoder.files import find_model_folder, write_model_files
+from rotary_export.models.decoder.inputs import prepare_inputs
+from rotary_export.models.decoder.options import DecoderOptions
 from rotary_export.models.prove.limited import describe_limits
 from rotary_export.models.prove.prove import ProofOptions, RejectedError, prove
 from rotary_export.models.trace.snapshot import take_snapshot
@@ -56,7 +58,7 @@ from rotary_export.types import Progress, ignore_progress, name_dtype
 
 def export_model(
     model: nn.Module,
-    example_inputs: Mapping[str, Any],
+    example_inputs: Mapping[str, Any] | None,
     out: str | os.PathLike[str],
     *,
     dynamic_shapes: str | Mapping[str, Any] | None = "auto",
@@ -66,6 +68,10 @@ def export_model(
     force: bool = False,
     max_inline_bytes: int = MAX_INLINE_BYTES,
     float32_tables: bool = False,
+    cache: str | None = None,
+    max_cache_len: int | None = None,
+    last_logits: bool = False,
+    model_folder: str | os.PathLike[str] | None = None,
     quick: bool = False,
     seed: int = 0,
     keep_failed: str | os.PathLike[str] | None = None,
@@ -80,8 +86,9 @@ def export_model(
 
     Args:
         model: Any module whose forward accepts keyword arguments.
-        example_inputs: By argument name: tensors, nested ones, a filled key/value cache of
-            transformers, constants. Their values and sizes are examples only.
+        example_inputs: By argument name: tensors, nested ones, a key/value cache of
+            transformers, constants. Their values and sizes are examples only. None: they are
+            made, for a model of transformers that accepts token ids.
         out: The folder to write; it must not exist, or be a bundle and `force` be given.
         dynamic_shapes: The sizes that stay dynamic. "auto": batch and sequence of each input,
             found by name, type and rank; None: none; or by input name, {axis: name}.
@@ -93,6 +100,13 @@ def export_model(
             beside the ONNX file.
         float32_tables: Compute positions, angles and tables in float32 where the model computes
             them in a half type. The proof compares with the model changed in the same way.
+        cache: The key/value cache of a causal language model: "full", "window", "static" or
+            "none". None: as `example_inputs` have it; "full" where they are made, or contain
+            `use_cache=True`.
+        max_cache_len: How many positions a static cache holds.
+        last_logits: Only the logits of the last position are an output.
+        model_folder: Of a model of transformers: its config, tokenizer and chat template become
+            part of the bundle. Without it, the configs of the model do.
         quick: Prove less: no far positions, no long sequences.
         seed: Of the values of the proof's inputs.
         keep_failed: A folder to write the bundle to if its proof fails; `load` refuses it, unless
@@ -129,6 +143,8 @@ def export_model(
                 formats=formats,
                 max_inline_bytes=max_inline_bytes,
                 float32_tables=float32_tables,
+                decoder=DecoderOptions(cache, last_logits, max_cache_len),
+                model_folder=model_folder,
                 options=options,
                 progress=progress,
             )
@@ -141,7 +157,7 @@ def export_model(
 
 def prove_case(
     model: nn.Module,
-    example_inputs: Mapping[str, Any],
+    example_inputs: Mapping[str, Any] | None,
     case: str,
     *,
     dynamic_shapes: str | Mapping[str, Any] | None = "auto",
@@ -150,6 +166,9 @@ def prove_case(
     formats: Sequence[str] = DEFAULT_FORMATS,
     max_inline_bytes: int = MAX_INLINE_BYTES,
     float32_tables: bool = False,
+    cache: str | None = None,
+    max_cache_len: int | None = None,
+    last_logits: bool = False,
     quick: bool = False,
     seed: int = 0,
     progress: Progress = ignore_progress,
@@ -166,6 +185,9 @@ def prove_case(
         formats: As `export_model`.
         max_inline_bytes: As `export_model`.
         float32_tables: As `export_model`.
+        cache: As `export_model`.
+        max_cache_len: As `export_model`.
+        last_logits: As `export_model`.
         quick: As `export_model`.
         seed: As `export_model`.
         progress: As `export_model`.
@@ -188,6 +210,8 @@ def prove_case(
             formats=formats,
             max_inline_bytes=max_inline_bytes,
             float32_tables=float32_tables,
+            decoder=DecoderOptions(cache, last_logits, max_cache_len),
+            model_folder=None,
             options=ProofOptions(quick, seed, case),
             progress=progress,
         )
@@ -196,7 +220,7 @@ def prove_case(
 
 def _build(
     model: nn.Module,
-    example_inputs: Mapping[str, Any],
+    example_inputs: Mapping[str, Any] | None,
     folder: Path,
     name: str,
     *,
@@ -206,20 +230,22 @@ def _build(
     formats: Sequence[str],
     max_inline_bytes: int,
     float32_tables: bool,
+    decoder: DecoderOptions,
+    model_folder: str | os.PathLike[str] | None,
     options: ProofOptions,
     progress: Progress,
 ) -> tuple[Manifest, Report]:
     """Write a model's graph in every format into a folder, and prove it."""
     check_opset(opset)
     check_formats(formats)
-    check_arguments(model, example_inputs)
     if type(options.seed) is not int or options.seed < 0:
         raise RotaryExportError(f"seed must be an int >= 0, got {options.seed!r}")
     if dtype is not None and dtype not in DTYPES.values():
         raise RotaryExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-    example_inputs = complete_inputs(model, example_inputs)
+    files_from = None if model_folder is None else find_model_folder(model_folder)
+    inputs = prepare_inputs(model, example_inputs, decoder)
     if dtype is not None:
-        model, example_inputs = convert_model(model, example_inputs, dtype)
+        model, inputs = convert_model(model, inputs, dtype)
     with take_snapshot(model) as snapshot:
         formula = Report()
         formula.add(*compare_frequencies(model))
@@ -227,7 +253,7 @@ def _build(
 
         def analyze(trace_at: Mapping[str, int]) -> Analysis:
             analysis = analyze_model(
-                model, example_inputs, dynamic_shapes, snapshot, progress, float32_tables, trace_at
+                model, inputs, dynamic_shapes, snapshot, progress, float32_tables, trace_at
             )
             check_found(model, analysis.found, formats)
             return analysis
@@ -238,11 +264,13 @@ def _build(
             )
 
         analysis, written = write_covering(analyze, write)
+        left_out_files = write_model_files(model, files_from, folder, _find_dtype(model))
 
         def make_manifest(
             limited: GraphInfo, measured: Sequence[Measured], left_out: dict[str, str]
         ) -> Manifest:
             config = _make_config(analysis, written, measured, left_out, options)
+            config |= describe_decoder(model, limited, decoder)
             return _make_manifest(name, model, config, limited, opset, folder)
 
         manifest, report = prove(
@@ -258,16 +286,16 @@ def _build(
         )
         report.add(formula.rows, formula.unverified)
         notes = describe_limits(analysis, written.constraints, snapshot)
-        for note in [*notes, *_describe_cache(analysis)]:
+        for note in [*notes, *_describe_cache(manifest), *left_out_files]:
             report.notes.append(note)
             warnings.warn(note, UsageWarning, stacklevel=2)
         return manifest, report
 
 
-def _describe_cache(analysis: Analysis) -> list[str]:
+def _describe_cache(manifest: Manifest) -> list[str]:
     """Describe a cache whose keys have other angles than a longer sequence has."""
-    lengths = find_length_thresholds(analysis.flat.model, ["longrope"])
-    if not analysis.flat.has_past or not lengths:
+    lengths = manifest.config.get("decoder", {}).get("length_thresholds")
+    if not lengths:
         return []
     return [
         f"longrope changes the angles of all positions past {lengths[0]} tokens, but keys in a "
@@ -321,11 +349,10 @@ def _make_manifest(
 ) -> Manifest:
     own = type(model).__module__.partition(".")[0]  # not installed if it is the user's own module
     producers = find_versions(("torch", "onnx", "onnxscript", own))
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return Manifest(
         name=name,
         config=config,
-        dtype=name_dtype(parameter.dtype),
+        dtype=_find_dtype(model),
         opset=opset,
         graphs={GRAPH: graph},
         minimum_onnxruntime=minimum_onnxruntime(opset),
@@ -333,3 +360,9 @@ def _make_manifest(
         files={file.name: hash_file(file) for file in sorted(folder.iterdir())},
         compiled_for=COMPILED_FOR if "aoti" in graph.files else {},
     )
+
+
+def _find_dtype(model: nn.Module) -> str:
+    """Return the type of the first floating-point parameter."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return name_dtype(parameter.dtype)

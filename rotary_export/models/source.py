@@ -19,8 +19,6 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.hub import fetch_model, is_hub_id
 
-_EXAMPLE_SHAPE = (2, 7)
-
 
 @dataclass(frozen=True)
 class Source:
@@ -28,13 +26,15 @@ class Source:
 
     Attributes:
         model: The model.
-        example_inputs: By argument name.
+        example_inputs: By argument name; None: they are to be made.
         note: A remark for the user, such as that the weights are random.
+        folder: With its tokenizer; None: there is none.
     """
 
     model: nn.Module
-    example_inputs: Mapping[str, Any]
+    example_inputs: Mapping[str, Any] | None = None
     note: str = ""
+    folder: Path | None = None
 
 
 def load_source(source: str, revision: str | None = None) -> Source:
@@ -48,7 +48,7 @@ def load_source(source: str, revision: str | None = None) -> Source:
         revision: Of a model on the hub: a branch, a tag or a commit.
 
     Returns:
-        The model and example inputs.
+        The model, and example inputs if a factory returned them.
 
     Raises:
         RotaryExportError: It is none of these, or can't be loaded; the message is the reason.
@@ -99,7 +99,7 @@ def _call_factory(source: str, module: str, name: str) -> Source:
             f"{source}: {name}() must return example inputs too, as {type(model).__name__} is not "
             "a model of transformers"
         )
-    return Source(model, make_example(model) if inputs is None else inputs)
+    return Source(model, inputs)
 
 
 def _import_transformers() -> Any:
@@ -149,7 +149,7 @@ def _load_folder(path: Path) -> Source:
         )
     except Exception as error:  # whatever transformers raises
         raise RotaryExportError(f"{path} can't be loaded: {describe_error(error)}") from error
-    return Source(model, make_example(model))
+    return Source(model, folder=path)
 
 
 def _load_config(path: Path) -> Source:
@@ -170,7 +170,8 @@ def _load_config(path: Path) -> Source:
         raise RotaryExportError(
             f"{path}: it does not describe a model: {describe_error(error)}"
         ) from error
-    return Source(model, make_example(model), "the weights are random: there is only a config")
+    note = "the weights are random: there is only a config"
+    return Source(model, note=note, folder=path.parent if path.name == "config.json" else None)
 
 
 def _check_rope(path: Path, config: Mapping[str, Any]) -> None:
@@ -187,26 +188,3 @@ def _check_rope(path: Path, config: Mapping[str, Any]) -> None:
             read_rope(dict(text))
     except RotaryExportError as error:
         raise RotaryExportError(f"{path}: {error}") from None
-
-
-def make_example(model: nn.Module) -> dict[str, Any]:
-    """Make example inputs for a model of transformers that accepts token ids.
-
-    Raises:
-        RotaryExportError: It does not accept input_ids.
-    """
-    import inspect
-
-    parameters = inspect.signature(model.forward).parameters
-    if "input_ids" not in parameters:
-        raise RotaryExportError(
-            f"{type(model).__name__} does not accept input_ids; a factory, package.module:factory, "
-            "can return example inputs with the model"
-        )
-    batch, seq = _EXAMPLE_SHAPE
-    inputs = {"input_ids": torch.arange(batch * seq).reshape(batch, seq) % 7 + 1}
-    if "attention_mask" in parameters:
-        inputs["attention_mask"] = torch.ones(batch, seq, dtype=torch.int64)
-    if "position_ids" in parameters:
-        inputs["position_ids"] = torch.arange(seq).repeat(batch, 1)
-    return inputs

@@ -12,7 +12,7 @@ import onnx
 import torch
 from onnxscript import ir, optimizer
 
-from rotary_export.bundle.manifest import GraphInfo
+from rotary_export.bundle.manifest import DATA_SUFFIX, GraphInfo
 from rotary_export.compat.onnx_export import skip_needless_work
 from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.onnx import strip_metadata, translate_op
@@ -62,7 +62,7 @@ def write_onnx(
         symbols: By torch.export's symbol, the name of a size.
         path: The file to write.
         opset: Of ai.onnx.
-        max_inline_bytes: If the weights are larger, they are written to `PATH.data`.
+        max_inline_bytes: If the weights are larger, they are written to `PATH_data`.
         fuse_inline: Find rotary embeddings in the graph, as `fuse` does.
 
     Returns:
@@ -92,7 +92,7 @@ def write_onnx(
     is_external = size > max_inline_bytes
     if is_external:
         ir.external_data.unload_from_model(
-            model, path.parent, f"{path.name}.data", size_threshold_bytes=1024
+            model, path.parent, f"{path.name}{DATA_SUFFIX}", size_threshold_bytes=1024
         )
     weights = [] if is_external else take_weights(model)
     proto = ir.serde.serialize_model(model)

@@ -1,6 +1,7 @@
 """Run a bundle. With ONNX Runtime this needs numpy and some ONNX Runtime wheel; no torch.
 
 - `load.py`: `load`, from a folder to a session.
+- `decoder/`: `load_decoder`, which generates tokens.
 - `session.py`: what every session does: checked inputs, numpy or torch.
 - `ort.py`, `torch_runtime.py`, `reference_session.py`: sessions of one runtime each.
 - `torch_files.py`: opens torch's files, and refuses what it can before torch runs it.

@@ -28,7 +28,13 @@ _NO_ELEMENTS = np.zeros(1)
 
 
 class OrtSession(Session):
-    """An `.onnx` file, run by ONNX Runtime."""
+    """An `.onnx` file, run by ONNX Runtime.
+
+    Attributes:
+        ort_session: The `onnxruntime.InferenceSession`.
+    """
+
+    ort_session: Any
 
     def __init__(
         self,
@@ -54,10 +60,10 @@ class OrtSession(Session):
         try:
             if fused:
                 options.register_custom_ops_library(str(op_library.op_library_path()))
-            self._session = ort.InferenceSession(str(file), options, providers=chosen)
+            self.ort_session = ort.InferenceSession(str(file), options, providers=chosen)
         except Exception as error:  # ORT's own exceptions share no base class
             raise RotaryExportError(f"ONNX Runtime can't load {file.name}: {error}") from None
-        got = tuple(self._session.get_providers())
+        got = tuple(self.ort_session.get_providers())
         if missing := [name for name in chosen if name not in got]:
             raise RotaryExportError(
                 f"ONNX Runtime could not start {', '.join(missing)} and would run on "
@@ -65,8 +71,8 @@ class OrtSession(Session):
             )
         with explain_damage(f"{file.name} can't be compared"):  # names may be no UTF-8
             for kind, values, infos in (
-                ("inputs", self._session.get_inputs(), graph.inputs),
-                ("outputs", self._session.get_outputs(), graph.outputs),
+                ("inputs", self.ort_session.get_inputs(), graph.inputs),
+                ("outputs", self.ort_session.get_outputs(), graph.outputs),
             ):
                 _compare_tensors(f"{file.name} has the {kind}", values, infos, graph_name)
         if not graph.rotary_nodes:
@@ -76,7 +82,7 @@ class OrtSession(Session):
         super().__init__(graph_name, graph, got, kernel_path)
 
     def _run(self, inputs: Tensors, sizes: Mapping[str, int], wants_torch: bool) -> dict[str, Any]:
-        binding = self._session.io_binding()
+        binding = self.ort_session.io_binding()
         held = []  # contiguous copies must outlive the run
         for name, value in inputs.items():
             buffer = value.contiguous() if is_torch(value) else np.ascontiguousarray(value)
@@ -102,15 +108,23 @@ class OrtSession(Session):
             binding.bind_output(info.name, *_describe(outputs[info.name]))
         if device is not None and device.type == "cuda":
             sys.modules["torch"].cuda.current_stream(device).synchronize()
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:  # ORT's own exceptions share no base class
-            raise RotaryExportError(f"ONNX Runtime, {self.graph_name}: {error}") from None
+        self.run_bound(binding)
         names = [info.name for info in self.graph.outputs]
         for info in unsized:
             value = binding.get_outputs()[names.index(info.name)].numpy()
             outputs[info.name] = sys.modules["torch"].from_numpy(value) if wants_torch else value
         return {name: outputs[name] for name in names}
+
+    def run_bound(self, binding: Any) -> None:
+        """Run on an IO binding of `ort_session`; nothing of it is checked.
+
+        Raises:
+            RotaryExportError: ONNX Runtime fails.
+        """
+        try:
+            self.ort_session.run_with_iobinding(binding)
+        except Exception as error:  # ORT's own exceptions share no base class
+            raise RotaryExportError(f"ONNX Runtime, {self.graph_name}: {error}") from None
 
 
 _ELEMENTS = {"float": "float32", "double": "float64"}  # ONNX Runtime's names, where others

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from rotary_export.bundle.dims import compute_dim, list_names, solve_dim
+from rotary_export.bundle.dims import (
+    PAST,
+    SEQ,
+    compute_dim,
+    list_names,
+    read_bounded,
+    solve_dim,
+    solve_sum,
+)
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
-from rotary_export.errors import RotaryExportError
+from rotary_export.errors import RotaryExportError, UsageWarning
 from rotary_export.op.spec import bad_id_message
 from rotary_export.runtime.tensors import is_torch
 from rotary_export.types import name_dtype
@@ -36,6 +45,7 @@ class Session(ABC):
         self.graph = graph
         self.providers = providers
         self.kernel_path = kernel_path
+        self._has_warned = False
 
     def __repr__(self) -> str:
         return (
@@ -62,6 +72,7 @@ class Session(ABC):
             for name, value in inputs.items()
         }
         sizes = check_session_inputs(self.graph_name, self.graph, arrays)
+        self._warn_of_length(sizes)
         return self._run(arrays, sizes, self._check_kinds(inputs))
 
     def _check_kinds(self, inputs: Tensors) -> bool:
@@ -79,6 +90,19 @@ class Session(ABC):
                 f"inputs must be all numpy arrays or all torch tensors, got {given}"
             )
         return True in kinds
+
+    def _warn_of_length(self, sizes: Mapping[str, int]) -> None:
+        """Warn, once, of a cache whose keys have other angles than a sequence of that length."""
+        past, new = sizes.get(PAST, 0), sizes.get(SEQ, 0)
+        passed = [n for n in self.graph.length_thresholds if 0 < past <= n < past + new]
+        if passed and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"past {passed[0]} tokens the angles of all positions change, and keys in a cache "
+                "keep theirs: compute the cache anew from all tokens, as load_decoder does",
+                UsageWarning,
+                stacklevel=3,
+            )
 
     @abstractmethod
     def _run(self, inputs: Tensors, sizes: Mapping[str, int], wants_torch: bool) -> dict[str, Any]:
@@ -106,7 +130,7 @@ def check_session_inputs(name: str, graph: GraphInfo, inputs: Tensors) -> dict[s
                 f"{name} has no input {given!r}; it accepts {', '.join(wanted)}"
             )
     sizes: dict[str, int] = {}
-    for info in sorted(graph.inputs, key=lambda i: not _is_solvable(i)):  # sums last
+    for info in sorted(graph.inputs, key=_rank):
         if info.name not in inputs:
             raise RotaryExportError(
                 f"{name} needs the input {info.name!r}; it accepts {', '.join(wanted)}"
@@ -139,7 +163,8 @@ def _check_shape(info: TensorInfo, shape: tuple[int, ...], sizes: dict[str, int]
         if (solved := solve_dim(want, got)) is not None:
             name, size = solved
             return sizes.setdefault(name, size) == size
-        return len(list_names([want])) > 1 and compute_dim(want, sizes) == got
+        is_open = len(list_names([want])) > 1 or read_bounded(want) is not None
+        return is_open and solve_sum(want, got, sizes)
 
     if len(shape) != len(info.shape) or not all(map(fits, info.shape, shape)):
         known = {name: sizes[name] for name in list_names(info.shape) if name in sizes}
@@ -148,9 +173,12 @@ def _check_shape(info: TensorInfo, shape: tuple[int, ...], sizes: dict[str, int]
         raise RotaryExportError(f"{info.name} must have shape {wanted}{where}, got {shape}")
 
 
-def _is_solvable(info: TensorInfo) -> bool:
-    """Return whether the shape of an input alone has one value for each of its names."""
-    return all(len(list_names([dim])) < 2 for dim in info.shape)
+def _rank(info: TensorInfo) -> int:
+    """Return when an input is checked: first what has one name a size, then sums, then bounds."""
+    dims = [dim for dim in info.shape if isinstance(dim, str)]
+    if any(read_bounded(dim) for dim in dims):
+        return 2
+    return int(any(len(list_names([dim])) > 1 for dim in dims))
 
 
 def _check_limits(info: TensorInfo, value: Any) -> None:

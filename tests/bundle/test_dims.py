@@ -2,7 +2,15 @@
 
 import pytest
 
-from rotary_export.bundle.dims import compute_dim, list_names, read_terms, solve_dim
+from rotary_export.bundle.dims import (
+    bound_dim,
+    compute_dim,
+    list_names,
+    read_bounded,
+    read_terms,
+    solve_dim,
+    solve_sum,
+)
 
 TERMS = {
     "n": [(1, "n")],
@@ -35,3 +43,27 @@ def test_a_name_follows_from_a_size():
     assert solve_dim("8 * n + 1", 0) is None
     assert solve_dim("n + m", 3) is None
     assert solve_dim("n", 0) == ("n", 0)
+
+
+def test_a_bounded_size():
+    dim = bound_dim("past", 7)
+    assert dim == "min(past, 7)"
+    assert read_bounded(dim) == ("past", 7)
+    assert read_bounded("past + n") is None
+    assert list_names([dim, "past + n"]) == ["past", "n"]
+    assert [compute_dim(dim, {"past": past}) for past in (0, 6, 7, 8)] == [0, 6, 7, 7]
+    assert solve_dim(dim, 6) == ("past", 6)
+    assert solve_dim(dim, 7) is None  # 7 or more
+
+
+def test_the_unknown_term_of_a_sum():
+    sizes = {"n": 3}
+    assert solve_sum("past + n", 10, sizes)
+    assert sizes == {"n": 3, "past": 7}
+    assert solve_sum("past + n", 10, sizes)
+    assert not solve_sum("past + n", 9, sizes)
+    assert not solve_sum("past + n", 2, {"n": 3})
+    assert not solve_sum("a + b", 2, {})
+    assert not solve_sum("8 * a + n", 19, {"n": 3})
+    assert solve_sum("min(past, 7)", 7, sizes)
+    assert not solve_sum("min(past, 7)", 6, sizes)

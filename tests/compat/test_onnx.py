@@ -1,5 +1,7 @@
 """Private names of torch.onnx, onnxscript and onnx.reference, tried on a few lines."""
 
+from types import SimpleNamespace
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -15,6 +17,7 @@ from rotary_export.compat.onnx_evaluator import WideEvaluator
 from rotary_export.compat.onnx_promotion import promote_without_running
 from rotary_export.compat.onnx_rewriter import match_by_operator
 from rotary_export.compat.onnx_translations import reuse_translations
+from rotary_export.compat.ort_binding import make_binder
 from rotary_export.compat.quiet import quiet_torch
 
 
@@ -196,3 +199,25 @@ def make_onnx(nodes, inputs, outputs=("y",)):
 
 def evaluate(nodes, values, outputs=("y",)):
     return WideEvaluator(make_onnx(nodes, values, outputs)).run(None, values)
+
+
+def test_a_device_is_made_once_for_all_bindings():
+    from onnxruntime import InferenceSession
+
+    graph = onnx.parser.parse_graph("g (float[2] x) => (float[2] y) { y = Add(x, x) }")
+    opset = onnx.helper.make_opsetid("", 20)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    binder = make_binder(session)
+    assert len(binder.device) == 1
+    x, y = np.ones(2, np.float32), np.empty(2, np.float32)
+    for bind, name, array in ((binder.bind_input, "x", x), (binder.bind_output, "y", y)):
+        bind(name, *binder.device, array.dtype, array.shape, array.ctypes.data)
+    session.run_with_iobinding(binder.binding)
+    assert y.tolist() == [2, 2]
+
+
+def test_public_bindings_do_where_the_private_name_is_not_there():
+    binding = SimpleNamespace(bind_input=min, bind_output=max)
+    binder = make_binder(SimpleNamespace(io_binding=lambda: binding))
+    assert (binder.device, binder.bind_input, binder.bind_output) == (("cpu", 0), min, max)

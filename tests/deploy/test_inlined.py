@@ -174,7 +174,7 @@ def test_bad_input(runtime, tmp_path):
 
 def test_external_weights_are_not_copied(tmp_path):
     kit = deploy("tract", get_old_model(), tmp_path / "kit")
-    assert (kit / "bundle" / "model.onnx.data").is_file()
+    assert (kit / "bundle" / "model.onnx_data").is_file()
     assert (kit / "model.inlined.onnx").stat().st_size < 100_000
 
 
@@ -188,7 +188,7 @@ def test_weights_are_in_the_kit_once(runtime, tmp_path, monkeypatch):
     before = (bundle.path / "model.onnx").read_bytes()
     kit = deploy(runtime.name, bundle, tmp_path / "kit")
     sizes = {f.relative_to(kit).as_posix(): f.stat().st_size for f in kit.rglob("*.onnx*")}
-    data = sizes.pop("bundle/model.onnx.data")
+    data = sizes.pop("bundle/model.onnx_data")
     assert sizes.keys() == {"bundle/model.onnx", "model.inlined.onnx"}
     assert max(sizes.values()) < 100_000 < data < len(before)
     check_files(kit / "bundle", read_manifest(kit / "bundle"))

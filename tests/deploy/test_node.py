@@ -261,8 +261,8 @@ def test_damaged_bundles(broken):
     (bundle / "manifest.json").write_text(manifest[:-20])
     check_refused("manifest.json is not valid JSON", run_kit(broken))
     (bundle / "manifest.json").write_text(manifest)
-    edit_manifest(bundle, files=json.loads(manifest)["files"] | {"rotate.onnx.data": ""})
-    check_refused("must contain its weights, but they are in rotate.onnx.data", run_kit(broken))
+    edit_manifest(bundle, files=json.loads(manifest)["files"] | {"rotate.onnx_data": ""})
+    check_refused("must contain its weights, but they are in rotate.onnx_data", run_kit(broken))
     (bundle / "manifest.json").write_text(manifest)
     with (bundle / "rotate.onnx").open("ab") as file:
         file.write(b"\0")

@@ -122,11 +122,11 @@ def test_external_data_is_of_the_bundle(tmp_path):
         size_threshold=1024,
     )  # fmt: skip
     path = write_fused_bundle(rotary_export.fuse(tmp_path / "in.onnx"), tmp_path / "b").path
-    assert {file.name for file in path.iterdir()} == {FILE_NAME, "model.onnx", "model.onnx.data"}
+    assert {file.name for file in path.iterdir()} == {FILE_NAME, "model.onnx", "model.onnx_data"}
     assert rotary_export.verify(path).passed
-    with (path / "model.onnx.data").open("r+b") as file:
+    with (path / "model.onnx_data").open("r+b") as file:
         file.write(b"other")
-    with pytest.raises(CheckFailedError, match=r"model\.onnx\.data in .* is not the file"):
+    with pytest.raises(CheckFailedError, match=r"model\.onnx_data in .* is not the file"):
         rotary_export.load(path, "model")
 
 

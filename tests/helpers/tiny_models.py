@@ -93,7 +93,7 @@ def make_model(family: str, scale: float = 5.0, **changed: Any) -> nn.Module:
 
 
 def make_inputs(model: nn.Module, batch: int = 2, seq: int = 6) -> dict[str, Any]:
-    from rotary_export.models.source import make_example
+    from rotary_export.models.decoder.inputs import make_example
 
     inputs = make_example(model)
     return {name: value[:batch, :seq] for name, value in inputs.items()}

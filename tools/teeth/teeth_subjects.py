@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rotary_export.models.source import load_source, make_example
+from rotary_export.models.decoder.inputs import make_example
+from rotary_export.models.source import load_source
 
 _SIZES = {
     "vocab_size": 96,

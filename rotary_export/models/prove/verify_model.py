@@ -15,12 +15,12 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.models.analyze import analyze_model
 from rotary_export.models.arguments import (
     FlatModel,
-    check_arguments,
-    complete_inputs,
     find_extra_arguments,
     read_arguments,
 )
 from rotary_export.models.convert import convert_model
+from rotary_export.models.decoder.inputs import prepare_inputs
+from rotary_export.models.decoder.options import NONE, DecoderOptions
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.prove.prove import (
     QUICK,
@@ -43,7 +43,7 @@ from rotary_export.types import Progress, ignore_progress, name_dtype
 def verify_model(
     bundle_dir: str | os.PathLike[str],
     model: nn.Module,
-    example_inputs: Mapping[str, Any],
+    example_inputs: Mapping[str, Any] | None,
     *,
     case: str | None = None,
     seed: int | None = None,
@@ -56,7 +56,7 @@ def verify_model(
     Args:
         bundle_dir: The bundle's folder; a rejected one is accepted.
         model: What it was exported from.
-        example_inputs: As `export_model`, of the same arguments.
+        example_inputs: As `export_model`, of the same arguments. A cache may be left out.
         case: Name of the one case to run; None: all that a full proof has.
         seed: Of the values of the inputs; None: that of the export.
         quick: As `export_model`.
@@ -77,12 +77,13 @@ def verify_model(
     if GRAPH not in manifest.graphs:
         raise RotaryExportError(f"{path} is not the bundle of a model: verify needs no model")
     plan = _read_plan(manifest, seed, quick)
-    check_arguments(model, example_inputs)
-    example_inputs = complete_inputs(model, example_inputs)
-    model, example_inputs = _convert(manifest, model, example_inputs)
-    arguments, tensors = read_arguments(example_inputs)
+    inputs: Mapping[str, Any] = prepare_inputs(
+        model, example_inputs, _read_options(manifest, example_inputs is None)
+    )
+    model, inputs = _convert(manifest, model, inputs)
+    arguments, tensors = read_arguments(inputs)
     _check_inputs(manifest, tensors)
-    extra = find_extra_arguments(model, example_inputs)
+    extra = find_extra_arguments(model, inputs)
     flat = FlatModel(model, arguments, extra, bool(manifest.config.get("float32_tables")))
     example = Case(EXAMPLE, tuple(tensors.values()))
     with take_snapshot(model) as snapshot:
@@ -98,7 +99,7 @@ def verify_model(
         again = reference.measure_again
         report = compare_model(path, manifest, measured, progress, again, allow_code=allow_code)
         if not quick and case is None and "onnx" in manifest.graphs[GRAPH].files:
-            _compare_tables(manifest, model, example_inputs, path, plan, snapshot, report, progress)
+            _compare_tables(manifest, model, inputs, path, plan, snapshot, report, progress)
     report.unverified |= reference.left_out
     report.add(*compare_frequencies(model))
     report.notes += [FLOAT32_TABLES] if flat.float32_tables else []
@@ -158,6 +159,14 @@ def _read_plan(manifest: Manifest, seed: int | None, quick: bool) -> Plan:
         )
     except LookupError as error:
         raise RotaryExportError(f"the manifest's config is damaged: {error!r}") from None
+
+
+def _read_options(manifest: Manifest, makes_inputs: bool) -> DecoderOptions:
+    """Return what the export was asked for: example inputs of that kind are compared."""
+    config = manifest.config
+    decoder = config.get("decoder", {})
+    cache = decoder.get("cache", NONE if makes_inputs else None)
+    return DecoderOptions(cache, bool(config.get("last_logits")), decoder.get("max_cache_len"))
 
 
 def _convert(

@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from rotary_export.bundle.dims import list_names, read_terms
+from rotary_export.bundle.dims import list_names, read_bounded, read_terms
 from rotary_export.bundle.manifest import TensorInfo
 from rotary_export.compat.sizes import (
     Environment,
@@ -75,7 +75,10 @@ def read_conditions(
                 names.setdefault(
                     name, sympy.Symbol(f"size{len(names)}", integer=True, positive=True)
                 )
-            total = sum(factor * names.get(name, 1) for factor, name in read_terms(dim))
+            if bounded := read_bounded(dim):
+                total = sympy.Min(names[bounded[0]], bounded[1])
+            else:
+                total = sum(factor * names.get(name, 1) for factor, name in read_terms(dim))
             symbols.setdefault(environment.simplify(get_expression(size)), total)
     found: dict[Any, Condition] = {}
 

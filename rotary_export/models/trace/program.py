@@ -178,7 +178,8 @@ def name_symbols(program: Any, infos: Sequence[TensorInfo]) -> dict[str, str]:
     names: dict[str, str] = {}
     for info, value in zip(infos, get_inputs(program), strict=True):
         for dim, size in zip(info.shape, value.shape, strict=True):
-            if isinstance(dim, str) and " + " not in dim:
+            # A sum is a symbol of its own where no input has its terms alone.
+            if isinstance(dim, str) and (" + " not in dim or str(size).isidentifier()):
                 names.setdefault(str(size), dim)
     return names
 

@@ -28,6 +28,7 @@ from rotary_export.types import Array
 
 EXAMPLE = "the example"
 MASKS = ("mask", "square_mask")  # roles of inputs by which rows are padded
+STATIC_MASK = "static_mask"  # role of the mask of a static cache: padded at the right alone
 _LONG = 512  # tokens from which on a sample of the rows is compared
 _SAMPLED = 64
 Run = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]  # by output
@@ -167,6 +168,11 @@ def make_case(
         batch, *_, total = resolve_shape(mask_info, sizes)
         mask = _make_mask(batch, total, spec.padding)
         keep = mask[:, mask.shape[1] - sizes.get(SEQ, mask.shape[1]) :]
+    slots = None
+    slots_info = next((i for i in infos if sources[i.name].role == STATIC_MASK), None)
+    if slots_info is not None:
+        slots = _fill_slots(resolve_shape(slots_info, sizes), spec)
+        keep = slots[:, sizes.get(PAST, 0) :][:, : spec.length]
     past = _fill_past(infos, sources, spec, run) if run else {}
     tensors = []
     for info in infos:
@@ -175,6 +181,8 @@ def make_case(
             made = source.repeat_rows(shape)
         elif source.role == "mask":
             made = torch.ones(shape) if mask is None or info is not mask_info else mask
+        elif source.role == STATIC_MASK and slots is not None:
+            made = slots
         elif source.role == "square_mask":
             made = _make_square_mask(shape, source, mask)
         elif source.role == "ids":
@@ -198,6 +206,18 @@ def _make_mask(batch: int, total: int, padding: str) -> Tensor:
     pads = (torch.arange(batch) % 3 + 1).clamp(max=total - 1)[:, None]
     rows = torch.arange(total)
     return rows >= pads if padding == "left" else rows < total - pads
+
+
+def _fill_slots(shape: tuple[int, ...], spec: CaseSpec) -> Tensor:
+    """Make a mask (B, max_cache_len) of the slots of a static cache that hold a token, new or old.
+
+    Padded at the right, rows have 1, 2 or 3 tokens less, but one at least.
+    """
+    batch, count = shape
+    filled = spec.sizes.get(PAST, 0) + spec.length
+    pads = (torch.arange(batch) % 3 + 1).clamp(max=spec.length - 1) if spec.padding else 0
+    lengths = torch.full((batch,), filled) - pads
+    return torch.arange(count) < lengths[:, None]
 
 
 def _make_square_mask(shape: Sequence[int], source: InputValues, mask: Tensor | None) -> Tensor:
@@ -237,7 +257,8 @@ def _fill_past(
     if not spec.sizes.get(PAST) or SEQ not in spec.sizes:
         return {}
     length = spec.sizes[PAST]
-    names = [info.name for info in infos if is_past(info.name)]
+    cached = [info for info in infos if is_past(info.name)]
+    names = [info.name for info in cached]
     prompt = replace(spec, seed=spec.seed + 1000, padding="")
 
     def run_step(seq: int, past: int, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -248,7 +269,8 @@ def _fill_past(
         return {name: outputs[name_output(name)] for name in names if name_output(name) in outputs}
 
     found = run_step(length, 0, {})
-    if all(tensor.shape[2] == length for tensor in found.values()):
+    kept_lengths = {info.name: resolve_shape(info, spec.sizes)[2] for info in cached}
+    if all(tensor.shape[2] == kept_lengths[name] for name, tensor in found.items()):
         return found
     kept: dict[str, Tensor] = {}  # a model that accepts one token at a time, once it has a cache
     for past in range(length):

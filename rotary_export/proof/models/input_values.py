@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -27,10 +27,10 @@ class InputValues:
 
     Attributes:
         role: "ids" (whole numbers, any in `limits`), "position_ids" (moved at will), "counted"
-            (positions from 0 on), "mask" (1: a real position), "square_mask" (what each token
-            sees), "past" (what the model returns for earlier tokens), "values" (normal, as
-            `spread`), "offsets" (rising from 0 to the number of tokens), "rows" (the example's
-            own, repeated or cut).
+            (positions from 0 on), "mask" (1: a real position), "static_mask" (1: a slot of a static
+            cache that is filled), "square_mask" (what each token sees), "past" (what the model
+            returns for earlier tokens), "values" (normal, as `spread`), "offsets" (rising from 0 to
+            the number of tokens), "rows" (the example's own, repeated or cut).
         limits: Smallest and largest id.
         value: Of "rows": the example's values, nested lists. Of "square_mask": the value of what
             is seen, that of what is hidden, and whether later tokens are hidden. Of "offsets":
@@ -92,6 +92,18 @@ def choose_values(
         if isinstance(dim, str):
             value = value.narrow(axis, 0, min(value.shape[axis], _MOST_ROWS))
     return InputValues("rows", value=value.tolist())
+
+
+def choose_static(values: InputValues) -> InputValues:
+    """Change how an input is made to what a static cache needs: a token's slot is its position.
+
+    So positions are counted, slots that were not written are hidden, and an empty cache is zeros.
+    """
+    if values.role == "position_ids":
+        return replace(values, role="counted")
+    if values.role == "mask":
+        return replace(values, role="static_mask")
+    return replace(values, spread=(0.0, 0.0)) if values.role == "past" else values
 
 
 def is_positions(name: str, value: Tensor) -> bool:

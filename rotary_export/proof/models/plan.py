@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rotary_export.bundle.dims import BATCH, PAST, SEQ
-from rotary_export.proof.models.cases import MASKS, CaseSpec
+from rotary_export.proof.models.cases import MASKS, STATIC_MASK, CaseSpec
 from rotary_export.proof.models.input_values import InputValues
 
 # Two of a size would hide that one was taken for the other; 0 and 1 are constants to torch.export.
@@ -60,6 +60,11 @@ class Plan:
         """Whether there is a mask by which rows can be padded."""
         return any(source.role in MASKS for source in self.sources.values())
 
+    @property
+    def is_static(self) -> bool:
+        """Whether the graph has a cache of a fixed length: rows are padded at the right alone."""
+        return any(source.role == STATIC_MASK for source in self.sources.values())
+
     def choose_sizes(self, batch: int, seq: int, past: int) -> dict[str, int]:
         """Return every size, none larger than it may be; others follow the batch."""
         wanted = {BATCH: batch, PAST: min(past, self.limit // 2)}
@@ -105,8 +110,8 @@ def _plan_small(plan: Plan) -> list[CaseSpec]:
     if PAST in plan.traced:  # the first step, with an empty cache
         own = not any(source.role == "past" for source in plan.sources.values())
         specs.append(CaseSpec(plan.choose_sizes(2, seq + 1, 0), seed=3, optional=own))
-    if plan.is_masked:
-        for side in ("left", "right"):
+    if plan.is_masked or plan.is_static:
+        for side in ("right",) if plan.is_static else ("left", "right"):
             sizes = plan.choose_sizes(3, seq + 2, past)
             specs.append(CaseSpec(sizes, seed=5, padding=side))
     return specs

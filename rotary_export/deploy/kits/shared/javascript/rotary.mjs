@@ -25,8 +25,8 @@ export async function openBundle(ort, read, name, options) {
       `the graph must be one of ${known}, with an ONNX file, got ${name}`,
     );
   }
-  if (`${file}.data` in manifest.files) {
-    throw new RotaryExportError(`${file} must contain its weights, but they are in ${file}.data`);
+  if (`${file}_data` in manifest.files) {
+    throw new RotaryExportError(`${file} must contain its weights, but they are in ${file}_data`);
   }
   for (const { name: tensor, dtype } of [...info.inputs, ...info.outputs]) {
     if (dtype === "bfloat16") {

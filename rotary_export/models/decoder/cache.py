@@ -6,13 +6,15 @@ Of transformers, and of x-transformers, whose cache contains keys that are not r
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from rotary_export.compat.x_transformers import is_layer_cache, list_layers, make_layer_cache
 from rotary_export.errors import RotaryExportError
+from rotary_export.models.decoder.options import FULL, STATIC, DecoderOptions
 
 
 def is_cache(value: Any) -> bool:
@@ -46,9 +48,82 @@ def is_empty(cache: Any) -> bool:
         return False
     from transformers import DynamicCache
 
-    return isinstance(cache, DynamicCache) and not any(
-        getattr(layer, "is_initialized", False) for layer in cache.layers
-    )
+    grows = isinstance(cache, DynamicCache) or hasattr(cache, "arrange")
+    return grows and not any(getattr(layer, "is_initialized", False) for layer in cache.layers)
+
+
+def make_empty_cache(model: Any, options: DecoderOptions, kind: str) -> Any:
+    """Make an empty cache of transformers for a model.
+
+    Args:
+        model: A causal language model of transformers.
+        options: Of which `max_cache_len` is read.
+        kind: One of `CACHES`.
+
+    Raises:
+        RotaryExportError: No layer of the model has a sliding window, which "window" needs; or
+            one attends to chunks, whose mask a static cache does not have.
+    """
+    from transformers import DynamicCache
+
+    if kind == FULL:
+        return DynamicCache()
+    from rotary_export.models.decoder.static import StaticCache
+    from rotary_export.models.decoder.window import WindowCache
+
+    layers = DynamicCache(config=model.config).layers
+    windows = [getattr(layer, "sliding_window", None) for layer in layers]
+    if kind == STATIC:
+        assert options.max_cache_len is not None
+        kinds = getattr(model.config.get_text_config(), "layer_types", None)
+        if "chunked_attention" in (kinds or ()):
+            raise RotaryExportError(
+                f"cache 'static' is for full and sliding attention, {type(model).__name__} has "
+                "chunked attention: use 'full'"
+            )
+        uses_scores = getattr(model.config, "_attn_implementation", "sdpa") == "eager"
+        return StaticCache(windows, options.max_cache_len, model.dtype if uses_scores else None)
+    if not any(windows):
+        raise RotaryExportError(
+            f"cache 'window' is for a model with sliding windows, {type(model).__name__} has none: "
+            "use 'full'"
+        )
+    return WindowCache(windows)
+
+
+def arrange(arguments: dict[str, Any]) -> None:
+    """Let a cache among a model's arguments change the others as it needs."""
+    for value in [*arguments.values()]:
+        if is_cache(value) and hasattr(value, "arrange"):
+            value.arrange(arguments)
+
+
+def find_cache_dims(example_inputs: Mapping[str, Any]) -> dict[str, int | str]:
+    """Return the size of the axis of positions of a cache, by name of a tensor; {}: it grows."""
+    found: dict[str, int | str] = {}
+    for value in example_inputs.values():
+        if is_cache(value) and hasattr(value, "list_dims"):
+            found |= value.list_dims()
+    return found
+
+
+def make_cache_of_length(length: int) -> Any:
+    """Make a cache of one layer that holds so many positions, of zeros."""
+    return rebuild_cache([torch.zeros(1, 1, length, 1)] * 2)
+
+
+def find_stateful_layer(model: Any) -> str:
+    """Return the kind of a layer that keeps more than keys and values, or other ones; "": none.
+
+    transformers chooses the kind of each layer by the config: full, with a window, a recurrent
+    state, none of its own.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    for layer in DynamicCache(config=model.config).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return type(layer).__name__
+    return ""
 
 
 def read_cache(name: str, cache: Any) -> dict[str, Tensor]:
@@ -74,6 +149,8 @@ def read_cache(name: str, cache: Any) -> dict[str, Tensor]:
     required = f"{name} must be a DynamicCache that holds every position, filled, got"
     if isinstance(cache, EncoderDecoderCache):
         raise RotaryExportError(f"{required} an EncoderDecoderCache")
+    if hasattr(cache, "arrange"):  # one of this package
+        return _name_layers("past_key_values", [(e.keys, e.values) for e in cache.layers])
     found: dict[str, Tensor] = {}
     for index, layer in enumerate(getattr(cache, "layers", [])):
         whole = isinstance(layer, DynamicLayer) and layer.keys is not None and layer.keys.dim() == 4
@@ -105,7 +182,9 @@ def _name_layers(prefix: str, layers: Sequence[tuple[Tensor, Tensor]]) -> dict[s
 
 def choose_rebuild(cache: Any) -> Callable[[Sequence[Tensor]], Any]:
     """Return what makes a cache of its kind of (key, value, key, value, ...)."""
-    return _rebuild_layer_cache if is_layer_cache(cache) else rebuild_cache
+    if is_layer_cache(cache):
+        return _rebuild_layer_cache
+    return getattr(cache, "rebuild", rebuild_cache)
 
 
 def _rebuild_layer_cache(tensors: Sequence[Tensor]) -> Any:

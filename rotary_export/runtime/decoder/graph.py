@@ -1,0 +1,133 @@
+"""One run of a decoder's graph, on memory that stays bound from one token to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rotary_export.bundle.dims import BATCH, PAST, SEQ, is_past, name_output
+from rotary_export.bundle.manifest import GraphInfo, TensorInfo
+from rotary_export.compat.ort_binding import make_binder
+from rotary_export.errors import RotaryExportError
+from rotary_export.runtime.decoder.cache import GrowingCache, name_element
+from rotary_export.runtime.ort import OrtSession
+from rotary_export.runtime.session import resolve_shape
+from rotary_export.runtime.tensors import make_dtype
+from rotary_export.types import Array
+
+MASK, POSITIONS = "attention_mask", "position_ids"
+
+
+class DecoderGraph:
+    """Runs a graph with a key/value cache.
+
+    Args:
+        session: Of the graph.
+
+    Raises:
+        RotaryExportError: The graph has no cache, or inputs that a loop can't fill.
+    """
+
+    def __init__(self, session: OrtSession) -> None:
+        graph = session.graph
+        self._session = session
+        self.has_mask = any(info.name == MASK for info in graph.inputs)
+        self._has_positions = any(info.name == POSITIONS for info in graph.inputs)
+        self._tokens = _find_tokens(graph)
+        self._logits = _find_logits(graph)
+        self.num_tokens = _count_tokens(self._tokens, self._logits)
+        self.cache = GrowingCache([info for info in graph.inputs if is_past(info.name)])
+        self._binder = make_binder(session.ort_session)
+        self._bound: tuple[int, int] | None = None  # batch_size, seq_len of the buffers below
+        self._buffers: dict[str, Array] = {}
+        dtypes = {info.name: make_dtype(info.dtype) for info in graph.inputs}
+        self._mask = np.empty(0, dtypes.get(MASK, np.int64))
+
+    def run(self, ids: Array, positions: Array, mask: Array, past: int) -> Array:
+        """Run the graph once, and make its cache the past of the next run.
+
+        Args:
+            ids: (B, S) int64.
+            positions: (B, S) int64.
+            mask: (B, past + S) int64.
+            past: How many positions the cache holds.
+
+        Returns:
+            (B, V), the logits of the last position; the next run overwrites them.
+        """
+        batch_size, seq_len = ids.shape
+        if self._bound != (batch_size, seq_len):
+            self._bind(batch_size, seq_len)
+        self._buffers[self._tokens.name][...] = ids
+        if self._has_positions:
+            self._buffers[POSITIONS][...] = positions
+        if self.has_mask:
+            self._bind_mask(mask)
+        self.cache.bind(self._binder, batch_size, past, past + seq_len)
+        self._session.run_bound(self._binder.binding)
+        self.cache.advance()
+        logits: Array = self._buffers[self._logits.name][:, -1]
+        return logits
+
+    def _bind(self, batch_size: int, seq_len: int) -> None:
+        """Bind what depends on the number of new tokens alone."""
+        sizes = {BATCH: batch_size, SEQ: seq_len, PAST: 0}
+        self._bound = None
+        for info in self._session.graph.inputs:
+            if info.name in (self._tokens.name, POSITIONS):
+                self._binder.bind_input(info.name, *self._allocate(info, sizes))
+        self._binder.bind_output(self._logits.name, *self._allocate(self._logits, sizes))
+        self._bound = batch_size, seq_len
+
+    def _allocate(self, info: TensorInfo, sizes: Mapping[str, int]) -> tuple[Any, ...]:
+        shape = resolve_shape(info, sizes)
+        self._buffers[info.name] = buffer = np.empty(shape, make_dtype(info.dtype))
+        return *self._binder.device, name_element(buffer.dtype), shape, buffer.ctypes.data
+
+    def _bind_mask(self, mask: Array) -> None:
+        if self._mask.size < mask.size:
+            self._mask = np.empty(2 * mask.size, self._mask.dtype)
+        self._mask[: mask.size].reshape(mask.shape)[...] = mask
+        element, address = name_element(self._mask.dtype), self._mask.ctypes.data
+        self._binder.bind_input(MASK, *self._binder.device, element, mask.shape, address)
+
+
+def _find_tokens(graph: GraphInfo) -> TensorInfo:
+    """Return the input of the token ids."""
+    caches = [info for info in graph.inputs if is_past(info.name)]
+    others = [info for info in graph.inputs if info not in caches]
+    others = [info for info in others if info.name not in (MASK, POSITIONS)]
+    if not caches:
+        raise RotaryExportError(
+            "the graph has no key/value cache: export the model with one (--cache full) to generate"
+        )
+    if len(others) != 1 or others[0].dtype != "int64" or len(others[0].shape) != 2:
+        raise RotaryExportError(
+            "a decoder must have token ids, attention_mask and position_ids as inputs besides its "
+            f"cache, got {', '.join(info.name for info in others) or 'no token ids'}"
+        )
+    return others[0]
+
+
+def _find_logits(graph: GraphInfo) -> TensorInfo:
+    """Return the output of the logits."""
+    presents = {name_output(info.name) for info in graph.inputs if is_past(info.name)}
+    others = [info for info in graph.outputs if info.name not in presents]
+    if len(others) != 1 or len(others[0].shape) != 3 or len(graph.outputs) != len(presents) + 1:
+        raise RotaryExportError(
+            "a decoder must have logits and its grown cache as outputs, got "
+            f"{', '.join(info.name for info in graph.outputs)}"
+        )
+    return others[0]
+
+
+def _count_tokens(tokens: TensorInfo, logits: TensorInfo) -> int:
+    """Return how many tokens the model knows."""
+    size = logits.shape[2]
+    if tokens.limits is not None:
+        return tokens.limits[1] + 1
+    if not isinstance(size, int):
+        raise RotaryExportError(f"{logits.name} must have a fixed number of tokens, got {size!r}")
+    return size

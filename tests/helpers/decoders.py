@@ -1,0 +1,60 @@
+"""Tiny decoders with a key/value cache, exported once per process, and what eager generates."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers.bundles import make_folder
+from helpers.tiny_models import make_model
+from torch import nn
+
+from rotary_export import export_model
+
+PHI3 = {
+    "max_position_embeddings": 256,
+    "original_max_position_embeddings": 24,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [float(4 + each) for each in range(8)],
+        "original_max_position_embeddings": 24,
+    },
+}
+
+
+def export_decoder(model: nn.Module, out: Path, **options: Any) -> Path:
+    """Export a model of transformers with its cache."""
+    export_model(model, None, out, formats=["onnx"], quick=True, **options)
+    return out
+
+
+@functools.cache
+def get_decoder(family: str) -> tuple[Any, Path]:
+    """Return a tiny model and its bundle; nobody writes into it."""
+    model = make_model(family, **(PHI3 if family == "phi3" else {}))
+    return model, export_decoder(model, make_folder() / f"decoder-{family}")
+
+
+def generate_eager(model: Any, ids: torch.Tensor, mask: torch.Tensor, count: int, **options: Any):
+    """Return the tokens of transformers' own loop, prompts included, as numpy."""
+    with torch.no_grad():
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=count,
+            **{"do_sample": False} | options,
+        )
+    return made.numpy()
+
+
+def make_prompts(lengths: list[int], seed: int = 0, low: int = 3, high: int = 96):
+    """Draw prompts of these lengths, padded at the left with 0."""
+    generator = torch.Generator().manual_seed(seed)
+    size = max(lengths)
+    ids = torch.randint(low, high, (len(lengths), size), generator=generator)
+    mask = (torch.arange(size) >= size - torch.tensor(lengths)[:, None]).long()
+    return ids * mask, mask
