@@ -172,6 +172,8 @@ def export_model(
     with terminal.progress() as progress:
         loaded, torch_dtype = _load_model(source, revision, dtype, progress)
         options["model_folder"] = loaded.folder
+        if options["prompts"] is not None:
+            options["prompts"] = _read_lines(options["prompts"])
         from rotary_export.models.prove.prove import RejectedError
 
         warnings.simplefilter("ignore", UsageWarning)  # printed as a note
@@ -202,6 +204,17 @@ def export_model(
     )
 
 
+def _read_lines(path: Path) -> list[str]:
+    """Return the lines of a text that are not empty."""
+    try:
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RotaryExportError(f"{path} can't be read: {error}") from None
+    if not lines:
+        raise RotaryExportError(f"{path} must contain at least one prompt, got none")
+    return lines
+
+
 def _write_command(case: str) -> str:
     """Return the command that repeats one case of this export, and writes nothing."""
     context = click.get_current_context()
@@ -227,7 +240,7 @@ def _prove_case(
     options: dict[str, Any],
 ) -> None:
     """Print the proof of one case; exit with 1 if it fails."""
-    options = {name: value for name, value in options.items() if name != "force"}
+    options = {n: value for n, value in options.items() if n not in ("force", "prompts")}
     with terminal.progress() as progress:
         loaded, torch_dtype = _load_model(source, revision, dtype, progress)
         from rotary_export.models.export_model import prove_case

@@ -114,6 +114,11 @@ def decoder_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--max-cache-len", type=int, help="Positions of a static cache."),
         click.option("--last-logits", is_flag=True, help="Only the logits of the last position."),
+        click.option(
+            "--prompts",
+            type=PathType(),
+            help="File of prompts, one a line, for the proof.  [default: random tokens]",
+        ),
     )
     for option in reversed(options):
         command = option(command)

@@ -21,21 +21,35 @@ def print_report(terminal: Terminal, report: dict[str, Any]) -> None:
         _print_graph(terminal, graph, [row for row in report["rows"] if row["graph"] == graph])
     for graph, shapes in report["shapes"].items():
         terminal.line(f"{graph} was compared at {', '.join(shapes)}")
+    generated = report.get("generated", [])
+    for each in generated:
+        terminal.line(f"generated, {_describe_tokens(each)}")
     for runtime, why in report["skipped"].items():
         terminal.line(f"not run: {runtime}: {why}")
     for what, why in report["unverified"].items():
         terminal.line(f"not tried: {what}: {why}")
     for note in report["notes"]:
         terminal.line(f"note: {note}")
-    failed = sum(not row["passed"] for row in report["rows"])
+    failed = sum(not row["passed"] for row in (*report["rows"], *generated))
     by_oracle = [row for row in report["rows"] if row["oracle_allowed"] is not None]
     has_oracle = any(row["runtime"] != "formula" for row in by_oracle)
     reference = report["reference"] + (" and the oracle" if has_oracle else "")
-    count = len(report["rows"])
+    count = len(report["rows"]) + len(generated)
     terminal.line(
         f"FAILED: {failed} of {count} comparisons are out of tolerance"
         if failed
         else f"proven: {count} comparisons with {reference}, all within tolerance"
+    )
+
+
+def _describe_tokens(generated: Mapping[str, Any]) -> str:
+    """Return how many tokens differ from the model's own, and how many of these are ties."""
+    differences = generated["differences"]
+    ties = sum(found["is_tie"] for found in differences)
+    tie = f", {ties} by a tie within the noise" if ties else ""
+    return (
+        f"{generated['way']}: {len(differences)} of {generated['tokens']} tokens differ from the "
+        f"model's own{tie}"
     )
 
 

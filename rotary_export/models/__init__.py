@@ -5,6 +5,7 @@
 - `hub.py`: fetches a model of the Hugging Face hub.
 - `arguments.py`: a model's arguments and results as named tensors.
 - `dim_names.py`: names the sizes that stay dynamic.
+- `describe_inputs.py`: inputs as the manifest has them, and the sizes that they are traced at.
 - `convert.py`: a copy of a model in another floating-point type.
 - `configs.py`: lengths that a model's transformers configs contain.
 - `analyze.py`: what an export needs to know of a model; `find_rotary_calls` for `--dry-run`.

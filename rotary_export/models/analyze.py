@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rotary_export.bundle.dims import PAST, SEQ, TOTAL, list_names, read_bounded
+from rotary_export.bundle.dims import PAST, SEQ, TOTAL
 from rotary_export.bundle.manifest import TensorInfo
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.models.arguments import (
@@ -23,6 +23,7 @@ from rotary_export.models.convert import convert_model
 from rotary_export.models.decoder.cache import find_cache_dims
 from rotary_export.models.decoder.inputs import prepare_inputs
 from rotary_export.models.decoder.options import DecoderOptions
+from rotary_export.models.describe_inputs import choose_traced_sizes, describe_inputs
 from rotary_export.models.dim_names import NamedDims, has_own_cache, name_dims, read_sizes
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.find.replacement import Replacement, find_replacement
@@ -33,13 +34,9 @@ from rotary_export.models.trace.trace_patches import patch_for_tracing
 from rotary_export.proof.models.cases import EXAMPLE, Case, CaseSpec, make_case
 from rotary_export.proof.models.input_values import (
     InputValues,
-    choose_static,
-    choose_values,
-    find_offsets,
-    find_tables,
 )
-from rotary_export.proof.models.plan import TRACED, Plan
-from rotary_export.types import Progress, name_dtype
+from rotary_export.proof.models.plan import Plan
+from rotary_export.types import Progress
 
 _DEFAULTS = DecoderOptions()
 
@@ -146,11 +143,11 @@ def analyze_model(
     if dynamic_shapes == "auto" and has_own_cache(tensors):
         named = _open_cache(flat, tensors, named, snapshot)
     named = _narrow_sizes(flat, tensors, named, snapshot, max_cache_len)
-    inputs, input_values = _describe_inputs(model, tensors, named, max_cache_len)
+    inputs, input_values = describe_inputs(model, tensors, named, max_cache_len)
     own_sizes = read_sizes(tensors, named.dims)
     if max_cache_len is not None:  # no size of a tensor, but what is in the cache
         own_sizes[PAST] = 0
-    sizes = _choose_traced_sizes(own_sizes, inputs, input_values, named, trace_at)
+    sizes = choose_traced_sizes(own_sizes, inputs, input_values, named, trace_at)
     spec = CaseSpec(sizes, stagger=True)
     candidates = [(make_case(inputs, input_values, spec), input_values)]
     if any(source.role == "position_ids" for source in input_values.values()):
@@ -179,37 +176,6 @@ def analyze_model(
     )
 
 
-def _describe_inputs(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    named: NamedDims,
-    max_cache_len: int | None = None,
-) -> tuple[tuple[TensorInfo, ...], dict[str, InputValues]]:
-    """Return the inputs, and where their values come from at other sizes."""
-    limits = {name: _find_id_limits(model, name) for name in tensors}
-    if max_cache_len is not None:
-        limits["position_ids"] = 0, max_cache_len - 1
-    inputs = tuple(
-        TensorInfo(name, name_dtype(v.dtype), named.dims[name], limits[name])
-        for name, v in tensors.items()
-    )
-    tables, offsets = find_tables(tensors), find_offsets(tensors, named.dims)
-    values = {
-        i.name: choose_values(
-            i.name,
-            tensors[i.name],
-            i.shape,
-            i.limits,
-            i.name in tables,
-            offsets.get(i.name, ()),
-        )
-        for i in inputs
-    }
-    if max_cache_len is not None:
-        values = {name: choose_static(each) for name, each in values.items()}
-    return inputs, values
-
-
 def _narrow_sizes(
     flat: FlatModel,
     tensors: Mapping[str, Tensor],
@@ -223,9 +189,9 @@ def _narrow_sizes(
     that follow the ones to trace.
     """
     runs = _make_trial(flat, tensors, named, snapshot, max_cache_len)
-    inputs, input_values = _describe_inputs(flat.model, tensors, named, max_cache_len)
+    inputs, input_values = describe_inputs(flat.model, tensors, named, max_cache_len)
     own = read_sizes(tensors, named.dims)
-    chosen = _choose_traced_sizes(own, inputs, input_values, named)
+    chosen = choose_traced_sizes(own, inputs, input_values, named)
     smallest = {name: named.min_size.get(name, 1) for name in own}
     larger = {name: min(size + 1, named.max_size.get(name, size)) for name, size in chosen.items()}
     if not own or (runs(smallest) and runs(larger)):
@@ -261,7 +227,7 @@ def _make_trial(
     max_cache_len: int | None = None,
 ) -> Callable[[Mapping[str, int]], bool]:
     """Return what tells whether a model runs at such sizes."""
-    inputs, input_values = _describe_inputs(flat.model, tensors, named, max_cache_len)
+    inputs, input_values = describe_inputs(flat.model, tensors, named, max_cache_len)
 
     def runs(sizes: Mapping[str, int]) -> bool:
         try:
@@ -375,42 +341,3 @@ def describe_missing(model: nn.Module, found: Replacement) -> str:
         f"none of the {found.calls} rotary calls of {name} can be replaced: {finding.function}: "
         f"{finding.reason}"
     )
-
-
-def _find_id_limits(model: nn.Module, name: str) -> tuple[int, int] | None:
-    """Return the smallest and largest token id."""
-    if not name.endswith("input_ids") or not hasattr(model, "get_input_embeddings"):
-        return None
-    try:
-        rows = cast(Any, model).get_input_embeddings().num_embeddings
-    except (AttributeError, NotImplementedError):
-        return None
-    return 0, int(rows) - 1
-
-
-def _choose_traced_sizes(
-    example: Mapping[str, int],
-    inputs: Sequence[TensorInfo],
-    input_values: Mapping[str, InputValues],
-    named: NamedDims,
-    wanted: Mapping[str, int] | None = None,
-) -> dict[str, int]:
-    """Choose small sizes, all different; the example's own where values may depend on them.
-
-    Those that are wanted are taken as they are.
-    """
-    sizes = dict(wanted or {})
-    kept = [bounded[1] for i in inputs for d in map(str, i.shape) if (bounded := read_bounded(d))]
-    for name, size in example.items():
-        if name in sizes:
-            continue
-        held = [i for i in inputs if name in list_names(i.shape)]
-        free = all(input_values[i.name].role not in ("values", "rows") for i in held)
-        chosen = TRACED.get(name, max(size, 2)) if free or size < 2 else size
-        chosen = max(chosen, named.min_size.get(name, 2))
-        if name == PAST and kept:  # of a window, other sizes than of all positions
-            chosen = max(kept) + 3
-        while chosen in sizes.values():
-            chosen += 1
-        sizes[name] = min(chosen, named.max_size.get(name, chosen))
-    return sizes

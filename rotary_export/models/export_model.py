@@ -38,10 +38,11 @@ from rotary_export.models.analyze import (
 from rotary_export.models.convert import convert_model
 from rotary_export.models.decoder.describe import describe_decoder
 from rotary_export.models.decoder.files import find_model_folder, write_model_files
+from rotary_export.models.decoder.generate import encode_prompts
 from rotary_export.models.decoder.inputs import prepare_inputs
 from rotary_export.models.decoder.options import DecoderOptions
 from rotary_export.models.prove.limited import describe_limits
-from rotary_export.models.prove.prove import ProofOptions, RejectedError, prove
+from rotary_export.models.prove.prove import ProofOptions, RejectedError, add_generated, prove
 from rotary_export.models.trace.snapshot import take_snapshot
 from rotary_export.models.write_graph import Written, write_covering, write_graph
 from rotary_export.models.write_onnx import MAX_INLINE_BYTES
@@ -72,6 +73,7 @@ def export_model(
     max_cache_len: int | None = None,
     last_logits: bool = False,
     model_folder: str | os.PathLike[str] | None = None,
+    prompts: Sequence[str | Sequence[int]] | None = None,
     quick: bool = False,
     seed: int = 0,
     keep_failed: str | os.PathLike[str] | None = None,
@@ -107,7 +109,9 @@ def export_model(
         last_logits: Only the logits of the last position are an output.
         model_folder: Of a model of transformers: its config, tokenizer and chat template become
             part of the bundle. Without it, the configs of the model do.
-        quick: Prove less: no far positions, no long sequences.
+        prompts: That the proof of a decoder generates from: texts, for the tokenizer in
+            `model_folder`, or token ids. None: random tokens.
+        quick: Prove less: no far positions, no long sequences, fewer tokens.
         seed: Of the values of the proof's inputs.
         keep_failed: A folder to write the bundle to if its proof fails; `load` refuses it, unless
             it is called with `allow_failed=True`.
@@ -145,6 +149,7 @@ def export_model(
                 float32_tables=float32_tables,
                 decoder=DecoderOptions(cache, last_logits, max_cache_len),
                 model_folder=model_folder,
+                prompts=prompts,
                 options=options,
                 progress=progress,
             )
@@ -212,6 +217,7 @@ def prove_case(
             float32_tables=float32_tables,
             decoder=DecoderOptions(cache, last_logits, max_cache_len),
             model_folder=None,
+            prompts=None,
             options=ProofOptions(quick, seed, case),
             progress=progress,
         )
@@ -232,6 +238,7 @@ def _build(
     float32_tables: bool,
     decoder: DecoderOptions,
     model_folder: str | os.PathLike[str] | None,
+    prompts: Sequence[str | Sequence[int]] | None,
     options: ProofOptions,
     progress: Progress,
 ) -> tuple[Manifest, Report]:
@@ -243,6 +250,7 @@ def _build(
     if dtype is not None and dtype not in DTYPES.values():
         raise RotaryExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     files_from = None if model_folder is None else find_model_folder(model_folder)
+    rows = encode_prompts(prompts, files_from)
     inputs = prepare_inputs(model, example_inputs, decoder)
     if dtype is not None:
         model, inputs = convert_model(model, inputs, dtype)
@@ -285,6 +293,8 @@ def _build(
             progress,
         )
         report.add(formula.rows, formula.unverified)
+        if options.case is None:
+            add_generated(model, folder, manifest, rows, snapshot, report, options, progress)
         notes = describe_limits(analysis, written.constraints, snapshot)
         for note in [*notes, *_describe_cache(manifest), *left_out_files]:
             report.notes.append(note)

@@ -8,6 +8,7 @@
 - `formulas.py`: the closed form of the frequencies of every rope type.
 - `comparison.py`: errors of arrays, in ulp.
 - `tolerances.py`: every limit, with its reason.
+- `generated.py`: tokens of a decoder, compared with the model's own.
 - `report.py`: the result.
 - `stored.py`: what the files of a bundle store.
 - `sample_inputs.py`: inputs to time a graph with, or to show it with.

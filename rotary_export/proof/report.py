@@ -8,6 +8,7 @@ from typing import Any
 
 from rotary_export.errors import CheckFailedError
 from rotary_export.proof.comparison import Error
+from rotary_export.proof.generated import Generated
 from rotary_export.proof.tolerances import TOLERANCES
 
 FLOAT32_TABLES = (
@@ -98,6 +99,7 @@ class Report:
         unverified: Sizes and values of a model that were not compared, and why.
         notes: What else a reader must know, such as that the proof was a quick one.
         reference: What the rows compare with.
+        generated: Tokens that a decoder generates, compared with the model's own.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -106,6 +108,7 @@ class Report:
     unverified: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     reference: str = "eager PyTorch"
+    generated: list[Generated] = field(default_factory=list)
 
     def add(self, rows: Sequence[Row], unverified: Mapping[str, str]) -> None:
         """Add what a part of the proof found."""
@@ -114,11 +117,12 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every row is within its tolerances."""
-        return all(row.passed for row in self.rows)
+        """Whether every row is within its tolerances, and every token is the model's own."""
+        return all(row.passed for row in self.rows) and all(g.passed for g in self.generated)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as values that JSON can express."""
+        generated = [each.to_dict() for each in self.generated]
         return {
             "passed": self.passed,
             "rows": [row.to_dict() for row in self.rows],
@@ -127,6 +131,7 @@ class Report:
             "unverified": self.unverified,
             "notes": self.notes,
             "reference": self.reference,
+            **({"generated": generated} if generated else {}),
         }
 
     def find_failure(self) -> Row | None:

@@ -6,5 +6,6 @@
 - `static.py`: a cache of a fixed length.
 - `inputs.py`: example inputs with a cache: made, or completed.
 - `describe.py`: what the manifest says of a decoder.
+- `generate.py`: the proof: tokens against the model's own `generate`.
 - `files.py`: config, tokenizer and chat template, as other runtimes need them.
 """

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rotary_export.bundle.manifest import GraphInfo, Manifest
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.models.analyze import Analysis
 from rotary_export.models.arguments import FlatModel
+from rotary_export.models.decoder.generate import compare_generated
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.prove.find_difference import find_difference
 from rotary_export.models.prove.own_tables import TableRecorder
@@ -184,6 +185,46 @@ def choose_cases(cases: Sequence[Case | CaseSpec], name: str | None) -> Sequence
         names = "; ".join(case.name for case in cases)
         raise RotaryExportError(f"case must be one of: {names}; got {name!r}")
     return chosen
+
+
+def add_generated(
+    model: nn.Module,
+    folder: Path,
+    manifest: Manifest,
+    prompts: Sequence[Sequence[int]] | None,
+    snapshot: Snapshot,
+    report: Report,
+    options: ProofOptions,
+    progress: Progress,
+) -> None:
+    """Add the tokens that a decoder generates to the report of its proof.
+
+    Args:
+        model: What was exported.
+        folder: The bundle's.
+        manifest: Of the bundle.
+        prompts: As of `compare_generated`.
+        snapshot: Of the model.
+        report: Receives what was found, and what was left out.
+        options: How much is proven.
+        progress: Called with the current step.
+
+    Raises:
+        RejectedError: A token is not the model's own, and not by a tie.
+    """
+    found, left_out = compare_generated(
+        model, folder, manifest, prompts, snapshot, options.quick, options.seed, progress
+    )
+    report.generated += found
+    report.unverified |= left_out
+    for each in found:
+        if not each.passed:
+            failure = (
+                f"the export does not generate the model's own tokens, {options.outcome}: "
+                f"{each.describe()}"
+            )
+            parity = report.to_dict() | {"passed": False, "error": failure}
+            raise RejectedError(failure, replace(manifest, parity=parity), "", options.seed)
 
 
 def add_far_tables(

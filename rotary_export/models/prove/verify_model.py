@@ -19,6 +19,7 @@ from rotary_export.models.arguments import (
     read_arguments,
 )
 from rotary_export.models.convert import convert_model
+from rotary_export.models.decoder.generate import compare_generated
 from rotary_export.models.decoder.inputs import prepare_inputs
 from rotary_export.models.decoder.options import NONE, DecoderOptions
 from rotary_export.models.error_text import describe_error
@@ -100,6 +101,12 @@ def verify_model(
         report = compare_model(path, manifest, measured, progress, again, allow_code=allow_code)
         if not quick and case is None and "onnx" in manifest.graphs[GRAPH].files:
             _compare_tables(manifest, model, inputs, path, plan, snapshot, report, progress)
+        if case is None:
+            found, left_out = compare_generated(
+                model, path, manifest, None, snapshot, quick, plan.seed, progress
+            )
+            report.generated += found
+            report.unverified |= left_out
     report.unverified |= reference.left_out
     report.add(*compare_frequencies(model))
     report.notes += [FLOAT32_TABLES] if flat.float32_tables else []

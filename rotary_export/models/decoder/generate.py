@@ -1,0 +1,280 @@
+"""The proof of a decoder: greedy tokens against the model's own `generate`, in four ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rotary_export.bundle.manifest import Manifest
+from rotary_export.errors import RotaryExportError
+from rotary_export.models.configs import get_field
+from rotary_export.models.decoder.cache import is_of_transformers
+from rotary_export.models.decoder.options import FULL
+from rotary_export.models.error_text import describe_error
+from rotary_export.models.trace.snapshot import Snapshot
+from rotary_export.proof.generated import Difference, Generated
+from rotary_export.proof.models.cases import Case
+from rotary_export.proof.models.compare import GRAPH
+from rotary_export.proof.models.noise import NoiseMeter
+from rotary_export.runtime.decoder.decoder import Decoder
+from rotary_export.runtime.load import open_session
+from rotary_export.runtime.ort import OrtSession
+from rotary_export.types import Array, Progress
+
+NEW_TOKENS, QUICK_TOKENS = 32, 8
+_LENGTHS = (11, 5, 8, 3)  # of prompts that are made
+_CHUNK = 3
+_NOISE_RUNS = 8
+NOT_COMPARED = "tokens against the model's own generate"
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What `model.generate` returns.
+
+    Attributes:
+        ids: (B, S), padded at the left.
+        mask: (B, S), 1: a token, 0: padding.
+        tokens: (B, T).
+        logits: (B, T, V), from which the tokens were chosen.
+    """
+
+    ids: Array
+    mask: Array
+    tokens: Array
+    logits: Tensor
+
+
+def compare_generated(
+    model: nn.Module,
+    folder: Path,
+    manifest: Manifest,
+    prompts: Sequence[Sequence[int]] | None,
+    snapshot: Snapshot,
+    quick: bool,
+    seed: int,
+    progress: Progress,
+) -> tuple[list[Generated], dict[str, str]]:
+    """Generate with a bundle's ONNX graph and with its model, and compare token by token.
+
+    - One prompt, and all of them padded at the left, by `Decoder.generate`. What follows a token
+      that differs is not compared.
+    - All of them in chunks, and with rows that change places midway. Each step is fed the model's
+      own token, so that every one is compared.
+
+    Args:
+        model: What was exported.
+        folder: The bundle's.
+        manifest: Of the bundle.
+        prompts: Token ids; None: random ones.
+        snapshot: Of the model, restored after each run.
+        quick: Fewer tokens.
+        seed: Of prompts that are made.
+        progress: Called with the current step.
+
+    Returns:
+        What was found, and what was left out, with the reason.
+    """
+    facts, info = manifest.config.get("decoder"), manifest.graphs[GRAPH]
+    if facts is None or "onnx" not in info.files:
+        return [], {}
+    if not is_of_transformers(model) or not hasattr(model, "generate"):
+        return [], {NOT_COMPARED: f"{type(model).__name__} has no generate of transformers"}
+    if facts["cache"] != FULL:
+        return [], {NOT_COMPARED: f"load_decoder does not generate with cache {facts['cache']!r}"}
+    if manifest.config.get("float32_tables"):
+        return [], {NOT_COMPARED: "the graph's tables are float32, the model's own are not"}
+    progress(f"generate: {GRAPH}")
+    try:
+        session = open_session(folder, manifest, GRAPH, "onnxruntime")
+        decoder = Decoder(cast(OrtSession, session), manifest.config, {})
+    except RotaryExportError as error:  # as ONNX Runtime's CPU for bfloat16
+        return [], {NOT_COMPARED: str(error)}
+    count = QUICK_TOKENS if quick else NEW_TOKENS
+    rows = prompts or _make_prompts(manifest, seed)
+    if facts["max_positions"] is not None:
+        count = min(count, facts["max_positions"] - max(map(len, rows)))
+    if count < 1:
+        return [], {NOT_COMPARED: f"the model has {facts['max_positions']} positions alone"}
+    try:
+        one = _run_eager(model, rows[:1], count, snapshot)
+        all_rows = _run_eager(model, rows, count, snapshot)
+    except Exception as error:  # whatever the model's own generate raises
+        return [], {NOT_COMPARED: f"the model's own generate fails: {describe_error(error)}"}
+    batch = f"batch {len(rows)}, padded at the left"
+    ways: list[tuple[str, _Wanted, Callable[[Decoder, _Wanted], Array]]] = [
+        ("batch 1", one, _generate),
+        (batch, all_rows, _generate),
+        (f"{batch}, in chunks of {_CHUNK}", all_rows, _step),
+        (f"{batch}, rows reordered midway", all_rows, _step_reordered),
+    ]
+    found = []
+    for way, wanted, run in ways:
+        progress(f"generate: {GRAPH}: {way}")
+        got = run(decoder, wanted)
+        found.append(_compare(way, got, wanted, model, snapshot, is_free=run is _generate))
+        if not found[-1].passed:
+            break
+    return found, {}
+
+
+def encode_prompts(
+    prompts: Sequence[str | Sequence[int]] | None, folder: Path | None
+) -> list[list[int]] | None:
+    """Return prompts as token ids; None: there are none.
+
+    Args:
+        prompts: Texts, or token ids.
+        folder: Of the model, with its tokenizer.
+
+    Raises:
+        RotaryExportError: There is no tokenizer for texts, or a prompt is empty.
+    """
+    if prompts is None:
+        return None
+    if isinstance(prompts, str) or not prompts:
+        raise RotaryExportError(f"prompts must be a list of texts or of token ids, got {prompts!r}")
+    encode: Callable[[str], list[int]] | None = None
+    rows: list[list[int]] = []
+    for each in prompts:
+        if isinstance(each, str):
+            encode = encode or _load_tokenizer(folder)
+            rows.append(encode(each))
+        else:
+            rows.append([*each])
+    for each, row in zip(prompts, rows, strict=True):
+        if not row or not all(type(token) is int for token in row):
+            raise RotaryExportError(f"a prompt must have at least one token, got {each!r}")
+    return rows
+
+
+def _load_tokenizer(folder: Path | None) -> Callable[[str], list[int]]:
+    if folder is None:
+        raise RotaryExportError("prompts of text need the tokenizer in the model's folder: none")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever transformers raises
+        raise RotaryExportError(
+            f"prompts of text need the tokenizer in the model's folder: {describe_error(error)}"
+        ) from error
+    return lambda text: [int(token) for token in tokenizer(text)["input_ids"]]
+
+
+def _make_prompts(manifest: Manifest, seed: int) -> list[list[int]]:
+    """Make prompts of different lengths, of random token ids."""
+    ids = manifest.graphs[GRAPH].inputs[0]
+    low, high = ids.limits or (0, 1)
+    generator = np.random.default_rng(seed)
+    return [generator.integers(low, high + 1, length).tolist() for length in _LENGTHS]
+
+
+def _run_eager(
+    model: Any, rows: Sequence[Sequence[int]], count: int, snapshot: Snapshot
+) -> _Wanted:
+    """Generate with the model, greedily, `count` tokens whatever they are."""
+    from transformers import GenerationConfig
+
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=count,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=None,  # a text that ends would prove less
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    own, model.generation_config = get_field(model, "generation_config"), config
+    try:
+        with torch.no_grad():
+            made = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    finally:
+        model.generation_config = own
+        snapshot.restore_state()
+    tokens = made.sequences[:, longest:]
+    return _Wanted(ids.numpy(), mask.numpy(), tokens.numpy(), torch.stack(made.logits, dim=1))
+
+
+def _generate(decoder: Decoder, wanted: _Wanted) -> Array:
+    count, width = wanted.tokens.shape[1], wanted.ids.shape[1]
+    made = decoder.generate(wanted.ids, wanted.mask, max_new_tokens=count, eos_token_id=[])
+    return made[:, width:]
+
+
+def _step(decoder: Decoder, wanted: _Wanted) -> Array:
+    logits = decoder.prefill(wanted.ids, wanted.mask, chunk=_CHUNK)
+    chosen = [logits.argmax(axis=-1)]
+    for column in wanted.tokens.T[:-1]:
+        chosen.append(decoder.step(column).argmax(axis=-1))
+    return np.stack(chosen, axis=1)
+
+
+def _step_reordered(decoder: Decoder, wanted: _Wanted) -> Array:
+    """Step with each row in its neighbour's place from the middle on; return the rows in order."""
+    size, middle = len(wanted.ids), wanted.tokens.shape[1] // 2
+    order = np.roll(np.arange(size), 1)
+    back = np.argsort(order)
+    chosen = [decoder.prefill(wanted.ids, wanted.mask).argmax(axis=-1)]
+    for index, column in enumerate(wanted.tokens.T[:-1]):
+        if index == middle:
+            decoder.reorder(order)
+        if index < middle:
+            chosen.append(decoder.step(column).argmax(axis=-1))
+        else:
+            chosen.append(decoder.step(column[order]).argmax(axis=-1)[back])
+    return np.stack(chosen, axis=1)
+
+
+def _compare(
+    way: str,
+    got: Array,
+    wanted: _Wanted,
+    model: nn.Module,
+    snapshot: Snapshot,
+    *,
+    is_free: bool,
+) -> Generated:
+    """Compare tokens; of a free run, up to the first that differs in each row."""
+    differing = got != wanted.tokens
+    compared = np.ones_like(differing)
+    if is_free:
+        compared = differing.cumsum(axis=1) - differing == 0
+    found = []
+    for row, token in np.argwhere(differing & compared).tolist():
+        logits = wanted.logits[row, token].double()
+        mine, other = int(wanted.tokens[row, token]), int(got[row, token])
+        noise = _measure_noise(model, wanted, row, token, snapshot)
+        gap = float(logits[mine] - logits[other])
+        found.append(Difference(row, token, mine, other, gap, noise))
+        if not found[-1].is_tie:  # the proof has failed; each noise takes many runs
+            break
+    return Generated(way, int(compared.sum()), found)
+
+
+def _measure_noise(model: Any, wanted: _Wanted, row: int, token: int, snapshot: Snapshot) -> float:
+    """Return by how much rounding alone moves the model's logits of one token."""
+    prompt = wanted.ids[row][wanted.mask[row] == 1]
+    ids = np.concatenate([prompt, wanted.tokens[row, :token]])
+    case = Case("one text", (torch.from_numpy(ids)[None],))
+
+    def run(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        snapshot.restore_state()
+        with torch.no_grad():
+            return {"logits": model(input_ids=tensors[0], use_cache=False).logits[:, -1:]}
+
+    eager = case.read_outputs(run(case.tensors))
+    meter = NoiseMeter(model, run)
+    both = [meter.measure(case, eager, _NOISE_RUNS, every_operator=each) for each in (False, True)]
+    return max(noise["logits"] for noise in both)
