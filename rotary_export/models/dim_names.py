@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rotary_export.bundle.dims import (
@@ -273,7 +274,7 @@ def _name_dims_auto(
             dims[0] = SEQ
         elif name == "position_ids" and value.dim() == 2:
             dims = [BATCH if dims[0] == batch else dims[0], SEQ]
-        elif seq is not None and _is_square_mask(name, value, seq, past):
+        elif seq is not None and _is_square_mask(name, value, batch, seq, past):
             dims[0] = BATCH if dims[0] == batch and value.dim() > 2 else dims[0]
             dims[-2:] = [SEQ, TOTAL if has_past else SEQ]
         elif name in tables and dims[-2] == seq and (value.dim() > 2 or seq != batch):
@@ -339,6 +340,13 @@ def _find_sequence(name: str, value: Tensor) -> int | None:
     return 1 if is_features or is_ids else None
 
 
-def _is_square_mask(name: str, value: Tensor, seq: int, past: int) -> bool:
-    """Return whether a mask is (..., S, T): what each new token sees of all tokens."""
-    return "mask" in name and value.dim() > 1 and tuple(value.shape[-2:]) == (seq, past + seq)
+def _is_square_mask(name: str, value: Tensor, batch: int, seq: int, past: int) -> bool:
+    """Return whether a mask is (..., S, T): what each new token sees of all tokens.
+
+    With as many rows as tokens, a mask of two dimensions could be (B, T), too: those of integers
+    are, and those of the name that transformers has for them.
+    """
+    if "mask" not in name or value.dim() < 2 or tuple(value.shape[-2:]) != (seq, past + seq):
+        return False
+    is_padding = name == "attention_mask" or value.dtype in (torch.int64, torch.int32)
+    return not (value.dim() == 2 and batch == seq and is_padding)

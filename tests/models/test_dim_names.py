@@ -96,6 +96,25 @@ def test_masks(case):
     assert name_dims(tensors, "auto").dims["attention_mask"] == dims
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "rows"),
+    [
+        ("attention_mask", torch.int64, "batch_size"),
+        ("attention_mask", torch.bool, "batch_size"),
+        ("padding_mask", torch.int64, "batch_size"),
+        ("causal_mask", torch.bool, "seq_len"),
+        ("causal_mask", torch.float32, "seq_len"),
+    ],
+)
+def test_masks_of_as_many_rows_as_tokens(name, dtype, rows):
+    tensors = {
+        "input_ids": torch.ones(3, 3, dtype=torch.int64),
+        name: torch.ones(3, 7, dtype=dtype),
+        "past_key_values.0.key": torch.ones(3, 2, 4, 8),
+    }
+    assert name_dims(tensors, "auto").dims[name] == (rows, "past_seq_len + seq_len")
+
+
 def test_sequences_of_other_lengths_have_names_of_their_own():
     tensors = {
         "hidden_states": torch.ones(2, 6, 4),
