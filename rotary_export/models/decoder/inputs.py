@@ -63,8 +63,9 @@ def prepare_inputs(
         inputs = make_example(model)
         kind = options.cache or (FULL if is_decoder(model) else NONE)
     else:
-        inputs = rename_cache(model, example_inputs)
-        check_arguments(model, inputs)
+        renamed = rename_cache(model, example_inputs)
+        check_arguments(model, renamed)
+        inputs = dict(renamed)
         kind = _choose_cache(model, inputs, options)
     inputs = {name: _convert_pairs(model, name, value) for name, value in inputs.items()}
     if kind != NONE and not has_cache(inputs):
@@ -114,14 +115,14 @@ def make_example(model: nn.Module) -> dict[str, Any]:
     return _add_positions(model, {"input_ids": ids})
 
 
-def rename_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def rename_cache(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Name a cache as the model's forward does: `past_key_values`, or `cache`.
 
     Where forward accepts any keyword, the other name would be lost in silence.
     """
     argument = _find_argument(model) if is_of_transformers(model) else None
-    if argument is None or argument in inputs:
-        return dict(inputs)
+    if argument is None or argument in inputs or not isinstance(inputs, Mapping):
+        return inputs
     return {argument if name in NAMES else name: value for name, value in inputs.items()}
 
 

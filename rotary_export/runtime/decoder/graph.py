@@ -108,6 +108,11 @@ def _find_tokens(graph: GraphInfo) -> TensorInfo:
             "a decoder must have token ids, attention_mask and position_ids as inputs besides its "
             f"cache, got {', '.join(info.name for info in others) or 'no token ids'}"
         )
+    for info in graph.inputs:
+        if info.name in (MASK, POSITIONS) and len(info.shape) != 2:
+            raise RotaryExportError(
+                f"{info.name} of a decoder must have 2 dimensions, got shape {info.shape}"
+            )
     return others[0]
 
 
