@@ -8,6 +8,7 @@ example.py: the inputs of the example.
 cpp_onnxruntime.py: the sources of the op library, for C++ with ONNX Runtime.
 signature.py: `signature.txt`, for C++ with libtorch.
 inline.py: `GRAPH.inlined.onnx`, for OpenVINO and tract.
+genai.py: `genai_config.json`, for onnxruntime-genai.
 mlserver.py: `model-settings.json`, for MLServer.
 triton.py: the model repository, for Triton Inference Server.
 kits/: the sources and the page of each target; kits/shared/: sources that several kits use.

@@ -69,8 +69,8 @@ def deploy(
 
     Raises:
         RotaryExportError: The target is unknown, the bundle is damaged or lacks the format that
-            the target opens, none of its formats may be opened here, or `out` already exists.
-            Nothing is left behind.
+            the target opens or what else it needs, none of its formats may be opened here, or `out`
+            already exists. Nothing is left behind.
     """
     if target not in TARGETS:
         raise RotaryExportError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
@@ -93,6 +93,8 @@ def deploy(
             f"{target} needs a cache whose layers have one length, but the bundle was exported "
             "with cache 'window': export the model with --cache full"
         )
+    if known.check is not None:
+        known.check(source, manifest, graph)
     with write_folder(path, force, _check_owned) as staging:
         progress(f"copy the kit {target}")
         for folder in (*([f"{SHARED}/{known.shared}"] if known.shared else []), target):

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rotary_export.bundle.manifest import Manifest
 
-Prepare = Callable[[Path, Manifest, str], None]  # staging folder, manifest, graph
+# Of a target: a folder (of the bundle, or the one that is being written), manifest, graph.
+Step = Callable[[Path, Manifest, str], None]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Target:
         also: A format that it opens, too, where the bundle has it.
         has_windows: Whether it runs a cache whose layers have different lengths: such sizes are
             checked by this package's own session.
+        check: Refuses a bundle that the target can't run, before anything is written.
         prepare: Writes the files that depend on the bundle into the folder, if there are any.
         shared: A folder of `kits/shared/`, whose files are copied too.
     """
@@ -34,20 +36,21 @@ class Target:
     what: str
     runs: str
     format: str
-    prepare: Prepare | None = None
+    prepare: Step | None = None
     shared: str | None = None
     also: str | None = None
     has_windows: bool = False
+    check: Step | None = None
 
 
-def _find(module: str, name: str) -> Prepare:
+def _find(module: str, name: str) -> Step:
     """Return a function of this package that is imported when it is called: some need torch."""
 
-    def prepare(staging: Path, manifest: Manifest, graph: str) -> None:
-        function: Prepare = getattr(import_module(f"rotary_export.deploy.{module}"), name)
-        function(staging, manifest, graph)
+    def step(folder: Path, manifest: Manifest, graph: str) -> None:
+        function: Step = getattr(import_module(f"rotary_export.deploy.{module}"), name)
+        function(folder, manifest, graph)
 
-    return prepare
+    return step
 
 
 TARGETS: dict[str, Target] = {
@@ -88,6 +91,13 @@ TARGETS: dict[str, Target] = {
         "onnx",
         _find("inline", "prepare_tract"),
         shared="python",
+    ),
+    "genai": Target(
+        "a folder for onnxruntime-genai, and a Python program",
+        "the function body, or our kernel",
+        "onnx",
+        _find("genai", "write_genai"),
+        check=_find("genai", "check_genai"),
     ),
     "triton": Target(
         "a model repository for Triton Inference Server",
