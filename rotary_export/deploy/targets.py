@@ -75,9 +75,19 @@ TARGETS: dict[str, Target] = {
         shared="libtorch",
     ),
     "node": Target(
-        "a program for Node.js, onnxruntime-node", "the function body", "onnx", shared="javascript"
+        "a program for Node.js, onnxruntime-node",
+        "the function body",
+        "onnx",
+        _find("transformers_js", "arrange_for_transformers_js"),
+        shared="javascript",
     ),
-    "browser": Target("a page, onnxruntime-web", "the function body", "onnx", shared="javascript"),
+    "browser": Target(
+        "a page, onnxruntime-web",
+        "the function body",
+        "onnx",
+        _find("transformers_js", "arrange_for_transformers_js"),
+        shared="javascript",
+    ),
     "openvino": Target(
         "a Python program, OpenVINO",
         "the function body, fused to OpenVINO's own RoPE",

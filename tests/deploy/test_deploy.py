@@ -87,7 +87,7 @@ def test_a_kit_contains_the_formats_that_it_opens_and_a_page_of_its_bundle(name,
         check_files(out / "bundle", manifest)
         formats = {target.format, target.also} & set(next(iter(graphs)).files)
         wanted = {info.files[each] for info in graphs for each in formats}
-        wanted |= {file for file in manifest.files if file.endswith("config.json")}
+        wanted |= {file for file in bundle.manifest.files if file.endswith(".json")}  # the model's
         assert list_files(out / "bundle") == wanted | {"manifest.json"}
         page = (out / "README.md").read_text(encoding="utf-8")
         assert not re.search(r"GRAPH|MODEL|<!-- (only|end only)", page)

@@ -1,5 +1,5 @@
 // Opens the page in headless Chromium, once for each folder of inputs, and prints what it shows.
-// node check.mjs [--screenshot FILE] [FOLDER ...]
+// node check.mjs [--prompt TEXT | --ids 1,2,3] [--max-new-tokens N] [--screenshot FILE] [FOLDER ...]
 
 import { parseArgs } from "node:util";
 
@@ -9,7 +9,12 @@ const executablePath = process.env.CHROMIUM ?? "/usr/bin/chromium";
 
 async function main() {
   const { values, positionals } = parseArgs({
-    options: { screenshot: { type: "string" } },
+    options: {
+      screenshot: { type: "string" },
+      prompt: { type: "string" },
+      ids: { type: "string" },
+      "max-new-tokens": { type: "string" },
+    },
     allowPositionals: true,
   });
   const { chromium } = await import("playwright-core").catch(() => {
@@ -21,9 +26,11 @@ async function main() {
     browser = await chromium.launch({ executablePath, args: ["--disable-gpu"] });
     const page = await browser.newPage({ viewport: { width: 1120, height: 640 } });
     for (const inputs of positionals.length ? positionals : ["example"]) {
-      const address = `http://127.0.0.1:${server.address().port}`;
-      await page.goto(`${address}/?inputs=${encodeURIComponent(inputs)}`);
-      await page.waitForSelector("body:not([data-state=running])", { timeout: 60_000 });
+      const wanted = { inputs, prompt: values.prompt, ids: values.ids };
+      wanted.max_new_tokens = values["max-new-tokens"];
+      const query = new URLSearchParams(Object.entries(wanted).filter(([, value]) => value));
+      await page.goto(`http://127.0.0.1:${server.address().port}/?${query}`);
+      await page.waitForSelector("body:not([data-state=running])", { timeout: 200_000 });
       const state = await page.getAttribute("body", "data-state");
       const verdict = await page.textContent("#verdict");
       const report = await page.evaluate(() => globalThis.report);

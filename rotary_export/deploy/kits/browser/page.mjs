@@ -1,8 +1,9 @@
 // Runs the bundle on stored inputs, compares with stored outputs, and draws them.
-// `?inputs=DIR`: another folder than example.
+// `?inputs=DIR`: another folder than example. With a decoder, prompt.mjs generates instead of drawing.
 
 import { drawHeat, drawPairs, listPairs } from "./draw.mjs";
 import { parseNpy } from "./npy.mjs";
+import { showPrompt } from "./prompt.mjs";
 import { RotaryExportError, compareOutputs, openBundle } from "./rotary.mjs";
 
 const find = (selector) => document.querySelector(selector);
@@ -28,9 +29,10 @@ async function main() {
     "sha256 as in the manifest",
   ].join(" · ");
   showResults(results);
-  showDrawing(graph, inputs, outputs);
+  const generated = graph.manifest.config.decoder && (await showPrompt(graph));
+  if (!graph.manifest.config.decoder) showDrawing(graph, inputs, outputs);
   const passed = results.every((result) => result.passed);
-  globalThis.report = { version: ort.env.versions.web, results }; // for check.mjs
+  globalThis.report = { version: ort.env.versions.web, results, generated }; // for check.mjs
   finish(passed ? "passed" : "failed", passed ? "passed" : "failed: an output differs");
 }
 

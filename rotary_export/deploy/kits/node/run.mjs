@@ -1,22 +1,22 @@
 // Runs a bundle in ONNX Runtime for Node.js.
 
-import { mkdir, readFile, writeFile } from "node:fs/promises";
+import { mkdir, writeFile } from "node:fs/promises";
 import path from "node:path";
 import { parseArgs } from "node:util";
 
+import { KIT, importRuntime, read, readJson } from "./files.mjs";
 import { formatNpy, parseNpy } from "./npy.mjs";
-import { RotaryExportError, compareOutputs, openBundle } from "./rotary.mjs";
+import { compareOutputs, openBundle } from "./rotary.mjs";
 
 const USAGE = `usage: node run.mjs [--inputs DIR] [--out DIR] [--check]
   --inputs DIR  folder with NAME.npy of each input (default: example)
   --out DIR     write NAME.npy of each output there
   --check       compare the outputs with those in DIR/expected of the inputs`;
-const KIT = import.meta.dirname;
 
 async function main() {
   const options = readArguments();
   const ort = await importRuntime();
-  const kit = JSON.parse(new TextDecoder().decode(await read(path.join(KIT, "kit.json"))));
+  const kit = await readJson("kit.json");
   const graph = await openBundle(ort, (name) => read(path.join(KIT, "bundle", name)), kit.graph);
 
   const inputs = await readArrays(options.inputs, kit.inputs);
@@ -57,25 +57,6 @@ function readArguments() {
   } catch (error) {
     console.error(`error: ${error.message.split("\n")[0]}\n${USAGE}`);
     process.exit(2);
-  }
-}
-
-async function importRuntime() {
-  try {
-    const ort = await import("onnxruntime-node");
-    ort.env.logLevel = "fatal"; // what it logs, it throws as well
-    return ort;
-  } catch (error) {
-    if (error.code !== "ERR_MODULE_NOT_FOUND") throw error;
-    throw new RotaryExportError("onnxruntime-node is not installed: npm ci --ignore-scripts");
-  }
-}
-
-async function read(file) {
-  try {
-    return await readFile(file);
-  } catch (error) {
-    throw new RotaryExportError(`${file} can't be read: ${error.message.split(",")[0]}`);
   }
 }
 

@@ -25,9 +25,6 @@ export async function openBundle(ort, read, name, options) {
       `the graph must be one of ${known}, with an ONNX file, got ${name}`,
     );
   }
-  if (`${file}_data` in manifest.files) {
-    throw new RotaryExportError(`${file} must contain its weights, but they are in ${file}_data`);
-  }
   for (const { name: tensor, dtype } of [...info.inputs, ...info.outputs]) {
     if (dtype === "bfloat16") {
       throw new RotaryExportError(
@@ -41,14 +38,29 @@ export async function openBundle(ort, read, name, options) {
       `the bundle needs ONNX Runtime >= ${oldest}, got ${ort.env.versions.common}`,
     );
   }
-  const bytes = await read(file);
-  if ((await hash(bytes)) !== manifest.files[file]) {
+  const readFile = (name) => readHashed(read, manifest, name);
+  const data = `${file}_data`; // a large model's weights
+  const externalData = data in manifest.files ? [await readData(readFile, data)] : [];
+  const session = await ort.InferenceSession.create(await readFile(file), {
+    ...options,
+    externalData,
+  });
+  return new Graph(ort, manifest, name, session, readFile);
+}
+
+async function readHashed(read, manifest, name) {
+  const bytes = await read(name);
+  if ((await hash(bytes)) !== manifest.files[name]) {
     throw new RotaryExportError(
-      `${file} is not the file that was exported: its sha256 differs from the one in ${MANIFEST}`,
+      `${name} is not the file that was exported: its sha256 differs from the one in ${MANIFEST}`,
     );
   }
-  const session = await ort.InferenceSession.create(bytes, options);
-  return new Graph(ort, manifest, name, session);
+  return bytes;
+}
+
+// The graph names the file without its folder.
+async function readData(readFile, name) {
+  return { path: name.split("/").at(-1), data: await readFile(name) };
 }
 
 function readManifest(bytes) {
@@ -81,12 +93,24 @@ async function hash(bytes) {
 
 /** One graph of a bundle, loaded. */
 export class Graph {
-  constructor(ort, manifest, name, session) {
+  constructor(ort, manifest, name, session, readFile) {
     this.ort = ort;
     this.manifest = manifest;
     this.name = name;
     this.info = manifest.graphs[name];
     this.session = session;
+    this.readFile = readFile;
+  }
+
+  /**
+   * Read a JSON file of the bundle, such as generation_config.json.
+   * @param {string} name
+   * @returns {Promise<object>} {}: the bundle has no such file.
+   * @throws {RotaryExportError} It is damaged.
+   */
+  async readJson(name) {
+    if (!(name in this.manifest.files)) return {};
+    return JSON.parse(new TextDecoder().decode(await this.readFile(name)));
   }
 
   /**
