@@ -173,7 +173,7 @@ def test_transformers_js_opens_kits_and_bundles(kits, tmp_path):
     tokenizer = get_tokenizer(bundle)
     (row,) = generate_rows(model, [tokenizer.encode(TEXT).ids], NUM_TOKENS)
     assert json.loads(done.stdout) == [[row, tokenizer.decode(row)]] * len(opened)
-    record_tokens("Node.js, transformers.js", TRANSFORMERS_JS, [(1, len(TEXT))])
+    record_tokens("transformers.js", TRANSFORMERS_JS, [(1, len(TEXT))])
 
 
 def test_the_page_of_the_kit(kits, tmp_path):
