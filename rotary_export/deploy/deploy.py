@@ -23,7 +23,7 @@ from rotary_export.bundle.manifest import (
     read_manifest,
 )
 from rotary_export.bundle.manifest import FILE_NAME as MANIFEST
-from rotary_export.deploy.example import SHAPE, make_example
+from rotary_export.deploy.example import SHAPE, make_example, run_by_position
 from rotary_export.deploy.page import fit_page
 from rotary_export.deploy.targets import TARGETS
 from rotary_export.errors import RotaryExportError, explain_damage
@@ -144,10 +144,10 @@ def _write_example(
     """Write inputs and outputs of one call, and return their names and origin."""
     info = manifest.graphs[graph]
     batch_size, seq_len = next(iter(fit_shapes(manifest, graph, [SHAPE])))
-    inputs = make_example(manifest, graph, batch_size, seq_len)
     runtimes = ("torchscript", "program") if allow_code else ()
     runtime = next(r for r in (*runtimes, "onnxruntime") if RUNTIMES[r] in info.files)
     session = open_session(source, manifest, graph, runtime)
+    inputs = make_example(manifest, graph, batch_size, seq_len, run_by_position(session))
     outputs = session(**inputs)
     expected = staging / "example" / "expected"
     expected.mkdir(parents=True)

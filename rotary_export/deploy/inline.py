@@ -21,7 +21,7 @@ from rotary_export.bundle.manifest import (
     TensorInfo,
     hash_file,
 )
-from rotary_export.deploy.example import make_example
+from rotary_export.deploy.example import make_example, run_by_position
 from rotary_export.errors import CheckFailedError, RotaryExportError, first_line
 from rotary_export.op.onnx_graph import list_graphs
 from rotary_export.proof.sample_inputs import fit_shapes
@@ -212,7 +212,7 @@ def _compare(staging: Path, manifest: Manifest, graph: str, file: str) -> None:
     from rotary_export.proof.oracle import compute_ulp
 
     shapes = fit_shapes(manifest, graph, SHAPES)
-    cases = [make_example(manifest, graph, *shape) for shape in shapes]
+    cases = _make_cases(staging / "bundle", manifest, graph, shapes)
     info = replace(manifest.graphs[graph], files={"onnx": file})
     expected = _run(staging / "bundle", manifest, graph, cases)
     got = _run(staging, replace(manifest, graphs={graph: info}), graph, cases)
@@ -246,6 +246,13 @@ def _find_allowed(manifest: Manifest, graph: str, output: TensorInfo) -> tuple[s
     xpos = manifest.config.get("embedding", {}).get("use_xpos", False)
     name = "native-half" if half else "native-xpos" if xpos else "native"
     return output.dtype, TOLERANCES[name].max_ulp
+
+
+def _make_cases(
+    folder: Path, manifest: Manifest, graph: str, shapes: Sequence[tuple[int, int]]
+) -> list[Mapping[str, Any]]:
+    session = open_session(folder, manifest, graph, "onnxruntime", [CPU], use_op_library=False)
+    return [make_example(manifest, graph, *shape, run_by_position(session)) for shape in shapes]
 
 
 def _run(

@@ -10,7 +10,7 @@ import torch
 
 from rotary_export.bundle.dims import BATCH, SEQ
 from rotary_export.bundle.manifest import GraphInfo, Manifest, TensorInfo
-from rotary_export.proof.models.cases import CaseSpec, make_case
+from rotary_export.proof.models.cases import CaseSpec, Run, make_case
 from rotary_export.proof.models.compare import GRAPH, read_sources
 from rotary_export.runtime.tensors import make_dtype
 from rotary_export.types import Array, Arrays
@@ -32,11 +32,16 @@ def fit_shapes(
     return list(dict.fromkeys((batch_size, min(seq_len, rows)) for batch_size, seq_len in shapes))
 
 
-def make_inputs(manifest: Manifest, name: str, batch_size: int, seq_len: int) -> Mapping[str, Any]:
-    """Make inputs of `rotate` (numpy) or `model` (torch) at a shape that it accepts."""
+def make_inputs(
+    manifest: Manifest, name: str, batch_size: int, seq_len: int, run: Run | None = None
+) -> Mapping[str, Any]:
+    """Make inputs of `rotate` (numpy) or `model` (torch) at a shape that it accepts.
+
+    `run` runs the graph, to fill a key/value cache; None: its values are random.
+    """
     if name == "rotate":
         return _make_rotate_inputs(manifest.graphs[name], batch_size, seq_len)
-    return _make_model_inputs(manifest, batch_size, seq_len)
+    return _make_model_inputs(manifest, batch_size, seq_len, run)
 
 
 def _make_rotate_inputs(graph: GraphInfo, batch_size: int, seq_len: int) -> Arrays:
@@ -70,10 +75,10 @@ def _fit_sizes(manifest: Manifest, shapes: Sequence[tuple[int, int]]) -> list[tu
 
 
 def _make_model_inputs(
-    manifest: Manifest, batch_size: int, seq_len: int
+    manifest: Manifest, batch_size: int, seq_len: int, run: Run | None
 ) -> dict[str, torch.Tensor]:
     """Make inputs of one size, by name; the other sizes are those that were traced."""
     infos = manifest.graphs[GRAPH].inputs
     sizes = manifest.config["traced_sizes"] | {BATCH: batch_size, SEQ: seq_len}
-    case = make_case(infos, read_sources(manifest), CaseSpec(sizes))
+    case = make_case(infos, read_sources(manifest), CaseSpec(sizes), run)
     return {info.name: value for info, value in zip(infos, case.tensors, strict=True)}
