@@ -131,51 +131,64 @@ class GrowingCache:
 
 
 class StaticCache:
-    """Keys and values in slots of a fixed number: bound once, written in place.
+    """Keys and values in slots of a fixed number, which a run writes at its positions.
 
     Args:
         infos: The inputs of the graph that are keys and values.
+        in_place: A run may write what it reads: bound once, no slot is copied. Else two sets take
+            turns.
     """
 
-    def __init__(self, infos: Sequence[TensorInfo]) -> None:
+    def __init__(self, infos: Sequence[TensorInfo], in_place: bool) -> None:
         self._infos = infos
-        self._arrays: list[Array] = []
-        self._is_bound = False
+        self._sets: list[list[Array]] = [[] for _ in range(1 if in_place else 2)]
+        self._current = 0  # the set that holds the past
+        self._bound: int | None = None  # the set that the next run reads already
 
     def begin(self, batch_size: int, length: int) -> None:
         """Begin a batch: all slots are zero."""
         del length
-        if self._arrays and len(self._arrays[0]) == batch_size:
-            for array in self._arrays:
-                array.fill(0)
-        else:
-            shapes = [(batch_size, *info.shape[1:]) for info in self._infos]
-            dtypes = [make_dtype(info.dtype) for info in self._infos]
-            self._replace([np.zeros(s, d) for s, d in zip(shapes, dtypes, strict=True)])
+        self._resize(batch_size)
+        for array in self._sets[self._current]:
+            array.fill(0)
 
     def bind(self, binder: Binder, batch_size: int, past: int, total: int) -> None:
-        """Bind each array as what a run reads and what it writes, unless it is bound."""
+        """Bind what a run reads and what it writes, unless they are bound."""
         del batch_size, past, total
-        if self._is_bound:
+        if self._bound == self._current:
             return
-        for info, array in zip(self._infos, self._arrays, strict=True):
-            place = name_element(array.dtype), array.shape, array.ctypes.data
-            binder.bind_input(info.name, *binder.device, *place)
-            binder.bind_output(name_output(info.name), *binder.device, *place)
-        self._is_bound = True
+        both = self._sets[self._current], self._sets[self._next]
+        for info, source, target in zip(self._infos, *both, strict=True):
+            form = name_element(source.dtype), source.shape
+            binder.bind_input(info.name, *binder.device, *form, source.ctypes.data)
+            binder.bind_output(name_output(info.name), *binder.device, *form, target.ctypes.data)
+        self._bound = self._current
 
     def advance(self) -> None:
-        """Do nothing: what a run has written is the past of the next one already."""
+        """Make what a run has written the past of the next one."""
+        self._current = self._next
 
     def reorder(self, order: Array, batch_size: int, past: int) -> None:
         """Replace row i by row order[i]; there may be more or fewer rows than before."""
-        del past
-        moved = [array[order] for array in self._arrays]
-        if len(order) != batch_size:
-            self._replace(moved)
-            return
-        for array, new in zip(self._arrays, moved, strict=True):
+        del batch_size, past
+        moved = [array[order] for array in self._sets[self._current]]
+        self._resize(len(order))
+        for array, new in zip(self._sets[self._current], moved, strict=True):
             array[...] = new
 
-    def _replace(self, arrays: list[Array]) -> None:
-        self._arrays, self._is_bound = arrays, False
+    @property
+    def _next(self) -> int:
+        return (self._current + 1) % len(self._sets)
+
+    def _resize(self, batch_size: int) -> None:
+        """Make room for so many rows; where there are others, the content is lost."""
+        if self._sets[0] and len(self._sets[0][0]) == batch_size:
+            return
+        self._sets = [
+            [
+                np.empty((batch_size, *info.shape[1:]), make_dtype(info.dtype))
+                for info in self._infos
+            ]
+            for _ in self._sets
+        ]
+        self._bound = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,9 @@ class Decoder:
         self.session = session
         self.max_positions: int | None = facts.get("max_positions", config.get("max_positions"))
         self._slots: int | None = facts.get("max_cache_len")
-        if self._slots is not None:
-            self.max_positions = min(self._slots, self.max_positions or self._slots)
+        self._holder = "model"  # of the positions, for errors
+        if self._slots is not None and self._slots <= (self.max_positions or self._slots):
+            self.max_positions, self._holder = self._slots, "cache"
         self._graph = DecoderGraph(session, self._slots)
         self._generation = generation
         self.eos_token_ids = read_ends(generation)
@@ -232,8 +234,8 @@ class Decoder:
         count = int(self._counts.max())
         if self.max_positions is not None and count >= self.max_positions:
             raise RotaryExportError(
-                f"rows must have <= {self.max_positions} tokens, the model's positions, and one "
-                f"has {count}"
+                f"rows must have <= {self.max_positions} tokens, the {self._holder}'s positions, "
+                f"and one has {count}"
             )
         return self._append(row).copy()
 
@@ -282,12 +284,12 @@ class Decoder:
             return
         if longest > most:
             raise RotaryExportError(
-                f"prompts must have <= {most} tokens, the model's positions, got {longest}"
+                f"prompts must have <= {most} tokens, the {self._holder}'s positions, got {longest}"
             )
         if longest + new - 1 > most:
             raise RotaryExportError(
                 f"max_new_tokens must be <= {most - longest + 1} after a prompt of {longest} "
-                f"tokens, the model has {most} positions, got {new}"
+                f"tokens, the {self._holder} has {most} positions, got {new}"
             )
 
     def _iterate(self, prompts: Prompts, settings: Settings) -> Iterator[Array]:
@@ -332,15 +334,12 @@ class Decoder:
             return self._fill_slots(total, chunk)
         positions = self._mask[:, :total].cumsum(axis=1) - 1
         positions[self._mask[:, :total] == 0] = 0
-        past, end = 0, min(self._find_first_chunk(positions, chunk), total)
-        while True:
+        for past, end in self._split(positions, chunk):
             logits = self._graph.run(
                 self._ids[:, past:end], positions[:, past:end], self._mask[:, :end], past
             )
-            if end == total:
-                self._width = total
-                return logits
-            past, end = end, min(end + chunk, total)
+        self._width = total
+        return logits
 
     def _fill_slots(self, total: int, chunk: int) -> Array:
         """As `_fill`, of a static cache, whose rows begin in slot 0 and are padded at the right."""
@@ -348,19 +347,20 @@ class Decoder:
         assert self._slots is not None
         slots, size = np.arange(self._slots), int(counts.max())
         positions = np.broadcast_to(slots[:size], (len(ids), size))
-        first = self._find_first_chunk(positions, chunk)
-        # A run ends where a row ends: its last logits are those of the run.
-        ends = {*range(first, size, chunk), *counts.tolist()}
-        found: list[Array] = [*ids]
-        past = 0
-        for end in sorted(ends):
+        for past, end in self._split(positions, chunk):
             mask = slots < np.minimum(counts, end)[:, None]
             logits = self._graph.run(ids[:, past:end], positions[:, past:end], mask, past)
-            for row in np.flatnonzero(counts == end):
-                found[row] = logits[row].copy()
-            past = end
+        if counts.min() < size:  # the last column has padding: each row's last token once more
+            last = counts[:, None] - 1
+            tokens = np.take_along_axis(ids, last, axis=1)
+            logits = self._graph.run(tokens, last, slots < counts[:, None], size)
         self._width = total
-        return np.stack(found)
+        return logits
+
+    def _split(self, positions: Array, chunk: int) -> Iterator[tuple[int, int]]:
+        """Return where each run of a prompt begins and ends."""
+        size, first = positions.shape[1], self._find_first_chunk(positions, chunk)
+        return pairwise([0, *range(first, size, chunk), size])
 
     def _find_first_chunk(self, positions: Array, chunk: int) -> int:
         """Return how many columns run at first, so that all have the angles of the whole prompt."""

@@ -13,6 +13,7 @@ from rotary_export.compat.ort_binding import make_binder
 from rotary_export.errors import RotaryExportError
 from rotary_export.runtime.decoder.cache import GrowingCache, StaticCache, name_element
 from rotary_export.runtime.ort import OrtSession
+from rotary_export.runtime.providers import CPU
 from rotary_export.runtime.session import resolve_shape
 from rotary_export.runtime.tensors import make_dtype
 from rotary_export.types import Array
@@ -40,7 +41,9 @@ class DecoderGraph:
         self._logits = _find_logits(graph)
         self.num_tokens = _count_tokens(self._tokens, self._logits)
         caches = [info for info in graph.inputs if is_past(info.name)]
-        self.cache = StaticCache(caches) if max_cache_len else GrowingCache(caches)
+        # ONNX Runtime's CPU kernel that writes slots may write its own input; others need not.
+        in_place = session.providers == (CPU,)
+        self.cache = StaticCache(caches, in_place) if max_cache_len else GrowingCache(caches)
         self._binder = make_binder(session.ort_session)
         self._bound: tuple[int, int] | None = None  # batch_size, seq_len of the buffers below
         self._buffers: dict[str, Array] = {}
