@@ -21,6 +21,11 @@ def is_past(name: str) -> bool:
     return re.fullmatch(r"past_key_values\.\d+\.(key|value)", name) is not None
 
 
+def is_present(name: str) -> bool:
+    """Return whether an output's name is that of cached keys or values, grown."""
+    return is_past(name.replace("present", "past_key_values", 1))
+
+
 def name_output(past: str) -> str:
     """Return the name of the output that contains an input of cached keys or values, grown."""
     return past.replace("past_key_values", "present", 1)

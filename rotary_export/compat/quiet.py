@@ -1,4 +1,4 @@
-"""Silence the log lines and warnings of torch and its exporters. Standard library only."""
+"""Silence what torch, its exporters and transformers print. Imports the standard library only."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 EXPORTERS = ("torch.onnx", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
 LOADERS = ("torch._export.serde.serialize",)
@@ -22,6 +23,23 @@ def quiet_loaders() -> AbstractContextManager[None]:
     Errors are exceptions.
     """
     return _silence(LOADERS)
+
+
+@contextmanager
+def hide_progress_bars(transformers: Any) -> Iterator[None]:
+    """Hide the bars of transformers, such as "Loading weights".
+
+    Args:
+        transformers: The module.
+    """
+    logging_of = transformers.utils.logging
+    had_bars = logging_of.is_progress_bar_enabled()
+    logging_of.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bars:
+            logging_of.enable_progress_bar()
 
 
 @contextmanager

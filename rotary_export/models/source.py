@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rotary_export.bundle.json_file import read_json
+from rotary_export.compat.quiet import hide_progress_bars
 from rotary_export.compat.transformers import has_causal_lm
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.error_text import describe_error
@@ -144,9 +145,14 @@ def _load_folder(path: Path) -> Source:
             f"{path} has no .safetensors file; weights of other formats are not read"
         )
     try:
-        model = cls.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="auto"
-        )
+        with hide_progress_bars(_import_transformers()):
+            model = cls.from_pretrained(
+                path,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype="auto",
+            )
     except Exception as error:  # whatever transformers raises
         raise RotaryExportError(f"{path} can't be loaded: {describe_error(error)}") from error
     return Source(model, folder=path)

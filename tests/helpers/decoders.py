@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from helpers.bundles import make_folder
 from helpers.tiny_models import make_model
@@ -49,6 +50,20 @@ def generate_eager(model: Any, ids: torch.Tensor, mask: torch.Tensor, count: int
             **{"do_sample": False} | options,
         )
     return made.numpy()
+
+
+def step_through(decoder: Any, ids: Any, mask: Any, tokens: Any, chunk: int) -> Any:
+    """Feed rows their tokens, in other places from the middle on; return the best ones, (B, T)."""
+    order = np.roll(np.arange(len(ids)), 1)
+    back, middle = np.argsort(order), tokens.shape[1] // 2
+    chosen = [decoder.prefill(ids, mask, chunk=chunk).argmax(-1)]
+    for index, column in enumerate(tokens.T[:-1]):
+        if index == middle:
+            decoder.reorder(order)
+        is_moved = index >= middle
+        best = decoder.step(column[order] if is_moved else column).argmax(-1)
+        chosen.append(best[back] if is_moved else best)
+    return np.stack(chosen, axis=1)
 
 
 def make_prompts(lengths: list[int], seed: int = 0, low: int = 3, high: int = 96):

@@ -15,7 +15,6 @@ from rotary_export.bundle.manifest import Manifest
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.configs import get_field
 from rotary_export.models.decoder.cache import is_of_transformers
-from rotary_export.models.decoder.options import FULL
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.trace.snapshot import Snapshot
 from rotary_export.proof.generated import Difference, Generated
@@ -86,8 +85,6 @@ def compare_generated(
         return [], {}
     if not is_of_transformers(model) or not hasattr(model, "generate"):
         return [], {NOT_COMPARED: f"{type(model).__name__} has no generate of transformers"}
-    if facts["cache"] != FULL:
-        return [], {NOT_COMPARED: f"load_decoder does not generate with cache {facts['cache']!r}"}
     if manifest.config.get("float32_tables"):
         return [], {NOT_COMPARED: "the graph's tables are float32, the model's own are not"}
     progress(f"generate: {GRAPH}")
@@ -98,10 +95,11 @@ def compare_generated(
         return [], {NOT_COMPARED: str(error)}
     count = QUICK_TOKENS if quick else NEW_TOKENS
     rows = prompts or _make_prompts(manifest, seed)
-    if facts["max_positions"] is not None:
-        count = min(count, facts["max_positions"] - max(map(len, rows)))
+    most = decoder.max_positions
+    if most is not None:
+        count = min(count, most - max(map(len, rows)))
     if count < 1:
-        return [], {NOT_COMPARED: f"the model has {facts['max_positions']} positions alone"}
+        return [], {NOT_COMPARED: f"there are {most} positions alone"}
     try:
         one = _run_eager(model, rows[:1], count, snapshot)
         all_rows = _run_eager(model, rows, count, snapshot)

@@ -2,7 +2,7 @@
 
 - `decoder.py`: `load_decoder`, and `Decoder`: prefill, step, generate, stream.
 - `graph.py`: one run of the graph, on bound memory.
-- `cache.py`: the buffers of keys and values that grow.
+- `cache.py`: the buffers of keys and values, which grow or are written in place.
 - `prompts.py`: prompts as an array and a mask, checked.
 - `settings.py`: what `generate` is asked for, `generation_config.json`, defaults.
 - `sampling.py`: from logits to tokens.

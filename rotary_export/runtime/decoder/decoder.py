@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from rotary_export.bundle.json_file import read_json_object
 from rotary_export.bundle.manifest import check_files, read_manifest
 from rotary_export.errors import RotaryExportError
 from rotary_export.runtime.decoder.graph import DecoderGraph
-from rotary_export.runtime.decoder.prompts import Prompts, check_ids, read_prompts, read_row
+from rotary_export.runtime.decoder.prompts import (
+    Prompts,
+    align_left,
+    check_ids,
+    read_prompts,
+    read_row,
+)
 from rotary_export.runtime.decoder.sampling import choose_tokens
 from rotary_export.runtime.decoder.settings import FILE, Settings, make_settings, read_ends
 from rotary_export.runtime.load import load
@@ -86,7 +93,11 @@ class Decoder:
         facts = config.get("decoder", {})
         self.session = session
         self.max_positions: int | None = facts.get("max_positions", config.get("max_positions"))
-        self._graph = DecoderGraph(session)
+        self._slots: int | None = facts.get("max_cache_len")
+        self._holder = "model"  # of the positions, for errors
+        if self._slots is not None and self._slots <= (self.max_positions or self._slots):
+            self.max_positions, self._holder = self._slots, "cache"
+        self._graph = DecoderGraph(session, self._slots)
         self._generation = generation
         self.eos_token_ids = read_ends(generation)
         self._resets: list[int] = facts.get("length_thresholds", [])
@@ -223,8 +234,8 @@ class Decoder:
         count = int(self._counts.max())
         if self.max_positions is not None and count >= self.max_positions:
             raise RotaryExportError(
-                f"rows must have <= {self.max_positions} tokens, the model's positions, and one "
-                f"has {count}"
+                f"rows must have <= {self.max_positions} tokens, the {self._holder}'s positions, "
+                f"and one has {count}"
             )
         return self._append(row).copy()
 
@@ -273,12 +284,12 @@ class Decoder:
             return
         if longest > most:
             raise RotaryExportError(
-                f"prompts must have <= {most} tokens, the model's positions, got {longest}"
+                f"prompts must have <= {most} tokens, the {self._holder}'s positions, got {longest}"
             )
         if longest + new - 1 > most:
             raise RotaryExportError(
                 f"max_new_tokens must be <= {most - longest + 1} after a prompt of {longest} "
-                f"tokens, the model has {most} positions, got {new}"
+                f"tokens, the {self._holder} has {most} positions, got {new}"
             )
 
     def _iterate(self, prompts: Prompts, settings: Settings) -> Iterator[Array]:
@@ -312,24 +323,44 @@ class Decoder:
         self._ids[:, :seq_len], self._mask[:, :seq_len] = prompts.ids, prompts.mask
         self._counts = prompts.mask.sum(axis=1)
         self._width, self._prompt_len = 0, seq_len
-        self._graph.cache.reserve(room)
+        self._graph.cache.begin(batch_size, room)
         self._batch = object()
         return self._batch
 
     def _fill(self, total: int, chunk: int = CHUNK) -> Array:
         """Compute the cache of the first columns of the batch; return the last logits."""
         self._width = 0
+        if self._slots is not None:
+            return self._fill_slots(total, chunk)
         positions = self._mask[:, :total].cumsum(axis=1) - 1
         positions[self._mask[:, :total] == 0] = 0
-        past, end = 0, min(self._find_first_chunk(positions, chunk), total)
-        while True:
+        for past, end in self._split(positions, chunk):
             logits = self._graph.run(
                 self._ids[:, past:end], positions[:, past:end], self._mask[:, :end], past
             )
-            if end == total:
-                self._width = total
-                return logits
-            past, end = end, min(end + chunk, total)
+        self._width = total
+        return logits
+
+    def _fill_slots(self, total: int, chunk: int) -> Array:
+        """As `_fill`, of a static cache, whose rows begin in slot 0 and are padded at the right."""
+        ids, counts = align_left(self._ids[:, :total], self._mask[:, :total])
+        assert self._slots is not None
+        slots, size = np.arange(self._slots), int(counts.max())
+        positions = np.broadcast_to(slots[:size], (len(ids), size))
+        for past, end in self._split(positions, chunk):
+            mask = slots < np.minimum(counts, end)[:, None]
+            logits = self._graph.run(ids[:, past:end], positions[:, past:end], mask, past)
+        if counts.min() < size:  # the last column has padding: each row's last token once more
+            last = counts[:, None] - 1
+            tokens = np.take_along_axis(ids, last, axis=1)
+            logits = self._graph.run(tokens, last, slots < counts[:, None], size)
+        self._width = total
+        return logits
+
+    def _split(self, positions: Array, chunk: int) -> Iterator[tuple[int, int]]:
+        """Return where each run of a prompt begins and ends."""
+        size, first = positions.shape[1], self._find_first_chunk(positions, chunk)
+        return pairwise([0, *range(first, size, chunk), size])
 
     def _find_first_chunk(self, positions: Array, chunk: int) -> int:
         """Return how many columns run at first, so that all have the angles of the whole prompt."""
@@ -352,8 +383,10 @@ class Decoder:
         self._counts += 1
         if past in self._resets:
             return self._fill(past + 1)
-        logits = self._graph.run(
-            tokens[:, None], self._counts[:, None] - 1, self._mask[:, : past + 1], past
-        )
+        counts = self._counts[:, None]
+        mask = self._mask[:, : past + 1]
+        if self._slots is not None:
+            mask = (np.arange(self._slots) < counts).astype(np.int64)
+        logits = self._graph.run(tokens[:, None], counts - 1, mask, past)
         self._width = past + 1
         return logits

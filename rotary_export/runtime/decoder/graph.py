@@ -11,8 +11,9 @@ from rotary_export.bundle.dims import BATCH, PAST, SEQ, is_past, name_output
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
 from rotary_export.compat.ort_binding import make_binder
 from rotary_export.errors import RotaryExportError
-from rotary_export.runtime.decoder.cache import GrowingCache, name_element
+from rotary_export.runtime.decoder.cache import GrowingCache, StaticCache, name_element
 from rotary_export.runtime.ort import OrtSession
+from rotary_export.runtime.providers import CPU
 from rotary_export.runtime.session import resolve_shape
 from rotary_export.runtime.tensors import make_dtype
 from rotary_export.types import Array
@@ -25,12 +26,13 @@ class DecoderGraph:
 
     Args:
         session: Of the graph.
+        max_cache_len: Slots of a static cache; None: it grows.
 
     Raises:
         RotaryExportError: The graph has no cache, or inputs that a loop can't fill.
     """
 
-    def __init__(self, session: OrtSession) -> None:
+    def __init__(self, session: OrtSession, max_cache_len: int | None = None) -> None:
         graph = session.graph
         self._session = session
         self.has_mask = any(info.name == MASK for info in graph.inputs)
@@ -38,12 +40,16 @@ class DecoderGraph:
         self._tokens = _find_tokens(graph)
         self._logits = _find_logits(graph)
         self.num_tokens = _count_tokens(self._tokens, self._logits)
-        self.cache = GrowingCache([info for info in graph.inputs if is_past(info.name)])
+        caches = [info for info in graph.inputs if is_past(info.name)]
+        # ONNX Runtime's CPU kernel that writes slots may write its own input; others need not.
+        in_place = session.providers == (CPU,)
+        self.cache = StaticCache(caches, in_place) if max_cache_len else GrowingCache(caches)
         self._binder = make_binder(session.ort_session)
         self._bound: tuple[int, int] | None = None  # batch_size, seq_len of the buffers below
         self._buffers: dict[str, Array] = {}
         dtypes = {info.name: make_dtype(info.dtype) for info in graph.inputs}
         self._mask = np.empty(0, dtypes.get(MASK, np.int64))
+        self._bound_mask: tuple[int, ...] = ()
 
     def run(self, ids: Array, positions: Array, mask: Array, past: int) -> Array:
         """Run the graph once, and make its cache the past of the next run.
@@ -51,8 +57,8 @@ class DecoderGraph:
         Args:
             ids: (B, S) int64.
             positions: (B, S) int64.
-            mask: (B, past + S) int64.
-            past: How many positions the cache holds.
+            mask: (B, past + S) int64; with a static cache (B, max_cache_len).
+            past: How many positions the cache holds; a static one ignores it.
 
         Returns:
             (B, V), the logits of the last position; the next run overwrites them.
@@ -88,10 +94,12 @@ class DecoderGraph:
 
     def _bind_mask(self, mask: Array) -> None:
         if self._mask.size < mask.size:
-            self._mask = np.empty(2 * mask.size, self._mask.dtype)
+            self._mask, self._bound_mask = np.empty(2 * mask.size, self._mask.dtype), ()
         self._mask[: mask.size].reshape(mask.shape)[...] = mask
-        element, address = name_element(self._mask.dtype), self._mask.ctypes.data
-        self._binder.bind_input(MASK, *self._binder.device, element, mask.shape, address)
+        if mask.shape != self._bound_mask:
+            self._bound_mask = mask.shape
+            element, address = name_element(self._mask.dtype), self._mask.ctypes.data
+            self._binder.bind_input(MASK, *self._binder.device, element, mask.shape, address)
 
 
 def _find_tokens(graph: GraphInfo) -> TensorInfo:

@@ -80,6 +80,21 @@ def read_prompts(
     return Prompts(ids, mask)
 
 
+def align_left(ids: Array, mask: Array) -> tuple[Array, Array]:
+    """Move each row's tokens to its beginning, where a static cache has them.
+
+    Args:
+        ids: (B, S) int64.
+        mask: (B, S) int64, 1: a token.
+
+    Returns:
+        (B, S) ids, padded at the right with 0, and how many tokens each row has.
+    """
+    order = np.argsort(mask == 0, axis=1, kind="stable")
+    moved = np.take_along_axis(ids * mask, order, axis=1)
+    return moved, mask.sum(axis=1)
+
+
 def check_ids(ids: Array, num_tokens: int) -> None:
     """Refuse token ids that the model has not.
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.decoders import generate_eager, make_prompts, step_through
 from helpers.tiny_models import make_model
 
-from rotary_export import export_model, load, verify, verify_model
+from rotary_export import export_model, load, load_decoder, verify, verify_model
 from rotary_export.bundle.dims import is_past, name_output
 from rotary_export.deploy.deploy import deploy
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.decoder.cache import make_empty_cache
+from rotary_export.models.decoder.generate import NOT_COMPARED
 from rotary_export.models.decoder.inputs import prepare_inputs
 from rotary_export.models.decoder.options import DecoderOptions
+from rotary_export.runtime.decoder import graph
+from rotary_export.runtime.providers import CPU
 
-LENGTH = 24
+LENGTH = 48
 LENGTHS = torch.tensor([7, 4])  # of two prompts in one batch, the second padded at the right
 STEPS = 5
 
@@ -110,6 +114,64 @@ def test_it_is_verified_again(llama, bundle):
     assert verify(bundle.path).passed
     report = verify_model(bundle.path, llama, None, quick=True, case="the example")
     assert report.passed
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("lengths", [[7], [9, 4, 1, 6]], ids=["one", "four-padded"])
+def test_tokens_are_those_of_transformers(llama, bundle, lengths, in_place, monkeypatch):
+    """In one set of buffers, as on the CPU, and in two, as elsewhere."""
+    monkeypatch.setattr(graph, "CPU", CPU if in_place else "another")
+    decoder = load_decoder(bundle.path)
+    ids, mask = make_prompts(lengths)
+    want = generate_eager(llama, ids, mask, 32, eos_token_id=None)
+    got = decoder.generate(ids, mask, max_new_tokens=32, eos_token_id=[])
+    assert np.array_equal(got, want)
+    new = want[:, max(lengths) :]
+    for chunk in (3, 512):
+        assert np.array_equal(step_through(decoder, ids, mask, new, chunk), new), chunk
+
+
+def test_two_sets_of_buffers_have_the_same_bits(bundle, monkeypatch):
+    decoders = [load_decoder(bundle.path)]
+    monkeypatch.setattr(graph, "CPU", "another")
+    decoders.append(load_decoder(bundle.path))
+    for lengths in ([1], [40, 2, 17]):
+        ids, mask = make_prompts(lengths)
+        first, second = (decoder.prefill(ids, mask, chunk=7) for decoder in decoders)
+        for _ in range(6):
+            assert np.array_equal(first, second)
+            first, second = (decoder.step(first.argmax(-1)) for decoder in decoders)
+
+
+def test_rows_become_more_and_fewer(bundle):
+    """And a new batch has nothing of the last one."""
+    ids, mask = make_prompts([6, 9, 3])
+    decoder, want = load_decoder(bundle.path), load_decoder(bundle.path).prefill(ids, mask)
+    decoder.prefill(ids[:1], mask[:1])
+    for order in ([0, 0, 0], [1]):
+        decoder.reorder(order)
+        assert decoder.step([5] * len(order)).shape == (len(order), 96)
+    assert np.array_equal(decoder.prefill(ids, mask), want)
+
+
+def test_the_export_compares_tokens(bundle):
+    assert len(bundle.report.generated) == 4
+    assert all(each.passed for each in bundle.report.generated)
+    assert NOT_COMPARED not in bundle.report.unverified
+
+
+def test_what_the_cache_can_not_hold_is_refused(bundle):
+    decoder = load_decoder(bundle.path)
+    with pytest.raises(RotaryExportError, match=r"<= 48 tokens, the cache's positions, got 49"):
+        decoder.prefill([[3] * 49])
+    with pytest.raises(
+        RotaryExportError, match=r"must be <= 4 after a prompt of 45 .* cache has 48"
+    ):
+        decoder.generate([[3] * 45], max_new_tokens=5)
+    assert decoder.generate([[3] * 45], max_new_tokens=4, eos_token_id=[]).shape == (1, 49)
+    decoder.prefill([[3] * 48])
+    with pytest.raises(RotaryExportError, match=r"rows must have <= 48 tokens, the cache's"):
+        decoder.step([3])
 
 
 def test_a_kit_has_it(bundle, tmp_path):

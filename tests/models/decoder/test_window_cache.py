@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from helpers.decoders import generate_eager, make_prompts, step_through
 from helpers.tiny_models import make_model
 from transformers import DynamicCache
 
-from rotary_export import export_model, load, verify, verify_model
+from rotary_export import export_model, load, load_decoder, verify, verify_model
 from rotary_export.bundle.dims import is_past, name_output
 from rotary_export.deploy.deploy import deploy
 from rotary_export.errors import RotaryExportError
+from rotary_export.models.decoder.generate import NOT_COMPARED
 from rotary_export.models.decoder.inputs import prepare_inputs
 from rotary_export.models.decoder.options import DecoderOptions
 from rotary_export.models.decoder.window import WindowCache
@@ -91,6 +94,24 @@ def test_it_is_verified_again(mistral, bundle):
     assert verify(bundle.path).passed
     report = verify_model(bundle.path, mistral, None, quick=True, case="the example")
     assert report.passed
+
+
+@pytest.mark.parametrize("lengths", [[7], [9, 4, 1, 6]], ids=["one", "four-padded"])
+def test_tokens_are_those_of_transformers(mistral, bundle, lengths):
+    decoder = load_decoder(bundle.path)
+    ids, mask = make_prompts(lengths)
+    want = generate_eager(mistral, ids, mask, 32, eos_token_id=None)
+    got = decoder.generate(ids, mask, max_new_tokens=32, eos_token_id=[])
+    assert np.array_equal(got, want)
+    new = want[:, max(lengths) :]
+    for chunk in (2, 3, 512):  # shorter than the window, and longer
+        assert np.array_equal(step_through(decoder, ids, mask, new, chunk), new), chunk
+
+
+def test_the_export_compares_tokens(bundle):
+    assert len(bundle.report.generated) == 4
+    assert all(each.passed for each in bundle.report.generated)
+    assert NOT_COMPARED not in bundle.report.unverified
 
 
 def test_a_cache_of_another_length_is_refused(bundle):

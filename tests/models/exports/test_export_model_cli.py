@@ -14,6 +14,7 @@ from helpers.tiny_models import make_config, make_model
 import rotary_export
 from rotary_export.bundle.manifest import read_manifest
 from rotary_export.cli.main import cli
+from rotary_export.models.source import load_source
 
 FACTORIES = """
 import torch
@@ -83,6 +84,11 @@ def folder(tmp_path_factory):
     (root / "no_weights" / "pytorch_model.bin").write_bytes(b"")
     (root / "no_config").mkdir()
     return root
+
+
+def test_loading_prints_nothing(folder, capfd):
+    load_source(str(folder / "saved"))
+    assert capfd.readouterr() == ("", "")
 
 
 def run(folder, monkeypatch, source, *options, formats=("onnx",)):
