@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.bundles import edit_manifest, get_bundle, update_hash
+from helpers.counting_decoder import write_counting_decoder
 from helpers.decoders import generate_eager, get_decoder, make_prompts
 
 from rotary_export import RotaryExportError, load, load_decoder
@@ -248,6 +249,13 @@ def test_a_generation_config_that_is_not_applied_is_refused(llama, tmp_path):
 def test_what_is_not_a_decoder_is_refused(llama, tmp_path):
     with pytest.raises(RotaryExportError, match="has no key/value cache: export the model with"):
         load_decoder(get_bundle("plain").path)
+    slow = write_counting_decoder(tmp_path / "slow")
+    file = slow / "manifest.json"
+    file.write_text(file.read_text().replace("past_seq_len + seq_len", "past_seq_len + 1"))
+    with pytest.raises(
+        RotaryExportError, match=r"present\.0\.key has the length past_seq_len \+ 1"
+    ):
+        load_decoder(slow)
     damaged = shutil.copytree(llama[1], tmp_path / "b")
     (damaged / "generation_config.json").write_text("{}")
     with pytest.raises(RotaryExportError, match=r"generation_config\.json in .* is not the file"):

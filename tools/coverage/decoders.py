@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import transformers
 from coverage import build, discover
 from runs import describe_error, run_guarded
@@ -82,11 +83,12 @@ def try_family(family: str, cache: str) -> dict[str, Any]:
 
 def write_json(file: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows, and how many have which status."""
-    names = ("torch", "transformers", "onnx", "onnxruntime", "rotary_export")
+    names = ("torch", "transformers", "onnx", "rotary_export")
     summary = {
         "families": len(rows),
         **{c: Counter(row[c]["status"] for row in rows if c in row) for c in CACHES},
-        "versions": {name: version(name) for name in names},
+        "versions": {name: version(name) for name in names}
+        | {"onnxruntime": onnxruntime.__version__},
     }
     file.write_text(json.dumps({"summary": summary, "rows": rows}, indent=1) + "\n")
 

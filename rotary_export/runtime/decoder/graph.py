@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rotary_export.bundle.dims import BATCH, PAST, SEQ, is_past, name_output
+from rotary_export.bundle.dims import BATCH, PAST, SEQ, TOTAL, is_past, name_output
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
 from rotary_export.compat.ort_binding import make_binder
 from rotary_export.errors import RotaryExportError
@@ -39,6 +39,7 @@ class DecoderGraph:
         self._has_positions = any(info.name == POSITIONS for info in graph.inputs)
         self._tokens = _find_tokens(graph)
         self._logits = _find_logits(graph)
+        _check_growth(graph)
         self.num_tokens = _count_tokens(self._tokens, self._logits)
         caches = [info for info in graph.inputs if is_past(info.name)]
         # ONNX Runtime's CPU kernel that writes slots may write its own input; others need not.
@@ -134,6 +135,18 @@ def _find_logits(graph: GraphInfo) -> TensorInfo:
             f"{', '.join(info.name for info in graph.outputs)}"
         )
     return others[0]
+
+
+def _check_growth(graph: GraphInfo) -> None:
+    """Refuse a graph whose runs append another number of positions than they have tokens."""
+    shapes = {info.name: info.shape for info in graph.outputs}
+    for info in graph.inputs:
+        name = name_output(info.name)
+        if is_past(info.name) and info.shape[2] == PAST and shapes[name][2] != TOTAL:
+            raise RotaryExportError(
+                f"a decoder must append each token of a run to its cache, {name} has the length "
+                f"{shapes[name][2]} after {PAST} (x-transformers: export with cache_age=0)"
+            )
 
 
 def _count_tokens(tokens: TensorInfo, logits: TensorInfo) -> int:

@@ -154,6 +154,18 @@ def test_rows_become_more_and_fewer(bundle):
     assert np.array_equal(decoder.prefill(ids, mask), want)
 
 
+def test_no_run_ends_below_a_length_where_angles_change(bundle, monkeypatch):
+    """Else the shorter rows of a prompt would have other angles than the longest one."""
+    decoder, found = load_decoder(bundle.path), []
+    decoder._resets = decoder._lengths = [8]
+    run = decoder._graph.run
+    monkeypatch.setattr(
+        decoder._graph, "run", lambda *inputs: (found.append(int(inputs[1].max())), run(*inputs))[1]
+    )
+    decoder.prefill(*make_prompts([3, 12]), chunk=2)
+    assert found == [8, 10, 11, 11]  # the last position of each run, and the last tokens again
+
+
 def test_the_export_compares_tokens(bundle):
     assert len(bundle.report.generated) == 4
     assert all(each.passed for each in bundle.report.generated)
