@@ -112,7 +112,7 @@ def test_a_changed_file_is_refused(bundle):
 
 
 def test_a_kit_contains_the_files(bundle, tmp_path):
-    kit = deploy("node", bundle, tmp_path / "kit")
+    kit = deploy("cpp-onnxruntime", bundle, tmp_path / "kit")
     assert {file.name for file in (kit / "bundle").iterdir()} == {
         "manifest.json", *read_manifest(bundle).files,
     }  # fmt: skip
