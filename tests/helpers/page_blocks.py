@@ -122,6 +122,11 @@ def check_tool(file: Path, arguments: list[str]) -> None:
     text = file.read_text(encoding="utf-8")
     options = set(arguments)
     if file.suffix == ".py":
+        # Its own, and those of the modules beside it that it imports.
+        imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+        beside = [file.parent / f"{node.module}.py" for node in imports]
+        text += "".join(path.read_text(encoding="utf-8") for path in beside if path.is_file())
+        text = text.replace("from __future__ import annotations\n", "")
         calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
         added = [c for c in calls if ast.unparse(c.func).endswith("add_argument")]
         options = {a.value for c in added for a in c.args if isinstance(a, ast.Constant)}
