@@ -320,8 +320,8 @@ void TryAny() {
   c.heads = DrawSize(4);
   c.seq_len = DrawSize(Draw(200) == 0 ? 400 : 5);
   c.head_dim = 2 + DrawSize(Draw(100) == 0 ? 5000 : Draw(4) == 0 ? 320 : 66);
-  c.rotary_dim = Draw(2) == 0 ? c.head_dim / 2 * 2
-                              : 2 + 2 * DrawSize(static_cast<uint64_t>(c.head_dim / 2));
+  c.rotary_dim =
+      Draw(2) == 0 ? c.head_dim / 2 * 2 : 2 + 2 * DrawSize(static_cast<uint64_t>(c.head_dim / 2));
   c.in_offset = Draw(64), c.out_offset = Draw(64);
   Try(c);
 }
