@@ -51,7 +51,7 @@ def prepare_openvino(staging: Path, manifest: Manifest, graph: str) -> None:
             "openvino needs a whole model of float32 or float16 (of bfloat16, ONNX Runtime's CPU "
             "can't run it for comparison), got bfloat16"
         )
-    model = _widen_probes(_read(staging, manifest, graph))
+    model = _prepare_nodes(_read(staging, manifest, graph))
     _write(model, staging, manifest, graph)
 
 
@@ -113,8 +113,21 @@ def _move_weights(file: Path, data: Path, manifest: Manifest) -> None:
     file.with_name(FILE_NAME).write_text(moved.to_json(), encoding="utf-8")
 
 
-def _widen_probes(proto: Any) -> Any:
-    """Return the model with each probe of a rotary function expanded to the batch of its X.
+def _prepare_nodes(proto: Any) -> Any:
+    """Return the model without what OpenVINO computes wrongly or refuses."""
+    from onnxscript import ir
+
+    from rotary_export.fusion.operators.separate import separate_heads
+
+    model = ir.serde.deserialize_model(proto)
+    _widen_probes(model)
+    separate_heads(model)  # of grouped heads, OpenVINO 2026.4 can't merge the axes
+    model.graph.sort()
+    return ir.serde.serialize_model(model)
+
+
+def _widen_probes(model: Any) -> None:
+    """Expand each probe of a rotary function to the batch of its X.
 
     `export_model` calls a function with a constant row of batch 1 and one head for its tables.
     OpenVINO treats this call as a rotary embedding and fuses it to an op whose output has the
@@ -124,7 +137,6 @@ def _widen_probes(proto: Any) -> Any:
 
     from rotary_export.fusion.rules.join import is_rotary
 
-    model = ir.serde.deserialize_model(proto)
     done: set[Any] = set()
     for node in model.graph:
         if not is_rotary(node):
@@ -142,8 +154,6 @@ def _widen_probes(proto: Any) -> Any:
             probe.replace_all_uses_with(wide.outputs[0])
             wide.replace_input_with(0, probe)
             model.graph.insert_after(probe.producer(), [batch, ones, sizes, wide])
-    model.graph.sort()
-    return ir.serde.serialize_model(model)
 
 
 def _find_probes(tables: Sequence[Any]) -> set[Any]:

@@ -12,5 +12,6 @@
 - `values.py`: sizes, constants and attributes of values and nodes.
 - `symbolic/`: what each channel is computed from, and whether that is a rotation.
 - `rules/`: the rewrite rules, and the nodes that they write.
+- `operators/`: attention and norms in ONNX's own operators.
 - `check/`: runs the model before and after, and compares.
 """

@@ -18,6 +18,7 @@ from rotary_export.errors import RotaryExportError
 from rotary_export.exporters.onnx import strip_metadata, translate_op
 from rotary_export.exporters.onnx_file import take_weights, write_model
 from rotary_export.fusion.fuse import replace_rotations
+from rotary_export.fusion.operators.apply import write_operators
 from rotary_export.models.error_text import describe_error, explain_onnx_error
 from rotary_export.models.trace.adapt.adapt_program import adapt_program
 from rotary_export.models.trace.adapt.floor_division import translate_floor_division
@@ -88,6 +89,7 @@ def write_onnx(
     _rename(model, info, symbols)
     strip_metadata(model)
     fused = dict(replace_rotations(model, ()).fused) if fuse_inline else {}
+    write_operators(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     is_external = size > max_inline_bytes
     if is_external:
