@@ -41,14 +41,21 @@ from rotary_export.models.decoder.files import find_model_folder, write_model_fi
 from rotary_export.models.decoder.generate import encode_prompts
 from rotary_export.models.decoder.inputs import prepare_inputs
 from rotary_export.models.decoder.options import DecoderOptions
+from rotary_export.models.decoder.parts import Part, describe_blocks, split_model
+from rotary_export.models.error_text import name_model
 from rotary_export.models.prove.limited import describe_limits
-from rotary_export.models.prove.prove import ProofOptions, RejectedError, add_generated, prove
+from rotary_export.models.prove.prove import (
+    ProofOptions,
+    RejectedError,
+    UnknownCaseError,
+    add_generated,
+    prove,
+)
 from rotary_export.models.trace.snapshot import take_snapshot
 from rotary_export.models.write_graph import Written, write_covering, write_graph
 from rotary_export.models.write_onnx import MAX_INLINE_BYTES
 from rotary_export.op.onnx_signature import check_opset
 from rotary_export.package import __version__, find_versions
-from rotary_export.proof.models.compare import GRAPH
 from rotary_export.proof.models.frequencies import compare_frequencies
 from rotary_export.proof.models.input_values import write_input_values
 from rotary_export.proof.models.reference import Measured
@@ -72,6 +79,7 @@ def export_model(
     cache: str | None = None,
     max_cache_len: int | None = None,
     last_logits: bool = False,
+    inputs_embeds: bool = False,
     model_folder: str | os.PathLike[str] | None = None,
     prompts: Sequence[str | Sequence[int]] | None = None,
     quick: bool = False,
@@ -79,7 +87,10 @@ def export_model(
     keep_failed: str | os.PathLike[str] | None = None,
     progress: Progress = ignore_progress,
 ) -> Bundle:
-    """Export a model as a bundle of one graph, `model`, with its rotary embeddings fused.
+    """Export a model as a bundle with its rotary embeddings fused: of one graph, `model`.
+
+    An encoder-decoder of transformers becomes two, `encoder` and `decoder`, unless `cache` is
+    "none".
 
     The functions by which the model applies a rotary embedding are found by calling them. The op
     replaces them while the model is traced; then the model is restored. If no function does,
@@ -107,6 +118,9 @@ def export_model(
             `use_cache=True`.
         max_cache_len: How many positions a static cache holds.
         last_logits: Only the logits of the last position are an output.
+        inputs_embeds: The graph reads embeddings, (B, S, hidden_size), in place of token ids, as a
+            language model does whose prompts contain images or audio. Another graph,
+            `embed_tokens`, embeds tokens.
         model_folder: Of a model of transformers: its config, tokenizer and chat template become
             part of the bundle. Without it, the configs of the model do.
         prompts: That the proof of a decoder generates from: texts, for the tokenizer in
@@ -147,7 +161,7 @@ def export_model(
                 formats=formats,
                 max_inline_bytes=max_inline_bytes,
                 float32_tables=float32_tables,
-                decoder=DecoderOptions(cache, last_logits, max_cache_len),
+                decoder=DecoderOptions(cache, last_logits, max_cache_len, inputs_embeds),
                 model_folder=model_folder,
                 prompts=prompts,
                 options=options,
@@ -174,6 +188,7 @@ def prove_case(
     cache: str | None = None,
     max_cache_len: int | None = None,
     last_logits: bool = False,
+    inputs_embeds: bool = False,
     quick: bool = False,
     seed: int = 0,
     progress: Progress = ignore_progress,
@@ -193,6 +208,7 @@ def prove_case(
         cache: As `export_model`.
         max_cache_len: As `export_model`.
         last_logits: As `export_model`.
+        inputs_embeds: As `export_model`.
         quick: As `export_model`.
         seed: As `export_model`.
         progress: As `export_model`.
@@ -215,7 +231,7 @@ def prove_case(
             formats=formats,
             max_inline_bytes=max_inline_bytes,
             float32_tables=float32_tables,
-            decoder=DecoderOptions(cache, last_logits, max_cache_len),
+            decoder=DecoderOptions(cache, last_logits, max_cache_len, inputs_embeds),
             model_folder=None,
             prompts=None,
             options=ProofOptions(quick, seed, case),
@@ -254,32 +270,101 @@ def _build(
     inputs = prepare_inputs(model, example_inputs, decoder)
     if dtype is not None:
         model, inputs = convert_model(model, inputs, dtype)
-    with take_snapshot(model) as snapshot:
-        formula = Report()
-        formula.add(*compare_frequencies(model))
-        check_report(formula)
+    formula = Report()
+    formula.add(*compare_frequencies(model))
+    check_report(formula)
+    dtype_name = _find_dtype(model)
+    left_out_files = write_model_files(model, files_from, folder, dtype_name)
+    manifest: Manifest | None = None
+    report, notes, unknown = Report(), list[str](), list[UnknownCaseError]()
+    for part in split_model(model, inputs, decoder):
+        try:
+            proven, found, limits = _build_part(
+                part,
+                folder,
+                name,
+                dtype_name,
+                dynamic_shapes=dynamic_shapes if manifest is None else "auto",
+                opset=opset,
+                formats=formats,
+                max_inline_bytes=max_inline_bytes,
+                float32_tables=float32_tables,
+                decoder=decoder,
+                options=options,
+                progress=progress,
+            )
+        except UnknownCaseError as error:  # it may be one of another graph
+            unknown.append(error)
+            continue
+        manifest = proven if manifest is None else manifest.join(proven)
+        report.join(found)
+        notes += limits
+    if manifest is None:
+        raise unknown[0]
+    report.add(formula.rows, formula.unverified)
+    if options.case is None:
+        with take_snapshot(model) as snapshot:
+            add_generated(model, folder, manifest, rows, snapshot, report, options, progress)
+    notes += describe_blocks(model, decoder)
+    for note in [*notes, *_describe_cache(manifest), *left_out_files]:
+        report.notes.append(note)
+        warnings.warn(note, UsageWarning, stacklevel=2)
+    return manifest, report
+
+
+def _build_part(
+    part: Part,
+    folder: Path,
+    name: str,
+    dtype: str,
+    *,
+    dynamic_shapes: str | Mapping[str, Any] | None,
+    opset: int,
+    formats: Sequence[str],
+    max_inline_bytes: int,
+    float32_tables: bool,
+    decoder: DecoderOptions,
+    options: ProofOptions,
+    progress: Progress,
+) -> tuple[Manifest, Report, list[str]]:
+    """Write one graph in every format into a folder, and prove it."""
+    with take_snapshot(part.model) as snapshot:
 
         def analyze(trace_at: Mapping[str, int]) -> Analysis:
             analysis = analyze_model(
-                model, inputs, dynamic_shapes, snapshot, progress, float32_tables, trace_at
+                part.model,
+                part.inputs,
+                dynamic_shapes,
+                snapshot,
+                progress,
+                float32_tables,
+                trace_at,
             )
-            check_found(model, analysis.found, formats)
+            if part.is_rotary:
+                check_found(part.model, analysis.found, formats)
             return analysis
 
         def write(analysis: Analysis) -> Written:
             return write_graph(
-                analysis, snapshot, folder, formats, opset, max_inline_bytes, progress
+                analysis,
+                snapshot,
+                folder,
+                formats,
+                opset,
+                max_inline_bytes,
+                progress,
+                part.name,
+                part.is_rotary,
             )
 
         analysis, written = write_covering(analyze, write)
-        left_out_files = write_model_files(model, files_from, folder, _find_dtype(model))
 
         def make_manifest(
             limited: GraphInfo, measured: Sequence[Measured], left_out: dict[str, str]
         ) -> Manifest:
             config = _make_config(analysis, written, measured, left_out, options)
-            config |= describe_decoder(model, limited, decoder)
-            return _make_manifest(name, model, config, limited, opset, folder)
+            config |= describe_decoder(part.model, limited, decoder)
+            return _make_manifest(name, part, config, limited, opset, folder, dtype)
 
         manifest, report = prove(
             analysis,
@@ -292,14 +377,7 @@ def _build(
             options,
             progress,
         )
-        report.add(formula.rows, formula.unverified)
-        if options.case is None:
-            add_generated(model, folder, manifest, rows, snapshot, report, options, progress)
-        notes = describe_limits(analysis, written.constraints, snapshot)
-        for note in [*notes, *_describe_cache(manifest), *left_out_files]:
-            report.notes.append(note)
-            warnings.warn(note, UsageWarning, stacklevel=2)
-        return manifest, report
+        return manifest, report, describe_limits(analysis, written.constraints, snapshot)
 
 
 def _describe_cache(manifest: Manifest) -> list[str]:
@@ -330,7 +408,7 @@ def _make_config(
 ) -> dict[str, Any]:
     """Return what `verify` needs to make the cases again, and what was found."""
     return {
-        "model": type(analysis.flat.model).__name__,
+        "model": name_model(analysis.flat.model),
         "traced_sizes": analysis.traced_sizes,
         "length_thresholds": analysis.length_thresholds,
         "max_positions": analysis.max_positions,
@@ -351,20 +429,23 @@ def _make_config(
 
 def _make_manifest(
     name: str,
-    model: nn.Module,
+    part: Part,
     config: Mapping[str, Any],
     graph: GraphInfo,
     opset: int,
     folder: Path,
+    dtype: str,
 ) -> Manifest:
-    own = type(model).__module__.partition(".")[0]  # not installed if it is the user's own module
+    own = type(part.model).__module__.partition(".")[
+        0
+    ]  # not installed if it is the user's own module
     producers = find_versions(("torch", "onnx", "onnxscript", own))
     return Manifest(
         name=name,
         config=config,
-        dtype=_find_dtype(model),
+        dtype=dtype,
         opset=opset,
-        graphs={GRAPH: graph},
+        graphs={part.name: graph},
         minimum_onnxruntime=minimum_onnxruntime(opset),
         producers={"rotary_export": __version__} | producers,
         files={file.name: hash_file(file) for file in sorted(folder.iterdir())},
