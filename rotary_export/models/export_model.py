@@ -6,7 +6,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,7 @@ from rotary_export.bundle.folder import check_out, find_out, write_bundle
 from rotary_export.bundle.manifest import (
     DEFAULT_FORMATS,
     FILE_NAME,
-    GraphInfo,
     Manifest,
-    hash_file,
 )
 from rotary_export.errors import RotaryExportError, UsageWarning
 from rotary_export.exporters.export import (
@@ -28,39 +26,25 @@ from rotary_export.exporters.export import (
     check_formats,
     finish_bundle,
 )
-from rotary_export.exporters.onnx import minimum_onnxruntime
 from rotary_export.graphs.config import DTYPES
-from rotary_export.models.analyze import (
-    Analysis,
-    analyze_model,
-    check_found,
-)
 from rotary_export.models.convert import convert_model
-from rotary_export.models.decoder.describe import describe_decoder
 from rotary_export.models.decoder.files import find_model_folder, write_model_files
 from rotary_export.models.decoder.generate import encode_prompts
 from rotary_export.models.decoder.inputs import prepare_inputs
 from rotary_export.models.decoder.options import DecoderOptions
-from rotary_export.models.decoder.parts import Part, describe_blocks, split_model
-from rotary_export.models.error_text import name_model
-from rotary_export.models.prove.limited import describe_limits
+from rotary_export.models.decoder.parts import describe_blocks, split_model
+from rotary_export.models.prove.build_graph import build_graph
 from rotary_export.models.prove.prove import (
     ProofOptions,
     RejectedError,
     UnknownCaseError,
     add_generated,
-    prove,
 )
 from rotary_export.models.trace.snapshot import take_snapshot
-from rotary_export.models.write_graph import Written, write_covering, write_graph
 from rotary_export.models.write_onnx import MAX_INLINE_BYTES
 from rotary_export.op.onnx_signature import check_opset
-from rotary_export.package import __version__, find_versions
 from rotary_export.proof.models.frequencies import compare_frequencies
-from rotary_export.proof.models.input_values import write_input_values
-from rotary_export.proof.models.reference import Measured
 from rotary_export.proof.report import Report, check_report
-from rotary_export.runtime.compiled import COMPILED_FOR
 from rotary_export.types import Progress, ignore_progress, name_dtype
 
 
@@ -277,14 +261,20 @@ def _build(
     left_out_files = write_model_files(model, files_from, folder, dtype_name)
     manifest: Manifest | None = None
     report, notes, unknown = Report(), list[str](), list[UnknownCaseError]()
-    for part in split_model(model, inputs, decoder):
+    parts = split_model(model, inputs, decoder)
+    if len(parts) > 1 and dynamic_shapes != "auto":
+        raise RotaryExportError(
+            f"dynamic_shapes must be 'auto' where a model becomes several graphs, "
+            f"{', '.join(part.name for part in parts)}, got {dynamic_shapes!r}"
+        )
+    for part in parts:
         try:
-            proven, found, limits = _build_part(
+            proven, found, limits = build_graph(
                 part,
                 folder,
                 name,
                 dtype_name,
-                dynamic_shapes=dynamic_shapes if manifest is None else "auto",
+                dynamic_shapes=dynamic_shapes,
                 opset=opset,
                 formats=formats,
                 max_inline_bytes=max_inline_bytes,
@@ -296,6 +286,11 @@ def _build(
         except UnknownCaseError as error:  # it may be one of another graph
             unknown.append(error)
             continue
+        except RejectedError as error:
+            if manifest is not None:  # of the graphs before it
+                parity = error.manifest.parity
+                error.manifest = replace(manifest.join(error.manifest), parity=parity)
+            raise
         manifest = proven if manifest is None else manifest.join(proven)
         report.join(found)
         notes += limits
@@ -310,74 +305,6 @@ def _build(
         report.notes.append(note)
         warnings.warn(note, UsageWarning, stacklevel=2)
     return manifest, report
-
-
-def _build_part(
-    part: Part,
-    folder: Path,
-    name: str,
-    dtype: str,
-    *,
-    dynamic_shapes: str | Mapping[str, Any] | None,
-    opset: int,
-    formats: Sequence[str],
-    max_inline_bytes: int,
-    float32_tables: bool,
-    decoder: DecoderOptions,
-    options: ProofOptions,
-    progress: Progress,
-) -> tuple[Manifest, Report, list[str]]:
-    """Write one graph in every format into a folder, and prove it."""
-    with take_snapshot(part.model) as snapshot:
-
-        def analyze(trace_at: Mapping[str, int]) -> Analysis:
-            analysis = analyze_model(
-                part.model,
-                part.inputs,
-                dynamic_shapes,
-                snapshot,
-                progress,
-                float32_tables,
-                trace_at,
-            )
-            if part.is_rotary:
-                check_found(part.model, analysis.found, formats)
-            return analysis
-
-        def write(analysis: Analysis) -> Written:
-            return write_graph(
-                analysis,
-                snapshot,
-                folder,
-                formats,
-                opset,
-                max_inline_bytes,
-                progress,
-                part.name,
-                part.is_rotary,
-            )
-
-        analysis, written = write_covering(analyze, write)
-
-        def make_manifest(
-            limited: GraphInfo, measured: Sequence[Measured], left_out: dict[str, str]
-        ) -> Manifest:
-            config = _make_config(analysis, written, measured, left_out, options)
-            config |= describe_decoder(part.model, limited, decoder)
-            return _make_manifest(name, part, config, limited, opset, folder, dtype)
-
-        manifest, report = prove(
-            analysis,
-            written.graph,
-            written.constraints,
-            written.traced,
-            snapshot,
-            folder,
-            make_manifest,
-            options,
-            progress,
-        )
-        return manifest, report, describe_limits(analysis, written.constraints, snapshot)
 
 
 def _describe_cache(manifest: Manifest) -> list[str]:
@@ -397,60 +324,6 @@ def _keep(staging: Path, path: Path, manifest: Manifest, force: bool) -> None:
     with write_bundle(path, force) as folder:
         copy_tree(staging, folder)
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-
-
-def _make_config(
-    analysis: Analysis,
-    written: Written,
-    measured: Sequence[Measured],
-    left_out: Mapping[str, str],
-    options: ProofOptions,
-) -> dict[str, Any]:
-    """Return what `verify` needs to make the cases again, and what was found."""
-    return {
-        "model": name_model(analysis.flat.model),
-        "traced_sizes": analysis.traced_sizes,
-        "length_thresholds": analysis.length_thresholds,
-        "max_positions": analysis.max_positions,
-        "last_position": analysis.last,
-        "sizes_to_verify": written.constraints.sizes_to_verify,
-        "unverified": written.constraints.unverified,
-        "mismatched": written.constraints.mismatched,
-        "limits": written.constraints.reasons,
-        "left_out": dict(left_out),
-        "float32_tables": analysis.flat.float32_tables,
-        "quick": options.quick,
-        "seed": options.seed,
-        "input_values": write_input_values(analysis.input_values),
-        "cases": [each.to_dict() for each in measured],
-        "rotary": [asdict(each) for each in (*analysis.found.findings, *written.inline)],
-    }
-
-
-def _make_manifest(
-    name: str,
-    part: Part,
-    config: Mapping[str, Any],
-    graph: GraphInfo,
-    opset: int,
-    folder: Path,
-    dtype: str,
-) -> Manifest:
-    own = type(part.model).__module__.partition(".")[
-        0
-    ]  # not installed if it is the user's own module
-    producers = find_versions(("torch", "onnx", "onnxscript", own))
-    return Manifest(
-        name=name,
-        config=config,
-        dtype=dtype,
-        opset=opset,
-        graphs={part.name: graph},
-        minimum_onnxruntime=minimum_onnxruntime(opset),
-        producers={"rotary_export": __version__} | producers,
-        files={file.name: hash_file(file) for file in sorted(folder.iterdir())},
-        compiled_for=COMPILED_FOR if "aoti" in graph.files else {},
-    )
 
 
 def _find_dtype(model: nn.Module) -> str:

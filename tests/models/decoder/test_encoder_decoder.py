@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import transformers
 from click.testing import CliRunner
 from helpers.bundles import make_folder
 from helpers.multimodal_models import make_moonshine
-from helpers.tiny_models import make_model
+from helpers.tiny_models import SIZES, make_model
 
 from rotary_export import (
     RotaryExportError,
@@ -22,12 +23,24 @@ from rotary_export import (
     verify,
     verify_model,
 )
+from rotary_export.bundle.manifest import (
+    GraphInfo,
+    Manifest,
+    TensorInfo,
+    hash_file,
+    read_manifest,
+)
 from rotary_export.cli.main import cli
+from rotary_export.compat.transformers import count_frames, list_frame_counters
 from rotary_export.errors import CheckFailedError
+from rotary_export.models.analyze import find_rotary_calls
 from rotary_export.models.decoder.encoder import Encoder, make_first_tokens
 from rotary_export.models.decoder.inputs import prepare_inputs
 from rotary_export.models.decoder.options import DecoderOptions
 from rotary_export.models.decoder.parts import split_model
+from rotary_export.models.export_model import prove_case
+from rotary_export.models.prove.prove import RejectedError, UnknownCaseError
+from rotary_export.proof.report import Report
 from rotary_export.runtime.decoder.decoder import Decoder
 
 LENGTHS = [9000, 6000, 2500]  # samples
@@ -267,6 +280,90 @@ def test_without_a_cache_it_is_one_graph():
     given = AUDIO | {"decoder_input_ids": torch.ones(1, 3).long()}
     (part,) = split_model(model, prepare_inputs(model, given, DecoderOptions()), DecoderOptions())
     assert part.name == "model"
+
+
+def test_t5gemma_is_split_in_the_same_way():
+    sizes = SIZES | {"num_hidden_layers": 1, "head_dim": 16, "query_pre_attn_scalar": 16}
+    config = transformers.T5GemmaConfig(
+        encoder=sizes, decoder=sizes, vocab_size=96, bos_token_id=1, pad_token_id=0, eos_token_id=2
+    )
+    model = transformers.T5GemmaForConditionalGeneration(config).eval()
+    options = DecoderOptions()
+    decoder, encoder = split_model(model, prepare_inputs(model, None, options), options)
+    assert [*encoder.inputs] == ["input_ids", "attention_mask"]
+    assert [*decoder.inputs] == ["input_ids", "past_key_values", "encoder_attention_mask"]
+    encoded = encoder.model(**encoder.inputs)
+    logits = decoder.model(**decoder.inputs)["logits"]
+    want = model(**encoder.inputs, decoder_input_ids=decoder.inputs["input_ids"]).logits
+    torch.testing.assert_close(logits, want)
+    assert torch.equal(encoded["encoder_attention_mask"], encoder.inputs["attention_mask"])
+
+
+def test_rotary_calls_of_both_graphs_are_listed():
+    found = find_rotary_calls(make_moonshine(), None)
+    assert (found.calls, found.fused, len(found.findings)) == (2, 2, 2)
+
+
+def test_frames_are_counted_as_moonshine_does():
+    """In whole numbers, where it truncates a quotient."""
+    (encoder, *_) = list_frame_counters(make_moonshine())
+    for samples in range(895, 4000):
+        assert count_frames(samples) == encoder._get_feat_extract_output_lengths(samples)
+
+
+@pytest.fixture
+def fake_builds(monkeypatch):
+    """Replace what builds a graph by what a test says of each."""
+
+    def replace(results):
+        def build(part, folder, name, dtype, **options):
+            (folder / f"{part.name}.onnx").write_bytes(b"")
+            tensors = (TensorInfo("x", "float32", (1,)),)
+            graph = GraphInfo(tensors, tensors, {"onnx": f"{part.name}.onnx"})
+            files = {file.name: hash_file(file) for file in folder.iterdir()}
+            minimum = {"fused": "1.20", "portable": "1.20"}
+            config = {"model": part.name, "seed": 0}
+            manifest = Manifest(name, config, dtype, 23, {part.name: graph}, minimum, {}, files)
+            return results[part.name](manifest)
+
+        monkeypatch.setattr("rotary_export.models.export_model.build_graph", build)
+
+    return replace
+
+
+def test_a_rejected_bundle_has_the_graphs_before(fake_builds, tmp_path):
+    def reject(manifest):
+        parity = {"passed": False, "error": "it differs"}
+        raise RejectedError("it differs", replace(manifest, parity=parity), "", 0)
+
+    fake_builds({"decoder": lambda manifest: (manifest, Report(), []), "encoder": reject})
+    with pytest.raises(RejectedError, match="it differs"):
+        export_model(
+            make_moonshine(), None, tmp_path / "b", formats=["onnx"], keep_failed=tmp_path / "kept"
+        )
+    manifest = read_manifest(tmp_path / "kept")
+    assert [*manifest.graphs] == ["decoder", "encoder"]
+    assert manifest.parity["error"] == "it differs"
+    assert [manifest.select(name).config["model"] for name in manifest.graphs] == [
+        "decoder", "encoder"
+    ]  # fmt: skip
+
+
+def test_a_case_may_be_one_of_either_graph(fake_builds):
+    def refuse(manifest):
+        raise UnknownCaseError("case must be one of: a; got 'b'")
+
+    report = Report(shapes={"encoder": ["b"]})
+    fake_builds({"decoder": refuse, "encoder": lambda manifest: (manifest, report, [])})
+    assert prove_case(make_moonshine(), None, "b").shapes == {"encoder": ["b"]}
+    fake_builds({"decoder": refuse, "encoder": refuse})
+    with pytest.raises(RotaryExportError, match="case must be one of: a; got 'b'"):
+        prove_case(make_moonshine(), None, "b")
+
+
+def test_sizes_of_several_graphs_are_found(tmp_path):
+    with pytest.raises(RotaryExportError, match=r"'auto' where .* decoder, encoder, got None"):
+        export_model(make_moonshine(), None, tmp_path / "b", dynamic_shapes=None)
 
 
 def test_the_first_token_is_that_of_the_config():

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers.bundles import make_folder
 from helpers.decoders import generate_eager, make_prompts
 from helpers.multimodal_models import IMAGE_TOKEN, make_gemma3, make_qwen2_vl
@@ -15,6 +16,7 @@ from helpers.tiny_models import make_model
 from torch import nn
 
 from rotary_export import RotaryExportError, export_model, load, load_decoder, verify_model
+from rotary_export.cli.main import cli
 from rotary_export.deploy.deploy import deploy
 from rotary_export.models.decoder.inputs import prepare_inputs
 from rotary_export.models.decoder.options import DecoderOptions
@@ -135,6 +137,25 @@ def test_refused(case):
 def test_a_number_is_no_bool():
     with pytest.raises(RotaryExportError, match="inputs_embeds must be a bool, got 1"):
         DecoderOptions(inputs_embeds=1)
+
+
+def test_a_kit_for_javascript_has_both_graphs(tmp_path):
+    """transformers.js does not open them, so that nothing is moved for it."""
+    kit = deploy("node", get_tower("gemma3")[1].path, tmp_path / "kit")
+    assert {file.name for file in (kit / "bundle").glob("*.onnx")} == {
+        "model.onnx", "embed_tokens.onnx"
+    }  # fmt: skip
+
+
+def test_the_command_line(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(make_qwen2_vl().config.to_json_string(use_diff=False))
+    command = ["export-model", str(path), "--inputs-embeds", "--dry-run"]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 0, done.output
+    assert "1 of 1 rotary calls would be fused" in done.output
+    done = CliRunner().invoke(cli, [*command, "--cache", "static", "--max-cache-len", "8"])
+    assert (done.exit_code, "positions of one axis" in done.stderr) == (2, True)
 
 
 def test_genai_has_no_such_input(tmp_path):
