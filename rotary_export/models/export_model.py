@@ -16,6 +16,7 @@ from torch import nn
 from rotary_export.bundle.copy_files import copy_tree
 from rotary_export.bundle.folder import check_out, find_out, write_bundle
 from rotary_export.bundle.manifest import (
+    DECODER,
     DEFAULT_FORMATS,
     FILE_NAME,
     Manifest,
@@ -267,6 +268,8 @@ def _build(
             f"dynamic_shapes must be 'auto' where a model becomes several graphs, "
             f"{', '.join(part.name for part in parts)}, got {dynamic_shapes!r}"
         )
+    if rows is not None and parts[0].name == DECODER:
+        raise RotaryExportError("prompts are for a decoder alone: those of an encoder are made")
     for part in parts:
         try:
             proven, found, limits = build_graph(

@@ -116,21 +116,25 @@ def split_encoder_decoder(
             f"the decoder of {name} makes its keys of the encoder's output in another way than by "
             "one linear layer: pass cache='none' (--cache none)"
         )
+    step: dict[str, Any] = {"input_ids": ids, "past_key_values": _make_first_cache(cache)}
+    if MASK in encoded:
+        step[MASK] = encoded[MASK]
+    decoder = DecoderStep(model, outputs)
+    return (DECODER, decoder.eval(), step), (ENCODER, encoder.eval(), dict(inputs))
+
+
+def _make_first_cache(cache: Any) -> Any:
+    """Return the cache of a first step: no tokens, and what the encoder made."""
     from rotary_export.models.decoder.cross import CrossCache
 
     layers = zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True)
-    past = CrossCache(
+    return CrossCache(
         [
             tensor
             for own, cross in layers
             for tensor in (own.keys[:, :, :0], own.values[:, :, :0], cross.keys, cross.values)
         ]
     )
-    step: dict[str, Any] = {"input_ids": ids, "past_key_values": past}
-    if MASK in encoded:
-        step[MASK] = encoded[MASK]
-    decoder = DecoderStep(model, outputs)
-    return (DECODER, decoder.eval(), step), (ENCODER, encoder.eval(), dict(inputs))
 
 
 class Encoder(nn.Module):

@@ -95,26 +95,10 @@ def compare_generated(
         return [], {NOT_COMPARED: f"{type(model).__name__} has no generate of transformers"}
     if manifest.config.get("float32_tables"):
         return [], {NOT_COMPARED: "the graph's tables are float32, the model's own are not"}
-    if has_encoder and prompts:
-        raise RotaryExportError(
-            "prompts are for a decoder alone: those of an encoder-decoder are made"
-        )
     progress(f"generate: {name}")
-
-    def open_graph(graph: str) -> OrtSession | None:
-        if graph not in manifest.graphs:
-            return None
-        return cast(OrtSession, open_session(folder, manifest, graph, "onnxruntime"))
-
     start = int(make_first_tokens(model, 1)) if has_encoder else None
     try:
-        decoder = Decoder(
-            cast(OrtSession, open_graph(name)),
-            manifest.config,
-            {START: start},
-            open_graph(EMBED),
-            open_graph(ENCODER),
-        )
+        decoder = _open_decoder(folder, manifest, name, start)
     except RotaryExportError as error:  # as ONNX Runtime's CPU for bfloat16
         return [], {NOT_COMPARED: str(error)}
     count = QUICK_TOKENS if quick else NEW_TOKENS
@@ -150,6 +134,16 @@ def compare_generated(
         if not found[-1].passed:
             break
     return found, {}
+
+
+def _open_decoder(folder: Path, manifest: Manifest, name: str, start: int | None) -> Decoder:
+    sessions = {
+        graph: cast(OrtSession, open_session(folder, manifest, graph, "onnxruntime"))
+        for graph in (name, EMBED, ENCODER)
+        if graph in manifest.graphs
+    }
+    others = sessions.get(EMBED), sessions.get(ENCODER)
+    return Decoder(sessions[name], manifest.config, {START: start}, *others)
 
 
 def encode_prompts(

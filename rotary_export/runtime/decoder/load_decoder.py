@@ -66,6 +66,6 @@ def load_decoder(
     files = [read_json_object(path / name) for name in given]
     generation = files[0] if files else {}
     if has_encoder and generation.get(START) is None:
-        found = (each.get(name) for name in (START, "bos_token_id") for each in files)
+        found = (each.get(name) for each in files for name in (START, "bos_token_id"))
         generation[START] = next((token for token in found if token is not None), None)
     return Decoder(session, manifest.config, generation, embed, encoder)

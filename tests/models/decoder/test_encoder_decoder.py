@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from helpers.bundles import make_folder
+from helpers.bundles import make_folder, update_hash
 from helpers.multimodal_models import make_moonshine
 from helpers.tiny_models import SIZES, make_model
 
@@ -148,6 +150,18 @@ def load_first(first, audio):
     with torch.no_grad():
         outputs = get_moonshine()[0](**audio, decoder_input_ids=torch.from_numpy(first))
     return outputs.logits[:, -1].numpy()
+
+
+@pytest.mark.parametrize(
+    ("generation", "token"),
+    [({"decoder_start_token_id": 5}, 5), ({"bos_token_id": 6}, 6), ({}, 1)],
+    ids=["start", "begin", "config.json"],
+)
+def test_the_first_token_of_a_bundle(tmp_path, generation, token):
+    path = shutil.copytree(get_moonshine()[1].path, tmp_path / "b")
+    (path / "generation_config.json").write_text(json.dumps(generation))
+    update_hash(path, "generation_config.json")
+    assert load_decoder(path).encode(**to_numpy(make_audio([2000]))).tolist() == [[token]]
 
 
 def test_the_loop_of_two_sessions():
@@ -364,6 +378,11 @@ def test_a_case_may_be_one_of_either_graph(fake_builds):
 def test_sizes_of_several_graphs_are_found(tmp_path):
     with pytest.raises(RotaryExportError, match=r"'auto' where .* decoder, encoder, got None"):
         export_model(make_moonshine(), None, tmp_path / "b", dynamic_shapes=None)
+
+
+def test_prompts_are_for_a_decoder_alone(tmp_path):
+    with pytest.raises(RotaryExportError, match="prompts are for a decoder alone"):
+        export_model(make_moonshine(), None, tmp_path / "b", prompts=[[1, 2]])
 
 
 def test_the_first_token_is_that_of_the_config():
