@@ -126,7 +126,7 @@ print(json.dumps(len(getattr(model, "ropes", ()))))
 
 def run_python(environment: Path, kit: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a kit's folder, with its environment."""
-    command = [str(environment / "bin" / "python"), "-B", *arguments]
+    command = [str(environment / "bin" / "python"), *arguments]
     return subprocess.run(command, cwd=kit, capture_output=True, text=True, timeout=300)
 
 

@@ -1,9 +1,10 @@
-"""Decoders that read text, exported once per process, and what transformers generates."""
+"""Decoders that read text, and what transformers generates."""
 
 from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,12 @@ from typing import Any
 import torch
 from helpers.bundles import make_folder
 from helpers.decoders import export_decoder, generate_eager
-from helpers.real_models import require_model
 from helpers.tiny_models import make_model
 
 TOKENS = 32
 MERGES = [("t", "h"), ("th", "e"), ("a", "n"), ("i", "n"), ("e", "r")]
 SPACE = "\u0120"  # as byte-level tokenizers write it
-TEXTS = {
-    "tiny": ("the rain in Spain, ran.", "a man", "there: the end"),
-    "smollm2": ("The capital of France is", "Once upon a time, there was", "Water boils"),
-}
+TEXTS = ("the rain in Spain, ran.", "a man", "there: the end")
 
 
 @dataclass(frozen=True)
@@ -47,28 +44,22 @@ class TextDecoder:
 
 
 @functools.cache
-def get_text_decoder(name: str) -> TextDecoder:
-    """Return the tiny Llama, "tiny", or SmolLM2 with its trained weights, "smollm2"."""
-    import transformers
+def get_text_decoder() -> TextDecoder:
+    """Return the tiny Llama with a tokenizer of its own."""
+    folder, model = make_tokenizer(make_folder() / "tokenizer"), make_model("llama")
+    bundle = export_decoder(model, make_folder() / "text", model_folder=folder)
+    return make_text_decoder("llama, two layers", model, bundle, TEXTS)
+
+
+def make_text_decoder(title: str, model: Any, bundle: Path, texts: Sequence[str]) -> TextDecoder:
+    """Generate from texts by transformers; the bundle contains the tokenizer."""
     from tokenizers import Tokenizer
 
-    if name == "tiny":
-        folder, model = make_tokenizer(make_folder() / "tokenizer"), make_model("llama")
-    else:
-        folder = require_model(name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    bundle = export_decoder(model, make_folder() / f"text-{name}", model_folder=folder)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    prompts = [tokenizer.encode(text).ids for text in TEXTS[name]]
-    return TextDecoder(
-        "llama, two layers" if name == "tiny" else "SmolLM2-135M-Instruct",
-        model,
-        model.config.num_hidden_layers,
-        bundle,
-        TEXTS[name],
-        prompts,
-        [generate_row(model, prompt) for prompt in prompts],
-    )
+    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    prompts = [tokenizer.encode(text).ids for text in texts]
+    expected = [generate_row(model, prompt) for prompt in prompts]
+    layers = model.config.num_hidden_layers
+    return TextDecoder(title, model, layers, bundle, tuple(texts), prompts, expected)
 
 
 def generate_row(model: Any, prompt: list[int]) -> list[int]:

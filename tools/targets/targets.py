@@ -108,7 +108,7 @@ def main() -> None:
             print(f"lost: {loss}")
         sys.exit(bool(losses))
     shutil.rmtree(ROWS, ignore_errors=True)
-    tests = [str(ROOT / "tests" / folder) for folder in ("deploy", "serving")]
+    tests = [str(ROOT / "tests" / folder) for folder in ("deploy", "serving", "real")]
     if subprocess.run([sys.executable, "-m", "pytest", *tests], check=False).returncode:
         sys.exit(1)
     RESULTS.write_text(json.dumps(read_rows(), indent=1) + "\n", encoding="utf-8")

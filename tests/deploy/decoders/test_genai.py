@@ -16,7 +16,7 @@ from rotary_export.op.library import LIBRARY_NAME
 
 @pytest.fixture
 def bundle(tmp_path):
-    return shutil.copytree(get_text_decoder("tiny").bundle, tmp_path / "bundle")
+    return shutil.copytree(get_text_decoder().bundle, tmp_path / "bundle")
 
 
 def edit_decoder(bundle, **changed):
