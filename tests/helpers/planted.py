@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from rotary_export.models import export_model as module
+from rotary_export.models.prove import build_graph as module
 from rotary_export.models.find import replace
 
 
