@@ -84,7 +84,7 @@ class Decoder:
         start = self._generation.get(START)
         if type(start) is not int:
             raise RotaryExportError(f"the bundle's config must have {START}, got {start!r}")
-        self._width = 0  # of a batch that attends to other rows
+        self._width, self._batch = 0, object()  # no batch attends to other rows than it had
         return np.full((self._graph.set_encoded(self.encoder(**inputs)), 1), start)
 
     def generate(

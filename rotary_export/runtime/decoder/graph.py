@@ -74,6 +74,10 @@ class DecoderGraph:
     def set_encoded(self, outputs: Mapping[str, Any]) -> int:
         """Keep what an encoder returned; return how many rows it has."""
         found = {name.replace("present", "past_key_values", 1): v for name, v in outputs.items()}
+        if missing := [name for name in self._encoded_names if name not in found]:
+            raise RotaryExportError(
+                f"an encoder must return what its decoder reads, got no {', '.join(missing)}"
+            )
         self._encoded = {name: np.ascontiguousarray(found[name]) for name in self._encoded_names}
         return len(next(iter(self._encoded.values())))
 

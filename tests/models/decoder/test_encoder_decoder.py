@@ -146,6 +146,17 @@ def test_beams_keep_what_their_row_heard(decoder):
     np.testing.assert_allclose(again, load_first(first, audio), rtol=0, atol=2e-4)
 
 
+def test_a_batch_ends_where_others_are_encoded(decoder):
+    audio = to_numpy(make_audio(LENGTHS[:1]))
+    stream = decoder.stream(decoder.encode(**audio), max_new_tokens=4, eos_token_id=[])
+    next(stream)
+    decoder.encode(**audio)
+    with pytest.raises(RotaryExportError, match="has begun another batch: read a stream first"):
+        next(stream)
+    with pytest.raises(RotaryExportError, match="step must follow prefill"):
+        decoder.step([5])
+
+
 def load_first(first, audio):
     with torch.no_grad():
         outputs = get_moonshine()[0](**audio, decoder_input_ids=torch.from_numpy(first))
@@ -404,6 +415,8 @@ def test_what_a_decoder_refuses(decoder, tmp_path):
         decoder.encode(input_values=np.zeros((1, 2000), np.float32))
     with pytest.raises(RotaryExportError, match="encode is for an encoder-decoder, the model has"):
         Decoder(decoder.session, {}, {}).encode()
+    with pytest.raises(RotaryExportError, match=r"got no past_key_values.0.encoder.key, past_key"):
+        decoder._graph.set_encoded({"last_hidden_state": np.zeros((1, 2, 32), np.float32)})
     with pytest.raises(
         RotaryExportError, match="config must have decoder_start_token_id, got None"
     ):
@@ -412,5 +425,7 @@ def test_what_a_decoder_refuses(decoder, tmp_path):
         RotaryExportError, match=r"no graph 'rotate' or 'model'; it has decoder, en"
     ):
         load(path)
+    shown = CliRunner().invoke(cli, ["inspect", str(path), "--json"])
+    assert len(json.loads(shown.output)["rotary"]) == 2  # of both graphs
     done = CliRunner().invoke(cli, ["generate", str(path), "--ids", "1"])
     assert (done.exit_code, "encode must come first" in done.stderr) == (2, True)

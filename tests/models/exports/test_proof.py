@@ -11,9 +11,8 @@ from torch import nn
 import rotary_export
 from rotary_export.errors import CheckFailedError, RotaryExportError
 from rotary_export.models import export_model as module
-from rotary_export.models.prove import build_graph
 from rotary_export.models.arguments import FlatModel
-from rotary_export.models.prove import verify_model
+from rotary_export.models.prove import build_graph, verify_model
 from rotary_export.models.prove.prove import RejectedError
 
 
