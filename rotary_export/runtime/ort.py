@@ -20,10 +20,9 @@ from rotary_export.runtime.providers import (
     library_refusal,
 )
 from rotary_export.runtime.session import Session, Tensors, resolve_shape
-from rotary_export.runtime.tensors import is_torch, make_dtype
+from rotary_export.runtime.tensors import ELEMENT_TYPES, is_torch, make_dtype
 from rotary_export.types import name_dtype
 
-_ONNX_BFLOAT16 = 16
 _NO_ELEMENTS = np.zeros(1)
 
 
@@ -163,16 +162,14 @@ def _name_kernel(provider: str) -> str:
     return "cuda" if provider == CUDA else op_library.instruction_set()
 
 
-def _describe(buffer: Any) -> tuple[str, int, Any, tuple[int, ...], int]:
+def _describe(buffer: Any) -> tuple[str, int, int, tuple[int, ...], int]:
     """Return device, device id, element type, shape and address, as an IO binding requires them."""
+    element = ELEMENT_TYPES[name_dtype(buffer.dtype)]
     if is_torch(buffer):
-        name = name_dtype(buffer.dtype)
-        element = _ONNX_BFLOAT16 if name == "bfloat16" else np.dtype(name).type
         device = buffer.device
         # A tensor without elements has a null address, which ORT refuses.
         address = buffer.data_ptr() or _NO_ELEMENTS.ctypes.data
         return device.type, device.index or 0, element, tuple(buffer.shape), address
-    element = _ONNX_BFLOAT16 if buffer.dtype.name == "bfloat16" else buffer.dtype.type
     return "cpu", 0, element, buffer.shape, buffer.ctypes.data
 
 

@@ -10,6 +10,23 @@ import numpy as np
 from rotary_export.errors import RotaryExportError
 from rotary_export.types import Array, name_dtype
 
+# ONNX's numbers of the types that numpy and torch share.
+ELEMENT_TYPES = {
+    "float32": 1,
+    "uint8": 2,
+    "int8": 3,
+    "uint16": 4,
+    "int16": 5,
+    "int32": 6,
+    "int64": 7,
+    "bool": 9,
+    "float16": 10,
+    "float64": 11,
+    "uint32": 12,
+    "uint64": 13,
+    "bfloat16": 16,
+}
+
 
 def is_torch(value: object) -> bool:
     """Whether value is a torch tensor, without importing torch."""

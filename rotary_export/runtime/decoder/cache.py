@@ -12,15 +12,8 @@ import numpy as np
 from rotary_export.bundle.dims import name_output, read_bounded
 from rotary_export.bundle.manifest import TensorInfo
 from rotary_export.compat.ort_binding import Binder
-from rotary_export.runtime.tensors import make_dtype
+from rotary_export.runtime.tensors import ELEMENT_TYPES, make_dtype
 from rotary_export.types import Array
-
-ONNX_BFLOAT16 = 16
-
-
-def name_element(dtype: np.dtype[Any]) -> Any:
-    """Return an element type as IO binding requires it."""
-    return ONNX_BFLOAT16 if dtype.name == "bfloat16" else dtype
 
 
 @dataclass
@@ -31,6 +24,7 @@ class _Group:
         heads: N.
         head_dim: H.
         dtype: Of the elements.
+        element: ONNX's number of it.
         window: How many positions it keeps at most; None: all.
         names: Of each tensor's input and output.
         sets: (tensors, elements) arrays.
@@ -40,6 +34,7 @@ class _Group:
     heads: int
     head_dim: int
     dtype: np.dtype[Any]
+    element: int
     window: int | None
     names: list[tuple[str, str]]
     sets: list[Array]
@@ -82,7 +77,8 @@ class GrowingCache:
             dtype = make_dtype(info.dtype)
             empty = np.empty((0, 0), dtype)
             window = bounded and bounded[1]
-            new = _Group(heads, head_dim, dtype, window, [], [empty, empty], [[], []])
+            element, sets = ELEMENT_TYPES[info.dtype], [empty, empty]
+            new = _Group(heads, head_dim, dtype, element, window, [], sets, [[], []])
             group = groups.setdefault((heads, head_dim, length, info.dtype), new)
             group.names.append((info.name, name_output(info.name)))
         self._groups = [*groups.values()]
@@ -99,7 +95,7 @@ class GrowingCache:
         read, write = self._current, 1 - self._current
         device, bind_input, bind_output = binder.device, binder.bind_input, binder.bind_output
         for group in self._groups:
-            heads, head_dim, element = group.heads, group.head_dim, name_element(group.dtype)
+            heads, head_dim, element = group.heads, group.head_dim, group.element
             if not group.addresses[read]:
                 group.allocate(read, 1)  # of no position, but with an address
             old_len, new_len = group.count_kept(past), group.count_kept(total)
@@ -159,7 +155,7 @@ class StaticCache:
             return
         both = self._sets[self._current], self._sets[self._next]
         for info, source, target in zip(self._infos, *both, strict=True):
-            form = name_element(source.dtype), source.shape
+            form = ELEMENT_TYPES[info.dtype], source.shape
             binder.bind_input(info.name, *binder.device, *form, source.ctypes.data)
             binder.bind_output(name_output(info.name), *binder.device, *form, target.ctypes.data)
         self._bound = self._current

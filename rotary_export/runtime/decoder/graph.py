@@ -19,11 +19,11 @@ from rotary_export.bundle.dims import (
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
 from rotary_export.compat.ort_binding import make_binder
 from rotary_export.errors import RotaryExportError
-from rotary_export.runtime.decoder.cache import GrowingCache, StaticCache, name_element
+from rotary_export.runtime.decoder.cache import GrowingCache, StaticCache
 from rotary_export.runtime.ort import OrtSession
 from rotary_export.runtime.providers import CPU
 from rotary_export.runtime.session import resolve_shape
-from rotary_export.runtime.tensors import make_dtype
+from rotary_export.runtime.tensors import ELEMENT_TYPES, make_dtype
 from rotary_export.types import Array
 
 MASK, POSITIONS, EMBEDS = "attention_mask", "position_ids", "inputs_embeds"
@@ -64,8 +64,8 @@ class DecoderGraph:
         self._binder = make_binder(session.ort_session)
         self._bound: tuple[int, int] | None = None  # batch_size, seq_len of the buffers below
         self._buffers: dict[str, Array] = {}
-        dtypes = {info.name: make_dtype(info.dtype) for info in graph.inputs}
-        self._mask = np.empty(0, dtypes.get(MASK, np.int64))
+        dtype = next((info.dtype for info in graph.inputs if info.name == MASK), "int64")
+        self._mask, self._mask_element = np.empty(0, make_dtype(dtype)), ELEMENT_TYPES[dtype]
         self._bound_mask: tuple[int, ...] = ()
         self._encoded_names = [info.name for info in graph.inputs if is_encoded(info.name)]
         self._encoded: dict[str, Array] = {}  # what the encoder returned
@@ -149,7 +149,7 @@ class DecoderGraph:
     def _allocate(self, info: TensorInfo, sizes: Mapping[str, int]) -> tuple[Any, ...]:
         shape = resolve_shape(info, sizes)
         self._buffers[info.name] = buffer = np.empty(shape, make_dtype(info.dtype))
-        return *self._binder.device, name_element(buffer.dtype), shape, buffer.ctypes.data
+        return *self._binder.device, ELEMENT_TYPES[info.dtype], shape, buffer.ctypes.data
 
     def _bind_mask(self, mask: Array) -> None:
         if self._mask.size < mask.size:
@@ -157,8 +157,8 @@ class DecoderGraph:
         self._mask[: mask.size].reshape(mask.shape)[...] = mask
         if mask.shape != self._bound_mask:
             self._bound_mask = mask.shape
-            element, address = name_element(self._mask.dtype), self._mask.ctypes.data
-            self._binder.bind_input(MASK, *self._binder.device, element, mask.shape, address)
+            form = self._mask_element, mask.shape, self._mask.ctypes.data
+            self._binder.bind_input(MASK, *self._binder.device, *form)
 
 
 def _find_tokens(graph: GraphInfo, embed: OrtSession | None) -> TensorInfo:
