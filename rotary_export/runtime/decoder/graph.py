@@ -141,8 +141,8 @@ class DecoderGraph:
             if info.name in (self._tokens.name, POSITIONS):
                 self._binder.bind_input(info.name, *self._allocate(info, sizes))
         for name, value in self._rows.items():
-            element, address = name_element(value.dtype), value.ctypes.data
-            self._binder.bind_input(name, *self._binder.device, element, value.shape, address)
+            form = ELEMENT_TYPES[value.dtype.name], value.shape, value.ctypes.data
+            self._binder.bind_input(name, *self._binder.device, *form)
         self._binder.bind_output(self._logits.name, *self._allocate(self._logits, sizes))
         self._bound = batch_size, seq_len
 
