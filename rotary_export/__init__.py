@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rotary_export.proof.report import Report as Report
     from rotary_export.proof.verify import verify as verify
     from rotary_export.reference import apply_rotary_emb as apply_rotary_emb
-    from rotary_export.runtime.decoder.decoder import load_decoder as load_decoder
+    from rotary_export.runtime.decoder.load_decoder import load_decoder as load_decoder
     from rotary_export.runtime.load import load as load
 
 _LAZY_EXPORTS = {
@@ -39,7 +39,7 @@ _LAZY_EXPORTS = {
     "verify_model": "rotary_export.models.prove.verify_model",
     "register_rotary": "rotary_export.models.find.candidates",
     "load": "rotary_export.runtime.load",
-    "load_decoder": "rotary_export.runtime.decoder.decoder",
+    "load_decoder": "rotary_export.runtime.decoder.load_decoder",
     "verify": "rotary_export.proof.verify",
     "Report": "rotary_export.proof.report",
     "fuse": "rotary_export.fusion.fuse",

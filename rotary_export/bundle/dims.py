@@ -18,12 +18,23 @@ TOTAL = f"{PAST} + {SEQ}"  # what a key/value cache contains after a step
 
 def is_past(name: str) -> bool:
     """Return whether an input's name is that of cached keys or values, (B, N, S, H)."""
-    return re.fullmatch(r"past_key_values\.\d+\.(key|value)", name) is not None
+    return re.fullmatch(r"past_key_values\.\d+\.(decoder\.)?(key|value)", name) is not None
+
+
+def is_encoder_past(name: str) -> bool:
+    """Return whether an input's name is that of keys or values of an encoder, which do not grow."""
+    return re.fullmatch(r"past_key_values\.\d+\.encoder\.(key|value)", name) is not None
+
+
+def is_encoded(name: str) -> bool:
+    """Return whether an input's name is that of what an encoder has made for a decoder."""
+    return is_encoder_past(name) or name == "encoder_attention_mask"
 
 
 def is_present(name: str) -> bool:
-    """Return whether an output's name is that of cached keys or values, grown."""
-    return is_past(name.replace("present", "past_key_values", 1))
+    """Return whether an output's name is that of cached keys or values."""
+    past = name.replace("present", "past_key_values", 1)
+    return is_past(past) or is_encoder_past(past)
 
 
 def name_output(past: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ FORMAT_VERSION = 1
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "program": ".pt2", "aoti": ".aoti.pt2"}
 CODE_FORMATS = ("torchscript", "program", "aoti")  # opening such a file can run code in it
 DEFAULT_FORMATS = ("onnx", "torchscript", "program")
-MAIN_GRAPHS = ("rotate", "model")  # a bundle has one of them
+MODEL = "model"
+MAIN_GRAPHS = ("rotate", MODEL)  # a bundle has one of them, unless it is an encoder-decoder's
+ENCODER, DECODER = "encoder", "decoder"
+EMBED = "embed_tokens"  # beside a model that reads embeddings, as transformers.js names it
 DATA_SUFFIX = "_data"  # GRAPH.onnx_data contains a large model's weights, as optimum names it
 
 
@@ -107,6 +110,37 @@ class Manifest:
     files: Mapping[str, str] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
     compiled_for: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it is the bundle of a model, not of a rotary embedding alone."""
+        return MODEL in self.graphs or DECODER in self.graphs
+
+    @property
+    def only_graph(self) -> str:
+        """The name of its graph, of what `select` returned."""
+        (name,) = self.graphs
+        return name
+
+    def select(self, name: str) -> Manifest:
+        """Return the manifest of one of its graphs.
+
+        The config of a bundle of several graphs is that of the main one; `config["graphs"]`
+        contains those of the others.
+        """
+        config = self.config.get("graphs", {}).get(name, self.config)
+        return replace(self, config=config, graphs={name: self.graphs[name]})
+
+    def join(self, other: Manifest) -> Manifest:
+        """Return the manifest of a bundle that has the one graph of another, too."""
+        graphs = {**self.config.get("graphs", {}), other.only_graph: other.config}
+        return replace(
+            self,
+            config={**self.config, "graphs": graphs},
+            graphs={**self.graphs, **other.graphs},
+            files=other.files,
+            compiled_for={**self.compiled_for, **other.compiled_for},
+        )
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""

@@ -39,6 +39,7 @@ _CASE = {
     "jump?": bool,
     "padding?": {"left", "right", ""},
     "optional?": bool,
+    "grid?": bool,
 }
 _INPUT = {
     "input": str,
@@ -81,6 +82,7 @@ _CONFIG = {
     "mismatched?": [str],
     "fused?": {"calls": {...: str}, "not_replaced": [str], "narrowest?": {...: str}},
 }
+_CONFIG["graphs?"] = {...: _CONFIG.copy()}  # of the graphs beside the main one
 MANIFEST = {
     "op": {"domain": str, "name": str, "version": int},
     "name": str,

@@ -190,7 +190,9 @@ def export_model(
         except RejectedError as error:
             again = f"; to repeat it: {_write_command(error.case)}" if error.case else ""
             raise CheckFailedError(f"{error}{again}") from error
-    rotary = bundle.manifest.config["rotary"]
+    manifest = bundle.manifest
+    parts = [manifest.select(name).config for name in manifest.graphs]
+    rotary = [finding for part in parts for finding in part["rotary"]]
     _print_findings(terminal, loaded.note, rotary)
     print_report(terminal, bundle.report.to_dict())
     terminal.line(f"{out}: {', '.join(bundle.manifest.files)}")
@@ -293,7 +295,12 @@ def _list_rotary_calls(
         from rotary_export.models.decoder.options import DecoderOptions
 
         progress("find rotary embeddings")
-        decoder = DecoderOptions(options["cache"], options["last_logits"], options["max_cache_len"])
+        decoder = DecoderOptions(
+            options["cache"],
+            options["last_logits"],
+            options["max_cache_len"],
+            options["inputs_embeds"],
+        )
         found = find_rotary_calls(loaded.model, loaded.example_inputs, torch_dtype, decoder)
     rotary = [asdict(finding) for finding in found.findings]
     _print_findings(terminal, loaded.note, rotary)

@@ -62,7 +62,11 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
         }
         for name, digest in manifest.files.items()
     ]
-    config = {k: v for k, v in manifest.config.items() if k != "embedding"}
+    config = {k: v for k, v in manifest.config.items() if k not in ("embedding", "graphs")}
+    for other in manifest.config.get("graphs", {}).values():
+        for key in ("rotary", "cases"):
+            if isinstance(config.get(key), list) and isinstance(other.get(key), list):
+                config[key] = config[key] + other[key]
     if isinstance(config.get("cases"), list):
         config["cases"] = [_summarize_case(each) for each in config["cases"]]
     if isinstance(fused := config.get("fused"), dict):

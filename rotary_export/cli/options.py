@@ -115,6 +115,11 @@ def decoder_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--max-cache-len", type=int, help="Positions of a static cache."),
         click.option("--last-logits", is_flag=True, help="Only the logits of the last position."),
         click.option(
+            "--inputs-embeds",
+            is_flag=True,
+            help="Read embeddings in place of token ids; a graph embed_tokens makes those.",
+        ),
+        click.option(
             "--prompts",
             type=PathType(),
             help="File of prompts, one a line, for the proof.  [default: random tokens]",

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from rotary_export.bundle.manifest import DATA_SUFFIX, FILE_NAME, Manifest, hash_file
+from rotary_export.bundle.manifest import DATA_SUFFIX, EMBED, FILE_NAME, Manifest, hash_file
 
 _CONFIG = "config.json"
 _FOLDER = "onnx"
@@ -15,8 +15,8 @@ _FOLDER = "onnx"
 def arrange_for_transformers_js(staging: Path, manifest: Manifest, graph: str) -> None:
     """Move a decoder's graph to `bundle/onnx/`, and name it in `config.json` and the manifest.
 
-    Bundles without a cache that grows, or without a `config.json`, are left as they are:
-    transformers.js does not open them.
+    Bundles without a cache that grows, without a `config.json`, or of a model that reads
+    embeddings, are left as they are: transformers.js does not open them.
 
     Args:
         staging: The kit's folder.
@@ -24,6 +24,8 @@ def arrange_for_transformers_js(staging: Path, manifest: Manifest, graph: str) -
         graph: Which graph.
     """
     if manifest.config.get("decoder", {}).get("cache") != "full" or _CONFIG not in manifest.files:
+        return
+    if EMBED in manifest.graphs:
         return
     bundle = staging / "bundle"
     file = manifest.graphs[graph].files["onnx"]

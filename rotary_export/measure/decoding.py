@@ -11,7 +11,8 @@ from typing import Any
 from rotary_export.errors import RotaryExportError
 from rotary_export.measure.machine import describe_machine
 from rotary_export.measure.timing import MIN_ROUNDS, Spread
-from rotary_export.runtime.decoder.decoder import Decoder, load_decoder
+from rotary_export.runtime.decoder.decoder import Decoder
+from rotary_export.runtime.decoder.load_decoder import load_decoder
 from rotary_export.runtime.providers import CPU
 from rotary_export.runtime.ways import FUNCTION_BODY, OP_LIBRARY
 from rotary_export.types import Progress, ignore_progress

@@ -23,9 +23,16 @@ from rotary_export.models.convert import convert_model
 from rotary_export.models.decoder.cache import find_cache_dims
 from rotary_export.models.decoder.inputs import prepare_inputs
 from rotary_export.models.decoder.options import DecoderOptions
+from rotary_export.models.decoder.parts import split_model
 from rotary_export.models.describe_inputs import choose_traced_sizes, describe_inputs
-from rotary_export.models.dim_names import NamedDims, has_own_cache, name_dims, read_sizes
-from rotary_export.models.error_text import describe_error
+from rotary_export.models.dim_names import (
+    NamedDims,
+    has_own_cache,
+    has_samples,
+    name_dims,
+    read_sizes,
+)
+from rotary_export.models.error_text import describe_error, name_model
 from rotary_export.models.find.replacement import Replacement, find_replacement
 from rotary_export.models.trace.legal_sizes import find_legal_sizes
 from rotary_export.models.trace.size_limits import SizeConstraints
@@ -148,7 +155,8 @@ def analyze_model(
     if max_cache_len is not None:  # no size of a tensor, but what is in the cache
         own_sizes[PAST] = 0
     sizes = choose_traced_sizes(own_sizes, inputs, input_values, named, trace_at)
-    spec = CaseSpec(sizes, stagger=True)
+    has_axes = any(source.has_axes for source in input_values.values())
+    spec = CaseSpec(sizes, stagger=True, grid=has_axes)
     candidates = [(make_case(inputs, input_values, spec), input_values)]
     if any(source.role == "position_ids" for source in input_values.values()):
         counted = {
@@ -158,7 +166,7 @@ def analyze_model(
         candidates.append((make_case(inputs, counted, spec), counted))
     if min(own_sizes.values(), default=2) > 1:  # a size of 1 would be a constant
         candidates.append((replace(example, spec=CaseSpec(own_sizes)), candidates[-1][1]))
-    last = find_last_position(model)
+    last = None if has_samples(tensors) else find_last_position(model)
     traced, sources, found = _find_rotary(flat, candidates, snapshot)
     return Analysis(
         flat=flat,
@@ -303,7 +311,7 @@ def find_rotary_calls(
         decoder: As of `prepare_inputs`.
 
     Returns:
-        `findings`, one per function and kind of call; `calls` and `fused`, their sums.
+        `findings`, one per graph, function and kind of call; `calls` and `fused`, their sums.
 
     Raises:
         RotaryExportError: The model does not run on its example inputs.
@@ -311,8 +319,13 @@ def find_rotary_calls(
     inputs = prepare_inputs(model, example_inputs, decoder)
     if dtype is not None:
         model, inputs = convert_model(model, inputs, dtype)
-    with take_snapshot(model) as snapshot:
-        return analyze_model(model, inputs, "auto", snapshot, lambda _: None).found
+    found = Replacement()
+    for part in split_model(model, inputs, decoder):
+        if part.is_rotary:
+            with take_snapshot(part.model) as snapshot:
+                each = analyze_model(part.model, part.inputs, "auto", snapshot, lambda _: None)
+            found.findings += each.found.findings
+    return found
 
 
 def check_found(model: nn.Module, found: Replacement, formats: Sequence[str]) -> None:
@@ -330,7 +343,7 @@ def check_found(model: nn.Module, found: Replacement, formats: Sequence[str]) ->
 
 def describe_missing(model: nn.Module, found: Replacement) -> str:
     """Say why the op replaces no call of a model."""
-    name = type(model).__name__
+    name = name_model(model)
     if not found.findings:
         return (
             f"{name} applies no rotary embedding (no function with such a name, or registered by "

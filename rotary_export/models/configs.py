@@ -60,6 +60,12 @@ def get_field(config: Any, name: str) -> Any:
         return None
 
 
+def has_axes(model: nn.Module) -> bool:
+    """Return whether a model's positions have several axes: time, height, width."""
+    ropes = (rope for config in list_configs(model) for rope in _list_ropes(config))
+    return any(rope.get("mrope_section") for rope in ropes)
+
+
 def _list_ropes(config: Any) -> list[Mapping[str, Any]]:
     """Return the rope parameters, one per layer type where they differ."""
     given = [get_field(config, name) for name in ("rope_parameters", "rope_scaling")]

@@ -16,6 +16,7 @@ from rotary_export.bundle.dims import (
     SEQ,
     TOTAL,
     compute_dim,
+    is_encoder_past,
     is_past,
     list_names,
     read_bounded,
@@ -260,7 +261,9 @@ def _name_dims_auto(
     named: dict[str, Dims] = {}
     for name, value in tensors.items():
         dims: list[int | str] = list(value.shape)
-        if name in caches:
+        if is_encoder_past(name):
+            dims[0], dims[2] = BATCH, f"encoder_{SEQ}"
+        elif name in caches:
             dims[0], dims[caches[name]] = BATCH, (cache_dims or {}).get(name, PAST)
         elif name == "position_ids" and value.dim() == 3:
             dims[1:] = [BATCH, SEQ]
@@ -283,7 +286,7 @@ def _name_dims_auto(
         elif value.dim() and dims[0] == batch:
             dims[0] = BATCH
             axis = None if is_static and "mask" in name else _find_sequence(name, value)
-            grows = past > 0 or (has_past and "mask" in name)
+            grows = (past > 0 or (has_past and "mask" in name)) and not name.startswith("encoder_")
             if axis is None:
                 pass
             elif grows and seq is not None and value.shape[axis] == past + seq:
@@ -298,6 +301,14 @@ def _name_dims_auto(
     return named
 
 
+def has_samples(tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether an input contains samples of audio, of which a position has many."""
+    return any(
+        value.dim() == 2 and value.is_floating_point() and bool(_SAMPLES.search(name))
+        for name, value in tensors.items()
+    )
+
+
 def has_own_cache(tensors: Mapping[str, Tensor]) -> bool:
     """Return whether there are keys and values of earlier tokens, as a model of its own has them.
 
@@ -307,7 +318,7 @@ def has_own_cache(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _is_own_cache(name: str, value: Tensor) -> bool:
-    is_named = not is_past(name) and bool(_CACHES.search(name))
+    is_named = not (is_past(name) or is_encoder_past(name)) and bool(_CACHES.search(name))
     return is_named and value.dim() == 4 and value.is_floating_point()
 
 

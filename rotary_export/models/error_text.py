@@ -126,3 +126,8 @@ def is_library(file: str) -> bool:
 def shorten_path(file: str) -> str:
     """Return the path of a file inside its package."""
     return file.rpartition("site-packages/")[2]
+
+
+def name_model(model: object) -> str:
+    """Return the name of a model's class, or of what a part of one was made from."""
+    return str(getattr(model, "source_name", type(model).__name__))

@@ -6,7 +6,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ from torch import nn
 from rotary_export.bundle.copy_files import copy_tree
 from rotary_export.bundle.folder import check_out, find_out, write_bundle
 from rotary_export.bundle.manifest import (
+    DECODER,
     DEFAULT_FORMATS,
     FILE_NAME,
-    GraphInfo,
     Manifest,
-    hash_file,
 )
 from rotary_export.errors import RotaryExportError, UsageWarning
 from rotary_export.exporters.export import (
@@ -28,32 +27,25 @@ from rotary_export.exporters.export import (
     check_formats,
     finish_bundle,
 )
-from rotary_export.exporters.onnx import minimum_onnxruntime
 from rotary_export.graphs.config import DTYPES
-from rotary_export.models.analyze import (
-    Analysis,
-    analyze_model,
-    check_found,
-)
 from rotary_export.models.convert import convert_model
-from rotary_export.models.decoder.describe import describe_decoder
 from rotary_export.models.decoder.files import find_model_folder, write_model_files
 from rotary_export.models.decoder.generate import encode_prompts
 from rotary_export.models.decoder.inputs import prepare_inputs
 from rotary_export.models.decoder.options import DecoderOptions
-from rotary_export.models.prove.limited import describe_limits
-from rotary_export.models.prove.prove import ProofOptions, RejectedError, add_generated, prove
+from rotary_export.models.decoder.parts import describe_blocks, split_model
+from rotary_export.models.prove.build_graph import build_graph
+from rotary_export.models.prove.prove import (
+    ProofOptions,
+    RejectedError,
+    UnknownCaseError,
+    add_generated,
+)
 from rotary_export.models.trace.snapshot import take_snapshot
-from rotary_export.models.write_graph import Written, write_covering, write_graph
 from rotary_export.models.write_onnx import MAX_INLINE_BYTES
 from rotary_export.op.onnx_signature import check_opset
-from rotary_export.package import __version__, find_versions
-from rotary_export.proof.models.compare import GRAPH
 from rotary_export.proof.models.frequencies import compare_frequencies
-from rotary_export.proof.models.input_values import write_input_values
-from rotary_export.proof.models.reference import Measured
 from rotary_export.proof.report import Report, check_report
-from rotary_export.runtime.compiled import COMPILED_FOR
 from rotary_export.types import Progress, ignore_progress, name_dtype
 
 
@@ -72,6 +64,7 @@ def export_model(
     cache: str | None = None,
     max_cache_len: int | None = None,
     last_logits: bool = False,
+    inputs_embeds: bool = False,
     model_folder: str | os.PathLike[str] | None = None,
     prompts: Sequence[str | Sequence[int]] | None = None,
     quick: bool = False,
@@ -79,7 +72,10 @@ def export_model(
     keep_failed: str | os.PathLike[str] | None = None,
     progress: Progress = ignore_progress,
 ) -> Bundle:
-    """Export a model as a bundle of one graph, `model`, with its rotary embeddings fused.
+    """Export a model as a bundle with its rotary embeddings fused: of one graph, `model`.
+
+    An encoder-decoder of transformers becomes two, `encoder` and `decoder`, unless `cache` is
+    "none".
 
     The functions by which the model applies a rotary embedding are found by calling them. The op
     replaces them while the model is traced; then the model is restored. If no function does,
@@ -107,6 +103,9 @@ def export_model(
             `use_cache=True`.
         max_cache_len: How many positions a static cache holds.
         last_logits: Only the logits of the last position are an output.
+        inputs_embeds: The graph reads embeddings, (B, S, hidden_size), in place of token ids, as a
+            language model does whose prompts contain images or audio. Another graph,
+            `embed_tokens`, embeds tokens.
         model_folder: Of a model of transformers: its config, tokenizer and chat template become
             part of the bundle. Without it, the configs of the model do.
         prompts: That the proof of a decoder generates from: texts, for the tokenizer in
@@ -147,7 +146,7 @@ def export_model(
                 formats=formats,
                 max_inline_bytes=max_inline_bytes,
                 float32_tables=float32_tables,
-                decoder=DecoderOptions(cache, last_logits, max_cache_len),
+                decoder=DecoderOptions(cache, last_logits, max_cache_len, inputs_embeds),
                 model_folder=model_folder,
                 prompts=prompts,
                 options=options,
@@ -174,6 +173,7 @@ def prove_case(
     cache: str | None = None,
     max_cache_len: int | None = None,
     last_logits: bool = False,
+    inputs_embeds: bool = False,
     quick: bool = False,
     seed: int = 0,
     progress: Progress = ignore_progress,
@@ -193,6 +193,7 @@ def prove_case(
         cache: As `export_model`.
         max_cache_len: As `export_model`.
         last_logits: As `export_model`.
+        inputs_embeds: As `export_model`.
         quick: As `export_model`.
         seed: As `export_model`.
         progress: As `export_model`.
@@ -215,7 +216,7 @@ def prove_case(
             formats=formats,
             max_inline_bytes=max_inline_bytes,
             float32_tables=float32_tables,
-            decoder=DecoderOptions(cache, last_logits, max_cache_len),
+            decoder=DecoderOptions(cache, last_logits, max_cache_len, inputs_embeds),
             model_folder=None,
             prompts=None,
             options=ProofOptions(quick, seed, case),
@@ -254,52 +255,59 @@ def _build(
     inputs = prepare_inputs(model, example_inputs, decoder)
     if dtype is not None:
         model, inputs = convert_model(model, inputs, dtype)
-    with take_snapshot(model) as snapshot:
-        formula = Report()
-        formula.add(*compare_frequencies(model))
-        check_report(formula)
-
-        def analyze(trace_at: Mapping[str, int]) -> Analysis:
-            analysis = analyze_model(
-                model, inputs, dynamic_shapes, snapshot, progress, float32_tables, trace_at
-            )
-            check_found(model, analysis.found, formats)
-            return analysis
-
-        def write(analysis: Analysis) -> Written:
-            return write_graph(
-                analysis, snapshot, folder, formats, opset, max_inline_bytes, progress
-            )
-
-        analysis, written = write_covering(analyze, write)
-        left_out_files = write_model_files(model, files_from, folder, _find_dtype(model))
-
-        def make_manifest(
-            limited: GraphInfo, measured: Sequence[Measured], left_out: dict[str, str]
-        ) -> Manifest:
-            config = _make_config(analysis, written, measured, left_out, options)
-            config |= describe_decoder(model, limited, decoder)
-            return _make_manifest(name, model, config, limited, opset, folder)
-
-        manifest, report = prove(
-            analysis,
-            written.graph,
-            written.constraints,
-            written.traced,
-            snapshot,
-            folder,
-            make_manifest,
-            options,
-            progress,
+    formula = Report()
+    formula.add(*compare_frequencies(model))
+    check_report(formula)
+    dtype_name = _find_dtype(model)
+    left_out_files = write_model_files(model, files_from, folder, dtype_name)
+    manifest: Manifest | None = None
+    report, notes, unknown = Report(), list[str](), list[UnknownCaseError]()
+    parts = split_model(model, inputs, decoder)
+    if len(parts) > 1 and dynamic_shapes != "auto":
+        raise RotaryExportError(
+            f"dynamic_shapes must be 'auto' where a model becomes several graphs, "
+            f"{', '.join(part.name for part in parts)}, got {dynamic_shapes!r}"
         )
-        report.add(formula.rows, formula.unverified)
-        if options.case is None:
+    if rows is not None and parts[0].name == DECODER:
+        raise RotaryExportError("prompts are for a decoder alone: those of an encoder are made")
+    for part in parts:
+        try:
+            proven, found, limits = build_graph(
+                part,
+                folder,
+                name,
+                dtype_name,
+                dynamic_shapes=dynamic_shapes,
+                opset=opset,
+                formats=formats,
+                max_inline_bytes=max_inline_bytes,
+                float32_tables=float32_tables,
+                decoder=decoder,
+                options=options,
+                progress=progress,
+            )
+        except UnknownCaseError as error:  # it may be one of another graph
+            unknown.append(error)
+            continue
+        except RejectedError as error:
+            if manifest is not None:  # of the graphs before it
+                parity = error.manifest.parity
+                error.manifest = replace(manifest.join(error.manifest), parity=parity)
+            raise
+        manifest = proven if manifest is None else manifest.join(proven)
+        report.join(found)
+        notes += limits
+    if manifest is None:
+        raise unknown[0]
+    report.add(formula.rows, formula.unverified)
+    if options.case is None:
+        with take_snapshot(model) as snapshot:
             add_generated(model, folder, manifest, rows, snapshot, report, options, progress)
-        notes = describe_limits(analysis, written.constraints, snapshot)
-        for note in [*notes, *_describe_cache(manifest), *left_out_files]:
-            report.notes.append(note)
-            warnings.warn(note, UsageWarning, stacklevel=2)
-        return manifest, report
+    notes += describe_blocks(model, decoder)
+    for note in [*notes, *_describe_cache(manifest), *left_out_files]:
+        report.notes.append(note)
+        warnings.warn(note, UsageWarning, stacklevel=2)
+    return manifest, report
 
 
 def _describe_cache(manifest: Manifest) -> list[str]:
@@ -319,57 +327,6 @@ def _keep(staging: Path, path: Path, manifest: Manifest, force: bool) -> None:
     with write_bundle(path, force) as folder:
         copy_tree(staging, folder)
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-
-
-def _make_config(
-    analysis: Analysis,
-    written: Written,
-    measured: Sequence[Measured],
-    left_out: Mapping[str, str],
-    options: ProofOptions,
-) -> dict[str, Any]:
-    """Return what `verify` needs to make the cases again, and what was found."""
-    return {
-        "model": type(analysis.flat.model).__name__,
-        "traced_sizes": analysis.traced_sizes,
-        "length_thresholds": analysis.length_thresholds,
-        "max_positions": analysis.max_positions,
-        "last_position": analysis.last,
-        "sizes_to_verify": written.constraints.sizes_to_verify,
-        "unverified": written.constraints.unverified,
-        "mismatched": written.constraints.mismatched,
-        "limits": written.constraints.reasons,
-        "left_out": dict(left_out),
-        "float32_tables": analysis.flat.float32_tables,
-        "quick": options.quick,
-        "seed": options.seed,
-        "input_values": write_input_values(analysis.input_values),
-        "cases": [each.to_dict() for each in measured],
-        "rotary": [asdict(each) for each in (*analysis.found.findings, *written.inline)],
-    }
-
-
-def _make_manifest(
-    name: str,
-    model: nn.Module,
-    config: Mapping[str, Any],
-    graph: GraphInfo,
-    opset: int,
-    folder: Path,
-) -> Manifest:
-    own = type(model).__module__.partition(".")[0]  # not installed if it is the user's own module
-    producers = find_versions(("torch", "onnx", "onnxscript", own))
-    return Manifest(
-        name=name,
-        config=config,
-        dtype=_find_dtype(model),
-        opset=opset,
-        graphs={GRAPH: graph},
-        minimum_onnxruntime=minimum_onnxruntime(opset),
-        producers={"rotary_export": __version__} | producers,
-        files={file.name: hash_file(file) for file in sorted(folder.iterdir())},
-        compiled_for=COMPILED_FOR if "aoti" in graph.files else {},
-    )
 
 
 def _find_dtype(model: nn.Module) -> str:

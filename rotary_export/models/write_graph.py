@@ -107,6 +107,8 @@ def write_graph(
     opset: int,
     max_inline_bytes: int,
     report_progress: Progress,
+    name: str = GRAPH,
+    is_rotary: bool = True,
 ) -> Written:
     """Trace a model and write it in every format.
 
@@ -118,6 +120,8 @@ def write_graph(
         opset: Of ai.onnx.
         max_inline_bytes: As `export_model`.
         report_progress: Called with the current step.
+        name: Of the graph.
+        is_rotary: Whether there must be a rotary embedding.
 
     Raises:
         OtherBranchError: It takes another branch than the traced one at too many sizes.
@@ -126,7 +130,7 @@ def write_graph(
         CheckFailedError: No function applies a rotary embedding, and the ONNX graph has none.
     """
     inline: list[Finding] = []
-    files = {kind: f"{GRAPH}{SUFFIXES[kind]}" for kind in formats}
+    files = {kind: f"{name}{SUFFIXES[kind]}" for kind in formats}
     report_progress("trace")
     graph, constraints, program, symbols = _trace(analysis, snapshot, files)
     traced = TracedRotary(program, [info.name for info in analysis.inputs])
@@ -143,7 +147,7 @@ def write_graph(
             continue  # compiled once the program is written
         report_progress(f"export {file}")
         if kind == "onnx":
-            fuse_inline = not analysis.found.fused
+            fuse_inline = is_rotary and not analysis.found.fused
             try:
                 onnx_file = write_onnx(
                     program, graph, symbols, folder / file, opset, max_inline_bytes, fuse_inline
@@ -156,7 +160,8 @@ def write_graph(
             if fuse_inline:
                 graph = replace(graph, rotary_nodes=onnx_file.nodes)
                 inline = _list_inline(onnx_file.fused, file)
-            if all(signature.is_native for signature in onnx_file.signatures):
+            signatures = onnx_file.signatures
+            if signatures and all(signature.is_native for signature in signatures):
                 graph = replace(graph, function_body="native")
         elif kind == "program":
             _write_program(program, folder / file)

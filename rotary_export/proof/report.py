@@ -15,6 +15,7 @@ FLOAT32_TABLES = (
     "compared with the model whose positions, angles and tables are computed in float32 "
     "(float32_tables), not as its own type has them"
 )
+_PLAIN = ("tables", "rotate")  # graphs that are not a model's
 FORMULA = "formula"  # what a row of a closed form has instead of a runtime
 
 
@@ -23,7 +24,7 @@ class Row:
     """One line of the report: one output of one graph, run by one runtime.
 
     Attributes:
-        graph: "tables", "rotate" or "model".
+        graph: "tables", "rotate" or that of a model.
         output: Its name.
         runtime: What ran it.
         kernel_path: As `Session.kernel_path`.
@@ -115,6 +116,14 @@ class Report:
         self.rows += rows
         self.unverified |= unverified
 
+    def join(self, other: Report) -> None:
+        """Add the report of another graph."""
+        self.add(other.rows, other.unverified)
+        self.shapes |= other.shapes
+        self.skipped |= other.skipped
+        self.notes += [note for note in other.notes if note not in self.notes]
+        self.generated += other.generated
+
     @property
     def passed(self) -> bool:
         """Whether every row is within its tolerances, and every token is the model's own."""
@@ -140,7 +149,7 @@ class Report:
         An output of a whole model comes before its tables, which may be wrong where no output is.
         """
         failed = [row for row in self.rows if not row.passed]
-        return max(failed, key=lambda r: (r.graph == "model", r.eager_share), default=None)
+        return max(failed, key=lambda r: (r.graph not in _PLAIN, r.eager_share), default=None)
 
 
 def check_report(report: Report) -> None:

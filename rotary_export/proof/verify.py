@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rotary_export.bundle.manifest import check_files, check_openable, read_manifest
 from rotary_export.errors import RotaryExportError, explain_damage
-from rotary_export.proof.models.compare import GRAPH, compare_model, remake_cases
+from rotary_export.proof.models.compare import compare_model, remake_cases
 from rotary_export.proof.plain import compare_plain
 from rotary_export.proof.report import Report
 from rotary_export.proof.tolerances import FUSED
@@ -43,10 +43,13 @@ def verify(
     check_files(path, manifest)
     check_openable(path, manifest, allow_code)
     with explain_damage(f"{path} can't be verified"):
-        if GRAPH not in manifest.graphs:
+        if not manifest.is_model:
             return compare_plain(path, manifest, progress, allow_code=allow_code)
-        cases = remake_cases(path, manifest, allow_code=allow_code)
-        report = compare_model(path, manifest, cases, progress, allow_code=allow_code)
+        report = Report()
+        for name in manifest.graphs:
+            graph = manifest.select(name)
+            cases = remake_cases(path, graph, allow_code=allow_code)
+            report.join(compare_model(path, graph, cases, progress, allow_code=allow_code))
         if not report.rows:
             raise RotaryExportError(f"{path} has nothing that can be compared here")
         if FUSED in manifest.config or not allow_code:

@@ -42,7 +42,8 @@ def load(
 
     Args:
         bundle_dir: The bundle's folder.
-        graph: "tables", "rotate" or "model"; None: "rotate", or the one graph of a model's bundle.
+        graph: One of the bundle's, such as "tables" and "rotate", or "encoder" and "decoder";
+            None: "rotate" or "model", or the only one.
         runtime: "onnxruntime", "torchscript", "program" or "aoti". Only the one file of that
             format is opened.
         providers: ONNX Runtime's execution providers by name, in order of preference; "auto":

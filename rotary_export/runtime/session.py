@@ -31,7 +31,7 @@ class Session(ABC):
     """One graph of a bundle, loaded; call it with its inputs by name.
 
     Attributes:
-        graph_name: "tables", "rotate" or "model".
+        graph_name: Of the bundle's manifest: "rotate", "model".
         graph: Its inputs and outputs.
         providers: Execution providers in order of preference, as the runtime reports them.
         kernel_path: What computes the rotary nodes: "fused (<instruction set>)", "fused (cuda)",

@@ -5,6 +5,9 @@ import pytest
 from rotary_export.bundle.dims import (
     bound_dim,
     compute_dim,
+    is_encoder_past,
+    is_past,
+    is_present,
     list_names,
     read_bounded,
     read_terms,
@@ -67,3 +70,12 @@ def test_the_unknown_term_of_a_sum():
     assert not solve_sum("8 * a + n", 19, {"n": 3})
     assert solve_sum("min(past, 7)", 7, sizes)
     assert not solve_sum("min(past, 7)", 6, sizes)
+
+
+def test_names_of_caches():
+    own = ["past_key_values.0.key", "past_key_values.11.decoder.value"]
+    encoder = "past_key_values.0.encoder.key"
+    assert [is_past(name) for name in (*own, encoder)] == [True, True, False]
+    assert [is_encoder_past(name) for name in (*own, encoder)] == [False, False, True]
+    assert all(is_present(name.replace("past_key_values", "present")) for name in (*own, encoder))
+    assert not is_past("past_key_values.0.other.key")

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from rotary_export.models import export_model as module
 from rotary_export.models.find import replace
+from rotary_export.models.prove import build_graph as module
 
 
 @contextmanager

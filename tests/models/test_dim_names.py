@@ -115,6 +115,22 @@ def test_masks_of_as_many_rows_as_tokens(name, dtype, rows):
     assert name_dims(tensors, "auto").dims[name] == (rows, "past_seq_len + seq_len")
 
 
+def test_what_an_encoder_made_does_not_grow():
+    """Also where it is as long as the tokens."""
+    tensors = {
+        "input_ids": torch.ones(2, 3, dtype=torch.int64),
+        "past_key_values.0.decoder.key": torch.ones(2, 4, 2, 8),
+        "past_key_values.0.encoder.key": torch.ones(2, 4, 5, 8),
+        "encoder_attention_mask": torch.ones(2, 5, dtype=torch.int64),
+    }
+    assert name_dims(tensors, "auto").dims == {
+        "input_ids": ("batch_size", "seq_len"),
+        "past_key_values.0.decoder.key": ("batch_size", 4, "past_seq_len", 8),
+        "past_key_values.0.encoder.key": ("batch_size", 4, "encoder_seq_len", 8),
+        "encoder_attention_mask": ("batch_size", "encoder_seq_len"),
+    }
+
+
 def test_sequences_of_other_lengths_have_names_of_their_own():
     tensors = {
         "hidden_states": torch.ones(2, 6, 4),

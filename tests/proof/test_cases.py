@@ -227,6 +227,33 @@ def test_positions_with_a_jump():
     assert make_masked(jump=True).tensors[1].tolist() == [[0, 1, 5, 6], [0, 1, 7, 8]]
 
 
+def test_positions_of_an_image():
+    """As many columns as keep it nearly square, from where each row begins."""
+    info = TensorInfo("position_ids", "int64", (3, "batch_size", "seq_len"))
+    source = choose("position_ids", torch.ones(3, 2, 4, dtype=torch.int64), info.shape)
+    assert source.has_axes
+    spec = CaseSpec({"batch_size": 2, "seq_len": 4, "past_seq_len": 5}, grid=True, stagger=True)
+    assert spec.name.endswith("position_ids of an image")
+    case = make_case([info], {"position_ids": source}, spec)
+    assert case.tensors[0].tolist() == [
+        [[5, 5, 5, 5], [6, 6, 6, 6]],
+        [[5, 5, 5, 6], [6, 6, 6, 7]],
+        [[5, 6, 7, 5], [6, 7, 8, 6]],
+    ]
+
+
+def test_padding_of_an_encoder_leaves_every_row_of_its_decoder():
+    infos = [
+        TensorInfo("input_ids", "int64", ("batch_size", "seq_len")),
+        TensorInfo("encoder_attention_mask", "int64", ("batch_size", "encoder_seq_len")),
+    ]
+    sources = {"input_ids": InputValues("ids"), "encoder_attention_mask": InputValues("mask")}
+    sizes = {"batch_size": 2, "seq_len": 3, "encoder_seq_len": 4}
+    case = make_case(infos, sources, CaseSpec(sizes, padding="right"))
+    assert case.tensors[1].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
+    assert case.keep is None
+
+
 def test_padded_rows_are_not_compared_and_places_are_real():
     case = make_masked(padding="left")
     outputs = np.ones((2, 4, 3), np.float32)

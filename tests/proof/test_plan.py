@@ -44,6 +44,12 @@ def test_positions_jump_where_there_is_a_mask():
     assert not any("jump" in name for name in list_names())
 
 
+def test_positions_of_an_image_where_there_are_axes():
+    axes = {"position_ids": InputValues("position_ids", value=3)}
+    assert "batch_size 3, seq_len 13, position_ids of an image" in list_names(axes, quick=True)
+    assert not any("image" in name for name in list_names())
+
+
 def test_padding_at_both_sides():
     masked = {"mask": InputValues("mask")}
     assert sum("padded" in name for name in list_names(masked)) == 2

@@ -134,10 +134,10 @@ def test_a_crash_names_the_line(monkeypatch):
     def fail(*args, **kwargs):
         raise KeyError("q")
 
-    monkeypatch.setattr("rotary_export.models.export_model.analyze_model", fail)
+    monkeypatch.setattr("rotary_export.models.prove.build_graph.analyze_model", fail)
     row = try_export(RotationCase())
     assert row["status"] == "CRASH"
-    assert row["reason"].startswith("KeyError: 'q' (at rotary_export/models/export_model.py:")
+    assert row["reason"].startswith("KeyError: 'q' (at rotary_export/models/prove/build_graph.py:")
 
 
 def test_a_refusal_is_its_sentence(monkeypatch):

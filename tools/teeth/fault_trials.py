@@ -21,6 +21,7 @@ from rotary_export.exporters.export import Bundle
 from rotary_export.models import export_model as exporting
 from rotary_export.models import write_graph as writing
 from rotary_export.models.find import replace as replacing
+from rotary_export.models.prove import build_graph as building
 from rotary_export.models.prove import prove as proving
 from rotary_export.proof.models.cases import Case
 from rotary_export.proof.models.compare import GRAPH, Results, compare_results
@@ -141,7 +142,7 @@ class Proof:
     @contextmanager
     def _reuse_eager(self) -> Iterator[None]:
         """Compute eager's results and their noise once for the same cases."""
-        analyze, measure = exporting.analyze_model, Reference.measure
+        analyze, measure = building.analyze_model, Reference.measure
         make_recorder = proving.TableRecorder
 
         def keep_recorder(*args: Any) -> Any:
@@ -165,7 +166,7 @@ class Proof:
             return list(measured)  # noise may be measured again
 
         with (
-            change_attribute(exporting, "analyze_model", analyze_model),
+            change_attribute(building, "analyze_model", analyze_model),
             change_attribute(Reference, "measure", measure_once),
             change_attribute(proving, "TableRecorder", keep_recorder),
         ):

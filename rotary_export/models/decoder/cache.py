@@ -144,6 +144,9 @@ def read_cache(name: str, cache: Any) -> dict[str, Tensor]:
     """
     if is_layer_cache(cache):
         return _name_layers("past_key_values", list_layers(cache))
+    if hasattr(cache, "read_tensors"):  # of an encoder-decoder
+        found: dict[str, Tensor] = cache.read_tensors()
+        return found
     from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
     required = f"{name} must be a DynamicCache that holds every position, filled, got"
@@ -151,7 +154,7 @@ def read_cache(name: str, cache: Any) -> dict[str, Tensor]:
         raise RotaryExportError(f"{required} an EncoderDecoderCache")
     if hasattr(cache, "arrange"):  # one of this package
         return _name_layers("past_key_values", [(e.keys, e.values) for e in cache.layers])
-    found: dict[str, Tensor] = {}
+    found = {}
     for index, layer in enumerate(getattr(cache, "layers", [])):
         whole = isinstance(layer, DynamicLayer) and layer.keys is not None and layer.keys.dim() == 4
         if not whole:
@@ -209,6 +212,9 @@ def name_present(cache: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield the keys and values of a cache that a model returns, by name."""
     if is_layer_cache(cache):
         yield from _name_layers("present", list_layers(cache)).items()
+        return
+    if hasattr(cache, "name_present"):
+        yield from cache.name_present()
         return
     for index, layer in enumerate(cache.layers):
         yield f"present.{index}.key", layer.keys

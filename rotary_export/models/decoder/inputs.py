@@ -27,6 +27,11 @@ from rotary_export.models.decoder.cache import (
     read_cache,
     rebuild_cache,
 )
+from rotary_export.models.decoder.encoder import (
+    is_encoder_decoder,
+    make_encoder_example,
+    make_first_tokens,
+)
 from rotary_export.models.decoder.options import FULL, NONE, STATIC, DecoderOptions
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.trace.snapshot import take_snapshot
@@ -48,6 +53,8 @@ def prepare_inputs(
     - An empty cache gets keys and values of no position; the model is run once to learn their
       shapes. A tuple of (key, value) becomes a cache, if the model is one of transformers.
     - `options.last_logits` adds `logits_to_keep=1`.
+    - An encoder-decoder with a cache gets the inputs of its encoder alone: `split_model` makes
+      those of its decoder.
 
     Args:
         model: As `export_model`.
@@ -58,6 +65,8 @@ def prepare_inputs(
         RotaryExportError: They do not fit the model or the options, the model has no such cache,
             or fails on its example inputs.
     """
+    if is_encoder_decoder(model):
+        return _prepare_encoder_decoder(model, example_inputs, options)
     if example_inputs is None:
         check_arguments(model, {})
         inputs = make_example(model)
@@ -77,6 +86,38 @@ def prepare_inputs(
         _check_accepts(model, LOGITS, "last_logits")
         inputs[LOGITS] = 1
     return inputs
+
+
+def _prepare_encoder_decoder(
+    model: nn.Module, example_inputs: Mapping[str, Any] | None, options: DecoderOptions
+) -> dict[str, Any]:
+    """Return the inputs of an encoder, or, without a cache, of the whole model."""
+    name = type(model).__name__
+    if options.last_logits or options.inputs_embeds:
+        option = "last_logits" if options.last_logits else "inputs_embeds"
+        raise RotaryExportError(f"{option} is for a decoder alone, {name} has an encoder")
+    if example_inputs is None:
+        inputs: dict[str, Any] = make_encoder_example(model)
+        batch_size = next(iter(inputs.values())).shape[0]
+        inputs["decoder_input_ids"] = make_first_tokens(model, batch_size, _SHAPE[1])
+        kind = options.cache or FULL
+    else:
+        check_arguments(model, example_inputs)
+        inputs = dict(example_inputs)
+        kind = _choose_cache(model, inputs, options)
+    if kind == NONE:
+        return inputs
+    if kind != FULL:
+        raise RotaryExportError(
+            f"cache {kind!r} is for a decoder alone, {name} has an encoder: use 'full' or 'none'"
+        )
+    if has_cache(inputs):
+        raise RotaryExportError(
+            f"example inputs of an encoder-decoder must have no cache, {name} makes its own: pass "
+            "cache='full' (--cache full) instead"
+        )
+    others = ("use_cache", "return_dict")
+    return {n: v for n, v in inputs.items() if not n.startswith("decoder_") and n not in others}
 
 
 def is_decoder(model: nn.Module) -> bool:
@@ -161,11 +202,6 @@ def _add_cache(
         raise RotaryExportError(
             f"a cache is for a causal language model of transformers, whose forward accepts "
             f"{' or '.join(NAMES)}; {name} does not: pass cache='none' (--cache none)"
-        )
-    if get_field(get_field(model, "config"), "is_encoder_decoder"):
-        raise RotaryExportError(
-            f"{name} is an encoder-decoder, whose cache is not exported: pass cache='none' "
-            "(--cache none)"
         )
     if stateful := find_stateful_layer(model):
         raise RotaryExportError(

@@ -22,7 +22,7 @@ from rotary_export.models.trace.snapshot import Snapshot
 from rotary_export.models.trace.trace_patches import disable_caches
 from rotary_export.models.trace.traced_rotary import TracedRotary
 from rotary_export.proof.models.cases import Case, CaseSpec, Run
-from rotary_export.proof.models.compare import GRAPH, compare_model
+from rotary_export.proof.models.compare import compare_model
 from rotary_export.proof.models.far_tables import compare_far_tables
 from rotary_export.proof.models.plan import Plan, list_unreached, plan_cases
 from rotary_export.proof.models.reference import Measured, Reference
@@ -48,6 +48,10 @@ class ProofOptions:
     seed: int = 0
     case: str | None = None
     outcome: str = "nothing was written"
+
+
+class UnknownCaseError(RotaryExportError):
+    """A graph's proof has no case of the name that was asked for."""
 
 
 class RejectedError(CheckFailedError):
@@ -178,12 +182,12 @@ def choose_cases(cases: Sequence[Case | CaseSpec], name: str | None) -> Sequence
     """Return all cases, or those of one name.
 
     Raises:
-        RotaryExportError: There is none of that name.
+        UnknownCaseError: There is none of that name.
     """
     chosen = [case for case in cases if name in (None, case.name)]
     if not chosen:
         names = "; ".join(case.name for case in cases)
-        raise RotaryExportError(f"case must be one of: {names}; got {name!r}")
+        raise UnknownCaseError(f"case must be one of: {names}; got {name!r}")
     return chosen
 
 
@@ -245,7 +249,7 @@ def add_far_tables(
         report: Receives the rows, and what was left out.
         progress: Called with the current step.
     """
-    info = manifest.graphs[GRAPH]
+    info = manifest.graphs[manifest.only_graph]
     if "onnx" not in info.files or not info.rotary_nodes:
         return
     if not traced.has_nodes:

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotary_export.bundle.manifest import Manifest, check_files, check_openable, read_manifest
+from rotary_export.bundle.manifest import (
+    EMBED,
+    Manifest,
+    check_files,
+    check_openable,
+    read_manifest,
+)
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.analyze import analyze_model
 from rotary_export.models.arguments import (
@@ -22,9 +28,11 @@ from rotary_export.models.convert import convert_model
 from rotary_export.models.decoder.generate import compare_generated
 from rotary_export.models.decoder.inputs import prepare_inputs
 from rotary_export.models.decoder.options import NONE, DecoderOptions
+from rotary_export.models.decoder.parts import Part, split_model
 from rotary_export.models.error_text import describe_error
 from rotary_export.models.prove.prove import (
     QUICK,
+    UnknownCaseError,
     add_far_tables,
     choose_cases,
     make_run,
@@ -33,7 +41,7 @@ from rotary_export.models.trace.snapshot import Snapshot, take_snapshot
 from rotary_export.models.trace.traced_rotary import TracedRotary
 from rotary_export.models.write_graph import trace_analyzed
 from rotary_export.proof.models.cases import EXAMPLE, Case
-from rotary_export.proof.models.compare import GRAPH, compare_model, read_sources
+from rotary_export.proof.models.compare import compare_model, read_sources
 from rotary_export.proof.models.frequencies import compare_frequencies
 from rotary_export.proof.models.plan import Plan, plan_cases
 from rotary_export.proof.models.reference import Reference
@@ -75,23 +83,61 @@ def verify_model(
     manifest = read_manifest(path)
     check_files(path, manifest)
     check_openable(path, manifest, allow_code)
-    if GRAPH not in manifest.graphs:
+    if not manifest.is_model:
         raise RotaryExportError(f"{path} is not the bundle of a model: verify needs no model")
-    plan = _read_plan(manifest, seed, quick)
-    inputs: Mapping[str, Any] = prepare_inputs(
-        model, example_inputs, _read_options(manifest, example_inputs is None)
-    )
+    asked = _read_options(manifest, example_inputs is None)
+    inputs: Mapping[str, Any] = prepare_inputs(model, example_inputs, asked)
     model, inputs = _convert(manifest, model, inputs)
-    arguments, tensors = read_arguments(inputs)
+    parts = split_model(model, inputs, asked)
+    if {part.name for part in parts} != manifest.graphs.keys():
+        raise RotaryExportError(
+            f"the bundle has the graphs {', '.join(manifest.graphs)}; such a model would have "
+            f"{', '.join(part.name for part in parts)}"
+        )
+    report, unknown = Report(), list[UnknownCaseError]()
+    for part in parts:
+        graph = manifest.select(part.name)
+        plan = _read_plan(graph, seed, quick)
+        try:
+            report.join(_verify_part(path, graph, part, plan, case, allow_code, progress))
+        except UnknownCaseError as error:  # it may be one of another graph
+            unknown.append(error)
+    if len(unknown) == len(parts):
+        raise unknown[0]
+    if case is None:
+        with take_snapshot(model) as snapshot:
+            found, left_out = compare_generated(
+                model, path, manifest, None, snapshot, quick, plan.seed, progress
+            )
+        report.generated += found
+        report.unverified |= left_out
+    report.add(*compare_frequencies(model))
+    report.notes += [FLOAT32_TABLES] if manifest.config.get("float32_tables") else []
+    report.notes += [QUICK] if quick else []
+    return report
+
+
+def _verify_part(
+    path: Path,
+    manifest: Manifest,
+    part: Part,
+    plan: Plan,
+    case: str | None,
+    allow_code: bool,
+    progress: Progress,
+) -> Report:
+    """Compare one graph, of a manifest of that graph, with what it was traced from."""
+    arguments, tensors = read_arguments(part.inputs)
     _check_inputs(manifest, tensors)
-    extra = find_extra_arguments(model, inputs)
-    flat = FlatModel(model, arguments, extra, bool(manifest.config.get("float32_tables")))
+    extra = find_extra_arguments(part.model, part.inputs)
+    flat = FlatModel(part.model, arguments, extra, bool(manifest.config.get("float32_tables")))
     example = Case(EXAMPLE, tuple(tensors.values()))
-    with take_snapshot(model) as snapshot:
+    info = manifest.graphs[part.name]
+    with take_snapshot(part.model) as snapshot:
         reference = Reference(
-            model,
+            part.model,
             make_run(flat, snapshot),
-            manifest.graphs[GRAPH].inputs,
+            info.inputs,
             plan.sources,
             describe=describe_error,
         )
@@ -99,18 +145,11 @@ def verify_model(
         measured = reference.measure(cases, progress)
         again = reference.measure_again
         report = compare_model(path, manifest, measured, progress, again, allow_code=allow_code)
-        if not quick and case is None and "onnx" in manifest.graphs[GRAPH].files:
-            _compare_tables(manifest, model, inputs, path, plan, snapshot, report, progress)
-        if case is None:
-            found, left_out = compare_generated(
-                model, path, manifest, None, snapshot, quick, plan.seed, progress
+        if not plan.quick and case is None and "onnx" in info.files:
+            _compare_tables(
+                manifest, part.model, part.inputs, path, plan, snapshot, report, progress
             )
-            report.generated += found
-            report.unverified |= left_out
     report.unverified |= reference.left_out
-    report.add(*compare_frequencies(model))
-    report.notes += [FLOAT32_TABLES] if flat.float32_tables else []
-    report.notes += [QUICK] if quick else []
     return report
 
 
@@ -127,7 +166,7 @@ def _compare_tables(
     """Trace the model again, and add the tables of the ONNX file at far positions."""
     shapes = {
         info.name: {axis: dim for axis, dim in enumerate(info.shape) if isinstance(dim, str)}
-        for info in manifest.graphs[GRAPH].inputs
+        for info in manifest.graphs[manifest.only_graph].inputs
     }
     try:
         analysis = analyze_model(
@@ -158,8 +197,8 @@ def _read_plan(manifest: Manifest, seed: int | None, quick: bool) -> Plan:
             thresholds=config["length_thresholds"],
             longest=config["max_positions"],
             last=config["last_position"],
-            max_size=manifest.graphs[GRAPH].max_size,
-            min_size=manifest.graphs[GRAPH].min_size,
+            max_size=manifest.graphs[manifest.only_graph].max_size,
+            min_size=manifest.graphs[manifest.only_graph].min_size,
             sizes_to_verify=config["sizes_to_verify"],
             seed=config["seed"] if seed is None else seed,
             quick=quick,
@@ -173,7 +212,12 @@ def _read_options(manifest: Manifest, makes_inputs: bool) -> DecoderOptions:
     config = manifest.config
     decoder = config.get("decoder", {})
     cache = decoder.get("cache", NONE if makes_inputs else None)
-    return DecoderOptions(cache, bool(config.get("last_logits")), decoder.get("max_cache_len"))
+    return DecoderOptions(
+        cache,
+        bool(config.get("last_logits")),
+        decoder.get("max_cache_len"),
+        EMBED in manifest.graphs,
+    )
 
 
 def _convert(
@@ -187,7 +231,7 @@ def _convert(
 
 
 def _check_inputs(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    wanted = [info.name for info in manifest.graphs[GRAPH].inputs]
+    wanted = [info.name for info in manifest.graphs[manifest.only_graph].inputs]
     if [*tensors] != wanted:
         raise RotaryExportError(
             f"the bundle has the inputs {', '.join(wanted)}; the model's example has "

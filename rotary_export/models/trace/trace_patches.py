@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from rotary_export.compat.einx import broadcast_with_symbols
-from rotary_export.compat.transformers import BATCHED, EXPERTS, GROUPED
+from rotary_export.compat.transformers import (
+    BATCHED,
+    COUNT_FRAMES,
+    EXPERTS,
+    GROUPED,
+    count_frames,
+    list_frame_counters,
+)
 from rotary_export.models.configs import get_field, list_configs
 from rotary_export.models.find.names import is_rotary_name
 from rotary_export.rope.stateless_replacement import replace_stateful
@@ -32,6 +39,7 @@ def patch_for_tracing(model: nn.Module) -> Iterator[None]:
     5. transformers' grouped matrix product of experts, an operator of its own: batched products.
     6. `max` and `min` of numbers that are computed from sizes, which would take one of them.
     7. `torch.linspace` of as many steps as a size, which would be constant.
+    8. Moonshine's `int(samples / 64 + 1)`, the length of its mask: division of whole numbers.
 
     Args:
         model: It is restored when the context ends.
@@ -43,6 +51,9 @@ def patch_for_tracing(model: nn.Module) -> Iterator[None]:
         stack.enter_context(broadcast_with_symbols())
         _use_batched_experts(model, stack)
         _keep_maxima(stack)
+        for module in list_frame_counters(model):
+            stack.callback(delattr, module, COUNT_FRAMES)
+            setattr(module, COUNT_FRAMES, count_frames)
         stack.callback(setattr, torch, "linspace", torch.linspace)
         torch.linspace = functools.partial(_space, torch.linspace)
         yield

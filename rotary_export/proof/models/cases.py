@@ -46,6 +46,7 @@ class CaseSpec:
         jump: In the middle of each row, position ids jump, each by another distance.
         padding: "left" or "right": rows are padded, each by another length; "": not at all.
         optional: A model may refuse such inputs; the case is then left out.
+        grid: Position ids of several axes differ, as those of the patches of an image do.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -55,6 +56,7 @@ class CaseSpec:
     jump: bool = False
     padding: str = ""
     optional: bool = False
+    grid: bool = False
 
     @property
     def name(self) -> str:
@@ -62,6 +64,7 @@ class CaseSpec:
         words = [f"{name} {size}" for name, size in self.sizes.items()]
         words += [f"position_ids + {self.offset}"] if self.offset else []
         words += ["position_ids with a jump"] if self.jump else []
+        words += ["position_ids of an image"] if self.grid else []
         words += [f"padded at the {self.padding}"] if self.padding else []
         return ", ".join(words) or "as traced"
 
@@ -167,7 +170,8 @@ def make_case(
     if mask_info is not None and spec.padding:
         batch, *_, total = resolve_shape(mask_info, sizes)
         mask = _make_mask(batch, total, spec.padding)
-        keep = mask[:, mask.shape[1] - sizes.get(SEQ, mask.shape[1]) :]
+        if not mask_info.name.startswith("encoder_"):
+            keep = mask[:, mask.shape[1] - sizes.get(SEQ, mask.shape[1]) :]
     slots = None
     slots_info = next((i for i in infos if sources[i.name].role == STATIC_MASK), None)
     if slots_info is not None:
@@ -294,4 +298,17 @@ def _make_positions(
         if spec.jump:
             distances = 2 * torch.arange(rows)[:, None] + 3
             positions = positions + distances * (torch.arange(seq_len) >= seq_len // 2)
+        if spec.grid:
+            positions = _make_grid(positions)
     return positions.expand(shape)
+
+
+def _make_grid(positions: Tensor) -> Tensor:
+    """Make (3, B, S) positions of an image's patches: time, height, width.
+
+    Args:
+        positions: (B, S), of which the first of each row is where the image begins.
+    """
+    patches, columns = torch.arange(positions.shape[1]), math.isqrt(positions.shape[1]) + 1
+    axes = torch.stack((0 * patches, patches // columns, patches % columns))
+    return positions[None, :, :1] + axes[:, None]

@@ -76,13 +76,13 @@ def remake_cases(path: Path, manifest: Manifest, *, allow_code: bool) -> list[Me
 
     Args:
         path: The bundle's folder.
-        manifest: Its manifest.
+        manifest: Its manifest, of one graph.
         allow_code: Whether files whose code may run are opened, too.
 
     Raises:
         RotaryExportError: The manifest's config is damaged, or nothing here can run the bundle.
     """
-    infos, sources = manifest.graphs[GRAPH].inputs, read_sources(manifest)
+    infos, sources = manifest.graphs[manifest.only_graph].inputs, read_sources(manifest)
     run = _make_runner(path, manifest, allow_code)
     try:
         return [
@@ -97,14 +97,15 @@ def remake_cases(path: Path, manifest: Manifest, *, allow_code: bool) -> list[Me
 
 def _make_runner(path: Path, manifest: Manifest, allow_code: bool) -> Run:
     """Return what runs a bundle's first format that exists; it is opened by the first run."""
-    info = manifest.graphs[GRAPH]
+    graph = manifest.only_graph
+    info = manifest.graphs[graph]
 
     @functools.cache
     def open_session() -> Any:
         failure = RotaryExportError("no runtime that is installed can run the bundle")
         for way in list_ways(info, manifest.compiled_for, {}, allow_code=allow_code):
             try:
-                return way.open(path, manifest, GRAPH)
+                return way.open(path, manifest, graph)
             except RotaryExportError as error:  # as ONNX Runtime's CPU for bfloat16
                 failure = error
         raise failure
@@ -120,7 +121,8 @@ def _has_bfloat16(path: Path, manifest: Manifest) -> bool:
     """Return whether a model is bfloat16, or casts to it, as under autocast."""
     if manifest.dtype == "bfloat16":
         return True
-    model = onnx.load(path / manifest.graphs[GRAPH].files["onnx"], load_external_data=False)
+    file = manifest.graphs[manifest.only_graph].files["onnx"]
+    model = onnx.load(path / file, load_external_data=False)
     return any(
         attribute.name == "to" and attribute.i == onnx.TensorProto.BFLOAT16
         for node in model.graph.node
@@ -137,11 +139,11 @@ def compare_model(
     *,
     allow_code: bool,
 ) -> Report:
-    """Run a model's bundle in every way and compare.
+    """Run a graph of a model's bundle in every way and compare.
 
     Args:
         path: The bundle's folder.
-        manifest: Its manifest.
+        manifest: Its manifest, of one graph.
         measured: What to run it on, and what the model itself returns; where that is None, the
             bundle's first format takes its place. Receives noise that was measured again.
         progress: Called with what is being run.
@@ -151,17 +153,18 @@ def compare_model(
     Raises:
         CheckFailedError: A format does not run.
     """
-    info = manifest.graphs[GRAPH]
+    graph = manifest.only_graph
+    info = manifest.graphs[graph]
     check_rotary_nodes(path, info)
     alone = all(each.eager is None for each in measured)
     fused = manifest.config if FUSED in manifest.config and alone else None
-    report = Report(shapes={GRAPH: [each.case.name for each in measured]})
+    report = Report(shapes={graph: [each.case.name for each in measured]})
     report.unverified = list_unverified(manifest)
     ways = [*list_ways(info, manifest.compiled_for, report.skipped, allow_code=allow_code)]
     ways = [way for way in ways if way is not REFERENCE]  # slow: only where others can't run it
     while ways:
         way = ways.pop(0)
-        progress(f"verify {GRAPH}: {way.name}")
+        progress(f"verify {graph}: {way.name}")
         if _count_bytes(path) > _LARGE:
             gc.collect()  # the last session, too: torch.export's are in cycles
             return_memory()
@@ -179,11 +182,11 @@ def compare_model(
             each if each.eager is not None else replace(each, eager=ours)
             for each, ours in zip(measured, results, strict=True)
         ]
-        rows = compare_results(info, way.name, kernel_path, measured, results, fused)
+        rows = compare_results(info, way.name, kernel_path, measured, results, fused, graph)
         while measure_again is not None and (case := _find_failed(rows)):
             progress(f"measure the rounding noise again: {case}")
             measured[:] = [measure_again(m) if m.case.name == case else m for m in measured]
-            rows = compare_results(info, way.name, kernel_path, measured, results, fused)
+            rows = compare_results(info, way.name, kernel_path, measured, results, fused, graph)
             if any(row.case == case and not row.passed for row in rows):
                 measure_again = None  # the verdict is final
         report.unverified |= _list_ill_conditioned(measured)
@@ -223,7 +226,7 @@ def _run_cases(
     path: Path, manifest: Manifest, way: Way, cases: Sequence[Case]
 ) -> tuple[str, Results]:
     """Run every case in one session, which is gone afterwards."""
-    session = way.open(path, manifest, GRAPH)
+    session = way.open(path, manifest, manifest.only_graph)
     results = []
     for case in cases:
         feeds = {i.name: t for i, t in zip(session.graph.inputs, case.tensors, strict=True)}
@@ -241,6 +244,7 @@ def compare_results(
     measured: Sequence[Measured],
     results: Results,
     fused: Mapping[str, Any] | None = None,
+    graph: str = GRAPH,
 ) -> list[Row]:
     """Compare results, in ulp of the largest magnitude of each output; padding is left out.
 
@@ -254,7 +258,7 @@ def compare_results(
         judged_by, tolerance = output.dtype, "model-half" if half else "model"
         if fused is not None:
             judged_by, tolerance = judge_fused(fused, name, output.dtype)
-        worst = Row(GRAPH, name, runtime, kernel_path, tolerance, None)
+        worst = Row(graph, name, runtime, kernel_path, tolerance, None)
         for each, ours in zip(measured, results, strict=True):
             assert each.eager is not None
             left, right = each.case.select(ours[name]), each.case.select(each.eager[name])
@@ -269,7 +273,7 @@ def compare_results(
                 worst = replace(row, place=each.case.locate(error.worst, output.shape))
         if not worst.case:
             raise CheckFailedError(
-                f"{GRAPH}.{name} can't be compared: rounding alone moves it by more than "
+                f"{graph}.{name} can't be compared: rounding alone moves it by more than "
                 f"{MOST_NOISE:.0%} of its largest magnitude in every case"
             )
         rows.append(worst)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rotary_export.bundle.dims import SEQ, TOTAL, is_past
 
+_AXES = 3
 _MASKED = 1e4  # numbers as large as that stand for infinity in a mask
 _MOST_ROWS = 16  # of an example, along each dimension that may vary
 _COORDINATES = re.compile(r"(^|[_.])(ids?|pos|positions?|coords?|coordinates|grid)($|[_.])")
@@ -34,7 +35,8 @@ class InputValues:
         limits: Smallest and largest id.
         value: Of "rows": the example's values, nested lists. Of "square_mask": the value of what
             is seen, that of what is hidden, and whether later tokens are hidden. Of "offsets":
-            the sizes whose product is the number of tokens.
+            the sizes whose product is the number of tokens. Of "position_ids" of several axes:
+            how many.
         spread: Mean and standard deviation of the example.
     """
 
@@ -42,6 +44,11 @@ class InputValues:
     limits: tuple[int, int] = (0, 0)
     value: Any = None
     spread: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def has_axes(self) -> bool:
+        """Whether it contains positions of three axes: time, height, width."""
+        return self.role == "position_ids" and self.value == _AXES
 
     def repeat_rows(self, shape: Sequence[int]) -> Tensor:
         """Return the example's values in another shape: rows are repeated or cut."""
@@ -75,7 +82,7 @@ def choose_values(
     if is_past(name):
         return InputValues("past", spread=_measure_spread(value))
     if name == "position_ids" and value.dim() > 1:
-        return InputValues("position_ids")
+        return InputValues("position_ids", value=value.shape[0] if value.dim() > 2 else None)
     if is_positions(name, value) and value.dim() == 2 and _counts(value):
         return InputValues("position_ids")
     if "mask" in name and value.dim() == 2 and set(value.unique().tolist()) <= {0, 1}:

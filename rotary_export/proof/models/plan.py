@@ -56,6 +56,11 @@ class Plan:
         return any(source.role == "position_ids" for source in self.sources.values())
 
     @property
+    def has_axes(self) -> bool:
+        """Whether positions have three axes, as those of an image's patches."""
+        return any(source.has_axes for source in self.sources.values())
+
+    @property
     def is_masked(self) -> bool:
         """Whether there is a mask by which rows can be padded."""
         return any(source.role in MASKS for source in self.sources.values())
@@ -110,6 +115,8 @@ def _plan_small(plan: Plan) -> list[CaseSpec]:
     if PAST in plan.traced:  # the first step, with an empty cache
         own = not any(source.role == "past" for source in plan.sources.values())
         specs.append(CaseSpec(plan.choose_sizes(2, seq + 1, 0), seed=3, optional=own))
+    if plan.has_axes:
+        specs.append(CaseSpec(plan.choose_sizes(3, seq + 6, past), seed=6, grid=True))
     if plan.is_masked or plan.is_static:
         for side in ("right",) if plan.is_static else ("left", "right"):
             sizes = plan.choose_sizes(3, seq + 2, past)

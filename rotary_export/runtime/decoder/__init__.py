@@ -1,6 +1,7 @@
 """Generate tokens with a bundle: a loop over its graph, without torch.
 
-- `decoder.py`: `load_decoder`, and `Decoder`: prefill, step, generate, stream.
+- `load_decoder.py`: `load_decoder`.
+- `decoder.py`: `Decoder`: prefill, step, generate, stream.
 - `graph.py`: one run of the graph, on bound memory.
 - `cache.py`: the buffers of keys and values, which grow or are written in place.
 - `prompts.py`: prompts as an array and a mask, checked.

@@ -1,18 +1,14 @@
-"""`load_decoder`: from a bundle's folder to generated tokens."""
+"""`Decoder`: from prompts to generated tokens, by the graphs of a bundle."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rotary_export.bundle.dims import PAST, SEQ
-from rotary_export.bundle.json_file import read_json_object
-from rotary_export.bundle.manifest import check_files, read_manifest
 from rotary_export.errors import RotaryExportError
 from rotary_export.runtime.decoder.graph import DecoderGraph
 from rotary_export.runtime.decoder.prompts import (
@@ -23,56 +19,12 @@ from rotary_export.runtime.decoder.prompts import (
     read_row,
 )
 from rotary_export.runtime.decoder.sampling import choose_tokens
-from rotary_export.runtime.decoder.settings import FILE, Settings, make_settings, read_ends
-from rotary_export.runtime.load import load
+from rotary_export.runtime.decoder.settings import Settings, make_settings, read_ends
 from rotary_export.runtime.ort import OrtSession
 from rotary_export.types import Array
 
 CHUNK = 512
-_CONFIG = "config.json"
-
-
-def load_decoder(
-    bundle_dir: str | os.PathLike[str],
-    graph: str | None = None,
-    *,
-    providers: str | Sequence[str] = "auto",
-    use_op_library: bool | str = "auto",
-    require_fused: bool = False,
-    allow_failed: bool = False,
-) -> Decoder:
-    """Load a causal language model that was exported with a key/value cache.
-
-    Args:
-        bundle_dir: The bundle's folder.
-        graph: As `load`, like the other arguments.
-        providers: As `load`.
-        use_op_library: As `load`.
-        require_fused: As `load`.
-        allow_failed: As `load`.
-
-    Returns:
-        The decoder; ONNX Runtime runs it.
-
-    Raises:
-        RotaryExportError: As `load`, or the graph has no key/value cache.
-    """
-    session = load(
-        bundle_dir,
-        graph,
-        providers=providers,
-        use_op_library=use_op_library,
-        require_fused=require_fused,
-        allow_failed=allow_failed,
-    )
-    assert isinstance(session, OrtSession)
-    path = Path(bundle_dir)
-    manifest = read_manifest(path)
-    given = [name for name in (FILE, _CONFIG) if name in manifest.files]
-    check_files(path, manifest, given)
-    # A model's own config names its last token, where there is no generation config.
-    generation = read_json_object(path / given[0]) if given else {}
-    return Decoder(session, manifest.config, generation)
+START = "decoder_start_token_id"
 
 
 class Decoder:
@@ -83,21 +35,27 @@ class Decoder:
 
     Attributes:
         session: Of the graph: `session.kernel_path` names what computes its rotary nodes.
+        encoder: Of the encoder's graph, of an encoder-decoder: `encode` runs it; else None.
         max_positions: How many tokens a row may have; None: any number.
         eos_token_ids: Tokens that end a row, by the bundle's `generation_config.json`.
     """
 
     def __init__(
-        self, session: OrtSession, config: Mapping[str, Any], generation: Mapping[str, Any]
+        self,
+        session: OrtSession,
+        config: Mapping[str, Any],
+        generation: Mapping[str, Any],
+        embed: OrtSession | None = None,
+        encoder: OrtSession | None = None,
     ) -> None:
         facts = config.get("decoder", {})
-        self.session = session
+        self.session, self.encoder = session, encoder
         self.max_positions: int | None = facts.get("max_positions", config.get("max_positions"))
         self._slots: int | None = facts.get("max_cache_len")
         self._holder = "model"  # of the positions, for errors
         if self._slots is not None and self._slots <= (self.max_positions or self._slots):
             self.max_positions, self._holder = self._slots, "cache"
-        self._graph = DecoderGraph(session, self._slots)
+        self._graph = DecoderGraph(session, self._slots, embed)
         self._generation = generation
         self.eos_token_ids = read_ends(generation)
         self._resets: list[int] = facts.get("length_thresholds", [])
@@ -107,6 +65,27 @@ class Decoder:
         self._prompt_len = 0
         self._batch = object()
         self._counts = np.empty(0, np.int64)  # (B,), tokens of each row, without padding
+
+    def encode(self, **inputs: Any) -> Array:
+        """Run the encoder of an encoder-decoder: what follows attends to its rows.
+
+        Args:
+            **inputs: Of the encoder's graph, numpy arrays, one row for each text.
+
+        Returns:
+            (B, 1) int64: the token that each text starts with, to be passed as `input_ids`.
+
+        Raises:
+            RotaryExportError: There is no encoder, an input is wrong, or the bundle's config names
+                no first token.
+        """
+        if self.encoder is None:
+            raise RotaryExportError("encode is for an encoder-decoder, the model has no encoder")
+        start = self._generation.get(START)
+        if type(start) is not int:
+            raise RotaryExportError(f"the bundle's config must have {START}, got {start!r}")
+        self._width, self._batch = 0, object()  # no batch attends to other rows than it had
+        return np.full((self._graph.set_encoded(self.encoder(**inputs)), 1), start)
 
     def generate(
         self,
@@ -255,7 +234,7 @@ class Decoder:
         if len(bad) or not len(rows):
             got = bad[0] if len(bad) else "none"
             raise RotaryExportError(f"order must have rows >= 0 and < {size}, got {got}")
-        self._graph.cache.reorder(rows, size, self._width)
+        self._graph.reorder(rows, size, self._width)
         self._ids, self._mask = self._ids[rows], self._mask[rows]
         self._counts = self._counts[rows]
 
@@ -271,6 +250,7 @@ class Decoder:
 
     def _check_fits(self, prompts: Prompts, new: int) -> None:
         """Refuse what does not fit the model; the last new token is never read."""
+        self._graph.check_encoded(len(prompts.ids))
         if not self._graph.has_mask and not prompts.mask.all():
             raise RotaryExportError(
                 "rows must be of the same length, without padding: the graph has no attention_mask"
@@ -323,7 +303,7 @@ class Decoder:
         self._ids[:, :seq_len], self._mask[:, :seq_len] = prompts.ids, prompts.mask
         self._counts = prompts.mask.sum(axis=1)
         self._width, self._prompt_len = 0, seq_len
-        self._graph.cache.begin(batch_size, room)
+        self._graph.begin(batch_size, room)
         self._batch = object()
         return self._batch
 

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from rotary_export.bundle.dims import BATCH, PAST, SEQ, TOTAL, is_past, name_output
+from rotary_export.bundle.dims import (
+    BATCH,
+    PAST,
+    SEQ,
+    TOTAL,
+    is_encoded,
+    is_past,
+    name_output,
+)
 from rotary_export.bundle.manifest import GraphInfo, TensorInfo
 from rotary_export.compat.ort_binding import make_binder
 from rotary_export.errors import RotaryExportError
@@ -18,7 +26,7 @@ from rotary_export.runtime.session import resolve_shape
 from rotary_export.runtime.tensors import ELEMENT_TYPES, make_dtype
 from rotary_export.types import Array
 
-MASK, POSITIONS = "attention_mask", "position_ids"
+MASK, POSITIONS, EMBEDS = "attention_mask", "position_ids", "inputs_embeds"
 
 
 class DecoderGraph:
@@ -27,20 +35,28 @@ class DecoderGraph:
     Args:
         session: Of the graph.
         max_cache_len: Slots of a static cache; None: it grows.
+        embed: Of the graph that embeds tokens, where this one reads embeddings.
 
     Raises:
         RotaryExportError: The graph has no cache, or inputs that a loop can't fill.
     """
 
-    def __init__(self, session: OrtSession, max_cache_len: int | None = None) -> None:
+    def __init__(
+        self,
+        session: OrtSession,
+        max_cache_len: int | None = None,
+        embed: OrtSession | None = None,
+    ) -> None:
         graph = session.graph
-        self._session = session
+        self._session, self._embed = session, embed
         self.has_mask = any(info.name == MASK for info in graph.inputs)
         self._has_positions = any(info.name == POSITIONS for info in graph.inputs)
-        self._tokens = _find_tokens(graph)
+        self._tokens = _find_tokens(graph, embed)
         self._logits = _find_logits(graph)
         _check_growth(graph)
-        self.num_tokens = _count_tokens(self._tokens, self._logits)
+        self.num_tokens = _count_tokens(
+            embed.graph.inputs[0] if embed else self._tokens, self._logits
+        )
         caches = [info for info in graph.inputs if is_past(info.name)]
         # ONNX Runtime's CPU kernel that writes slots may write its own input; others need not.
         in_place = session.providers == (CPU,)
@@ -51,6 +67,44 @@ class DecoderGraph:
         dtype = next((info.dtype for info in graph.inputs if info.name == MASK), "int64")
         self._mask, self._mask_element = np.empty(0, make_dtype(dtype)), ELEMENT_TYPES[dtype]
         self._bound_mask: tuple[int, ...] = ()
+        self._encoded_names = [info.name for info in graph.inputs if is_encoded(info.name)]
+        self._encoded: dict[str, Array] = {}  # what the encoder returned
+        self._rows: dict[str, Array] = {}  # the same, in the order of the batch
+
+    def set_encoded(self, outputs: Mapping[str, Any]) -> int:
+        """Keep what an encoder returned; return how many rows it has."""
+        found = {name.replace("present", "past_key_values", 1): v for name, v in outputs.items()}
+        if missing := [name for name in self._encoded_names if name not in found]:
+            raise RotaryExportError(
+                f"an encoder must return what its decoder reads, got no {', '.join(missing)}"
+            )
+        self._encoded = {name: np.ascontiguousarray(found[name]) for name in self._encoded_names}
+        return len(next(iter(self._encoded.values())))
+
+    def check_encoded(self, batch_size: int) -> None:
+        """Refuse a batch of other rows than were encoded."""
+        if not self._encoded_names:
+            return
+        if not self._encoded:
+            raise RotaryExportError("encode must come first: the model is an encoder-decoder")
+        size = len(next(iter(self._encoded.values())))
+        if size != batch_size:
+            raise RotaryExportError(
+                f"input_ids must have as many rows as encode has read, {size}, got {batch_size}"
+            )
+
+    def begin(self, batch_size: int, length: int) -> None:
+        """Begin a batch that will grow to so many positions."""
+        self.cache.begin(batch_size, length)
+        if self._encoded_names:
+            self._rows, self._bound = self._encoded, None
+
+    def reorder(self, order: Array, batch_size: int, past: int) -> None:
+        """Replace row i by row order[i]; there may be more or fewer rows than before."""
+        self.cache.reorder(order, batch_size, past)
+        if self._encoded_names:
+            self._rows = {name: value[order] for name, value in self._rows.items()}
+            self._bound = None
 
     def run(self, ids: Array, positions: Array, mask: Array, past: int) -> Array:
         """Run the graph once, and make its cache the past of the next run.
@@ -67,7 +121,8 @@ class DecoderGraph:
         batch_size, seq_len = ids.shape
         if self._bound != (batch_size, seq_len):
             self._bind(batch_size, seq_len)
-        self._buffers[self._tokens.name][...] = ids
+        buffer = self._buffers[self._tokens.name]
+        buffer[...] = self._embed(input_ids=ids)[EMBEDS] if self._embed else ids
         if self._has_positions:
             self._buffers[POSITIONS][...] = positions
         if self.has_mask:
@@ -85,6 +140,9 @@ class DecoderGraph:
         for info in self._session.graph.inputs:
             if info.name in (self._tokens.name, POSITIONS):
                 self._binder.bind_input(info.name, *self._allocate(info, sizes))
+        for name, value in self._rows.items():
+            form = ELEMENT_TYPES[value.dtype.name], value.shape, value.ctypes.data
+            self._binder.bind_input(name, *self._binder.device, *form)
         self._binder.bind_output(self._logits.name, *self._allocate(self._logits, sizes))
         self._bound = batch_size, seq_len
 
@@ -103,22 +161,27 @@ class DecoderGraph:
             self._binder.bind_input(MASK, *self._binder.device, *form)
 
 
-def _find_tokens(graph: GraphInfo) -> TensorInfo:
-    """Return the input of the token ids."""
+def _find_tokens(graph: GraphInfo, embed: OrtSession | None) -> TensorInfo:
+    """Return the input of the token ids, or of their embeddings."""
     caches = [info for info in graph.inputs if is_past(info.name)]
     others = [info for info in graph.inputs if info not in caches]
     others = [info for info in others if info.name not in (MASK, POSITIONS)]
+    others = [info for info in others if not is_encoded(info.name)]
     if not caches:
         raise RotaryExportError(
             "the graph has no key/value cache: export the model with one (--cache full) to generate"
         )
-    if len(others) != 1 or others[0].dtype != "int64" or len(others[0].shape) != 2:
+    is_embedded = embed is not None and [info.name for info in others] == [EMBEDS]
+    is_ids = len(others) == 1 and others[0].dtype == "int64" and len(others[0].shape) == 2
+    if not (is_embedded or is_ids):
         raise RotaryExportError(
             "a decoder must have token ids, attention_mask and position_ids as inputs besides its "
             f"cache, got {', '.join(info.name for info in others) or 'no token ids'}"
         )
     for info in graph.inputs:
-        if info.name in (MASK, POSITIONS) and len(info.shape) != 2:
+        # Text has the same position on each of three axes.
+        axes = info.shape[:-2] if info.name == POSITIONS and info.shape[0] == 3 else ()
+        if info.name in (MASK, POSITIONS) and len(info.shape) != 2 + len(axes):
             raise RotaryExportError(
                 f"{info.name} of a decoder must have 2 dimensions, got shape {info.shape}"
             )

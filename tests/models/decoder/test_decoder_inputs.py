@@ -96,14 +96,6 @@ def make_hybrid():
     return transformers.Qwen3NextForCausalLM(config)
 
 
-def make_moonshine():
-    config = transformers.MoonshineConfig(
-        hidden_size=32, intermediate_size=32, vocab_size=32, encoder_num_hidden_layers=1,
-        decoder_num_hidden_layers=1, encoder_num_attention_heads=2, decoder_num_attention_heads=2,
-    )  # fmt: skip
-    return transformers.MoonshineForConditionalGeneration(config)
-
-
 REFUSED = {
     "unknown": ({}, None, {"cache": "large"}, "one of full, window, static, none, got 'large'"),
     "not a string": ({}, None, {"cache": ["full"]}, "cache must be one of"),
@@ -127,9 +119,6 @@ REFUSED = {
         {"input": torch.ones(1, 2)}, lambda: nn.Linear(2, 2), {"cache": "full"}, "Linear does not"
     ),
     "recurrent state": (None, make_hybrid, {}, "Qwen3NextFor.*LinearAttentionLayer.*--cache none"),
-    "encoder-decoder": (
-        IDS, make_moonshine, {"cache": "full"}, "Moonshine.* is an encoder-decoder.*--cache none"
-    ),
     "last logits": (
         {"input": torch.ones(1, 2)}, lambda: nn.Linear(2, 2), {"last_logits": True},
         "last_logits is for a model whose forward accepts logits_to_keep; that of Linear does not",
