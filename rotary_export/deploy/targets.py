@@ -104,10 +104,11 @@ TARGETS: dict[str, Target] = {
         shared=("python",),
     ),
     "genai": Target(
-        "a folder for onnxruntime-genai, and a Python program",
+        "a folder for onnxruntime-genai, and programs in Python and C++",
         "the function body, or our kernel",
         "onnx",
         _find("genai", "write_genai"),
+        shared=("cpp",),
         check=_find("genai", "check_genai"),
     ),
     "triton": Target(

@@ -29,6 +29,7 @@ std::vector<at::Tensor> Run(torch::jit::Module& module, const std::vector<at::Te
 }
 
 int main(int argc, char** argv) {
+  torch::jit::setGraphExecutorOptimize(false);  // It would specialise the graph again and again.
   return RunProgram(argc, argv, "GRAPH.pt", [](const std::string& path) {
     return [module = Load(path)](const std::vector<at::Tensor>& inputs) mutable {
       return Run(module, inputs);

@@ -153,7 +153,7 @@ int main(int argc, char** argv) try {
   if (!library.empty()) options.RegisterCustomOpsLibrary(library.c_str());
   Ort::Session session(env, words[1].c_str(), options);
   Graph graph(&session, decoder);
-  GenerateRows(decoder, request, graph);
+  GenerateRows(request, [&](Ids* row) { Generate(decoder, row, request.max_new_tokens, graph); });
 } catch (const std::exception& error) {
   std::cerr << "error: " << error.what() << "\n";
   return 1;

@@ -165,13 +165,14 @@ void Generate(const Decoder& decoder, Ids* row, int64_t count, Graph& graph) {
 }
 
 // Prints the ids of each prompt and its new tokens, "5,6,7,8"; on stderr, the speed.
-template <typename Graph>
-void GenerateRows(const Decoder& decoder, const Request& request, Graph& graph) {
+// `generate(&row)` appends the new tokens.
+template <typename Function>
+void GenerateRows(const Request& request, Function generate) {
   const auto start = std::chrono::steady_clock::now();
   int64_t new_tokens = 0;
   for (Ids row : request.prompts) {
     new_tokens -= row.size();
-    Generate(decoder, &row, request.max_new_tokens, graph);
+    generate(&row);
     new_tokens += row.size();
     for (size_t i = 0; i < row.size(); ++i) std::cout << (i ? "," : "") << row[i];
     std::cout << std::endl;

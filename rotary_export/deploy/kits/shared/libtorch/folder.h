@@ -65,7 +65,9 @@ int RunProgram(int argc, char** argv, const std::string& graph, Load load) {
       const Request request = ReadRequest(decoder, {argv + 4, argv + argc});
       DecoderGraph decoder_graph(signature, decoder, load(std::string(argv[1])));
       const c10::InferenceMode guard;
-      GenerateRows(decoder, request, decoder_graph);
+      GenerateRows(request, [&](Ids* row) {
+        Generate(decoder, row, request.max_new_tokens, decoder_graph);
+      });
       return 0;
     }
     auto run = load(std::string(argv[1]));
