@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 from helpers.pages import Page
 from helpers.paths import ROOT
-from helpers.target_runs import require
+from helpers.target_runs import TargetRun, read_version, record, require
 from helpers.text_bundles import TOKENS, get_text_decoder
 from helpers.text_runtimes import NODES, RUNTIMES, check_tokens, run_python
 
@@ -26,7 +28,7 @@ def test_tokens_are_those_of_transformers(runtime, path, tmp_path):
 @pytest.fixture(scope="module")
 def cpp_kit(tmp_path_factory):
     """Deploy and build the C++ program as the page says, but without optimization."""
-    kit = deploy("genai", get_text_decoder("tiny").bundle, tmp_path_factory.mktemp("cpp") / "kit")
+    kit = deploy("genai", get_text_decoder().bundle, tmp_path_factory.mktemp("cpp") / "kit")
     (kit / "venv").symlink_to(require("genai"))
     build = find_command(kit, "g++").replace("-O2", "-O0 -Wall -Wextra -Werror")
     done = subprocess.run(build, shell=True, cwd=kit, capture_output=True, text=True)
@@ -48,9 +50,9 @@ def run_cpp(kit: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", command], cwd=kit, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("path", MODELS)
+@pytest.mark.parametrize("path", NODES)
 def test_the_cpp_program_generates(path, cpp_kit):
-    decoder = get_text_decoder("tiny")
+    decoder = get_text_decoder()
     words = [",".join(map(str, row)) for row in decoder.prompts]
     done = run_cpp(cpp_kit, str(TOKENS), *words, *(["--op-library"] if path == "fused" else []))
     assert done.returncode == 0, done.stderr

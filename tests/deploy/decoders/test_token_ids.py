@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.bundles import make_folder, update_hash
+from helpers.bundles import edit_manifest, make_folder, update_hash
 from helpers.decoders import export_decoder, generate_eager
 from helpers.paths import KITS, ROOT
 from helpers.target_runs import TargetRun, record, require
 from helpers.text_decoders import NUM_TOKENS, PROMPTS, get_text_decoder
 
 from rotary_export import load_decoder
+from rotary_export.bundle.manifest import read_manifest
 from rotary_export.deploy.deploy import deploy
 from rotary_export.errors import RotaryExportError
 from rotary_export.op.library import op_library_path
@@ -107,6 +108,48 @@ def generate(prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]
     return rows
 
 
+def read_lines(kit: Path) -> dict[str, str]:
+    """Return the lines of decoder.txt by name."""
+    lines = (kit / "decoder.txt").read_text().splitlines()
+    return dict(line.partition(" ")[::2] for line in lines)
+
+
+def test_the_facts_of_a_graph(tmp_path):
+    facts = {kind: read_lines(get_kit(CPP, kind)) for kind in ("full", "static")}
+    static = {"max_cache_len": "48", "max_positions": "48", "holder": "cache", "last_logits": "1"}
+    assert facts["static"] == facts["full"] | static
+    assert facts["full"] == {
+        "tokens": "input_ids",
+        "num_tokens": "96",
+        "logits": "logits",
+        "logits_dtype": "float32",
+        "last_logits": "0",
+        "vocab_size": "96",
+        "chunk": "512",
+        "max_cache_len": "0",
+        "max_positions": "64",
+        "max_past_len": "-1",
+        "holder": "model",
+        "eos_token_ids": "2",
+        "suppress_tokens": "",
+        "repetition_penalty": "1.0",
+        "cache_resets": "",
+        "length_thresholds": "",
+    }
+    bundle = copy_with_settings(tmp_path, eos_token_id=[2, 5], suppress_tokens=[7, 8])
+    config = read_manifest(bundle).config
+    decoder = config["decoder"] | {"length_thresholds": [24], "max_positions": None}
+    edit_manifest(bundle, config=config | {"decoder": decoder, "length_thresholds": [24, 40]})
+    found = read_lines(deploy(CPP, bundle, tmp_path / "kit"))
+    assert found == facts["full"] | {
+        "eos_token_ids": "2 5",
+        "suppress_tokens": "7 8",
+        "max_positions": "-1",
+        "cache_resets": "24",
+        "length_thresholds": "24 40",
+    }
+
+
 # ---- C++
 
 
@@ -143,12 +186,10 @@ def test_a_step_allocates_nothing(kind):
 
 def edit_facts(folder: Path, kind: str = "full", **changed: Any) -> Path:
     """Write a decoder.txt in which some lines have other values."""
-    text = (get_kit(CPP, kind) / "decoder.txt").read_text()
-    lines = [line.split() for line in text.splitlines()]
-    assert changed.keys() <= {name for name, *_ in lines}
-    values = [(name, changed.get(name, " ".join(words))) for name, *words in lines]
+    lines = read_lines(get_kit(CPP, kind))
+    assert changed.keys() <= lines.keys()
     facts = folder / "decoder.txt"
-    facts.write_text("\n".join(f"{name} {value}" for name, value in values))
+    facts.write_text("\n".join(f"{name} {value}" for name, value in (lines | changed).items()))
     return facts
 
 
@@ -160,10 +201,15 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("kind", ["full", "static"])
-@pytest.mark.parametrize("changed", CHANGED.values(), ids=CHANGED)
-def test_a_prompt_in_chunks_and_a_cache_computed_anew(changed, kind, tmp_path):
-    facts = edit_facts(tmp_path, kind, **changed)
-    assert run(get_kit(CPP, kind), NUM_TOKENS, PROMPTS, facts=facts)[0] == generate(PROMPTS)
+def test_a_prompt_in_chunks_and_a_cache_computed_anew(kind, tmp_path):
+    """Runs of other numbers of tokens bind other memory: allocations tell that they were made."""
+    kit, allocations = get_kit(CPP, kind), set()
+    for changed in ({}, *CHANGED.values()):
+        facts = edit_facts(tmp_path, kind, **changed)
+        rows, count = run(kit, NUM_TOKENS, PROMPTS, facts=facts)
+        assert rows == generate(PROMPTS)
+        allocations.add(count)
+    assert len(allocations) == 1 + len(CHANGED)
 
 
 @functools.cache
@@ -217,17 +263,17 @@ def test_words_that_are_no_integers(words):
     check_refused(f"'{bad}' is not an integer >= 0", call(get_kit(CPP, "full"), *words))
 
 
-def copy_with_beams(folder: Path) -> Path:
-    """Copy the bundle; its generation config has a setting that no loop here applies."""
+def copy_with_settings(folder: Path, **changed: Any) -> Path:
+    """Copy the bundle with another generation config."""
     bundle = Path(shutil.copytree(get_bundle("full"), folder / "bundle"))
     content = json.loads((bundle / "generation_config.json").read_text())
-    (bundle / "generation_config.json").write_text(json.dumps(content | {"num_beams": 4}))
+    (bundle / "generation_config.json").write_text(json.dumps(content | changed))
     update_hash(bundle, "generation_config.json")
     return bundle
 
 
 def test_what_the_loop_does_not_run_is_refused(tmp_path):
-    bundle = copy_with_beams(tmp_path)
+    bundle = copy_with_settings(tmp_path, num_beams=4)
     why = refuse(bundle, 1, [[5]])
     check_refused(why, call(deploy(CPP, bundle, tmp_path / "kit"), 8, "5"))
     facts = tmp_path / "none.txt"
@@ -262,11 +308,14 @@ RUN_OPENVINO = """
 import json, sys
 import generate
 decoder = generate.Decoder(generate.read_facts())
-facts, results = decoder.facts, []
+facts, run, results, lengths = decoder.facts, decoder.run, [], []
+decoder.run = lambda ids, past: lengths.append(len(ids)) or run(ids, past)
 prompts, count, settings = json.loads(sys.argv[1])
 for changed in settings:
     decoder.facts = facts | changed
-    results.append([decoder.generate(prompt, count) for prompt in prompts])
+    lengths.clear()
+    rows = [decoder.generate(prompt, count) for prompt in prompts]
+    results.append([rows, len(lengths)])
 print(json.dumps(results))
 print(decoder.describe())
 """
@@ -306,7 +355,11 @@ def test_openvino_generates_and_fuses(kind):
     done = run_openvino(get_kit(OPENVINO, kind), "-c", RUN_OPENVINO, words)
     assert done.returncode == 0, done.stderr
     results, facts = done.stdout.splitlines()
-    assert json.loads(results) == [rows for _, rows in cases]
+    assert [rows for rows, _ in json.loads(results)] == [rows for _, rows in cases]
+    runs = [
+        count - len(PROMPTS) * NUM_TOKENS for _, count in json.loads(results)[: 1 + len(CHANGED)]
+    ]
+    assert runs == [0, 3, 1, 11]  # more than one for each prompt and one for each further token
     found = re.fullmatch(r"OpenVINO ([\d.]+).*: (\d+) .* RoPE, (\d+) are a whole attention", facts)
     version, ropes, attentions = found.groups()
     assert (ropes, attentions) == ("5", "2")  # of two layers; one RoPE computes the tables
@@ -332,7 +385,7 @@ def test_openvino_the_command_of_the_page_and_mistakes(tmp_path):
     assert "tokens/s" in done.stderr
     done = run_openvino(kit, "generate.py", "8", "5,x")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "'x' is not an integer >= 0\n")
-    bundle = copy_with_beams(tmp_path)
+    bundle = copy_with_settings(tmp_path, num_beams=4)
     why = refuse(bundle, 1, [[5]])
     done = run_openvino(deploy(OPENVINO, bundle, tmp_path / "kit"), "generate.py", "8", "5")
     assert (done.returncode, done.stderr) == (1, f"{why}\n")
