@@ -76,12 +76,18 @@ def _describe_decoder(bundle: Path, manifest: Manifest, info: GraphInfo) -> list
     Raises:
         RotaryExportError: As `load_decoder`; or a mask or positions are not int64.
     """
+    if len(manifest.graphs) > 1:
+        raise RotaryExportError(
+            f"the kit's loop runs a bundle of one graph, got {', '.join(manifest.graphs)}"
+        )
     tokens, logits = find_tokens(info), find_logits(info)
     check_growth(info)
     for tensor in info.inputs:
-        if tensor.name in (MASK, POSITIONS) and tensor.dtype != "int64":
+        is_plain = tensor.dtype == "int64" and len(tensor.shape) == 2
+        if tensor.name in (MASK, POSITIONS) and not is_plain:
             raise RotaryExportError(
-                f"{tensor.name} of a decoder must be int64 here, got {tensor.dtype}"
+                f"{tensor.name} must be int64 of 2 dimensions for the kit's loop, got "
+                f"{tensor.dtype} {tensor.shape}"
             )
     # A model's own config names its last token, where there is no generation config.
     given = [name for name in (FILE, "config.json") if name in manifest.files]

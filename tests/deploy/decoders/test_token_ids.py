@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from helpers.text_decoders import NUM_TOKENS, PROMPTS, get_text_decoder
 from rotary_export import load_decoder
 from rotary_export.bundle.manifest import read_manifest
 from rotary_export.deploy.deploy import deploy
+from rotary_export.deploy.signature import write_decoder
 from rotary_export.errors import RotaryExportError
 from rotary_export.op.library import op_library_path
 
@@ -149,6 +151,31 @@ def test_the_facts_of_a_graph(tmp_path):
         "cache_resets": "24",
         "length_thresholds": "24 40",
     }
+
+
+def test_graphs_that_the_loop_does_not_run(tmp_path):
+    manifest = read_manifest(get_bundle("full"))
+    info = manifest.graphs["model"]
+    for name, changed, why in (
+        (
+            "attention_mask",
+            {"dtype": "float32"},
+            "float32 ('batch_size', 'past_seq_len + seq_len')",
+        ),
+        (
+            "position_ids",
+            {"shape": (3, "batch_size", "seq_len")},
+            "int64 (3, 'batch_size', 'seq_len')",
+        ),
+    ):
+        inputs = [replace(i, **changed) if i.name == name else i for i in info.inputs]
+        graphs = {"model": replace(info, inputs=tuple(inputs))}
+        write_decoder(tmp_path, replace(manifest, graphs=graphs), "model")
+        why = f"{name} must be int64 of 2 dimensions for the kit's loop, got {why}"
+        assert (tmp_path / "decoder.txt").read_text() == f"refused {why}\n"
+    write_decoder(tmp_path, replace(manifest, graphs={"encoder": info, "decoder": info}), "decoder")
+    why = "the kit's loop runs a bundle of one graph, got encoder, decoder"
+    assert (tmp_path / "decoder.txt").read_text() == f"refused {why}\n"
 
 
 # ---- C++
