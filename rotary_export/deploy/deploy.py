@@ -97,9 +97,9 @@ def deploy(
         known.check(source, manifest, graph)
     with write_folder(path, force, _check_owned) as staging:
         progress(f"copy the kit {target}")
-        for folder in (*([f"{SHARED}/{known.shared}"] if known.shared else []), target):
+        for folder in (*(f"{SHARED}/{each}" for each in known.shared), target):
             copy_tree(KITS / folder, staging, NOT_COPIED)
-        fit_page(staging / "README.md", graph)
+        fit_page(staging / "README.md", graph, "decoder" in manifest.config)
         opened = _select_formats(manifest, (known.format, known.also))
         (staging / "bundle").mkdir()
         (staging / "bundle" / MANIFEST).write_text(opened.to_json(), encoding="utf-8")

@@ -15,6 +15,7 @@ from typing import Any
 from rotary_export.bundle.copy_files import copy_file
 from rotary_export.bundle.json_file import read_json_object
 from rotary_export.bundle.manifest import FILE_NAME, GraphInfo, Manifest, TensorInfo
+from rotary_export.deploy.signature import write_decoder
 from rotary_export.errors import RotaryExportError
 from rotary_export.op import library as op_library
 
@@ -81,6 +82,7 @@ def write_genai(staging: Path, manifest: Manifest, graph: str) -> None:
     content = _describe(bundle, manifest, info)
     text = json.dumps(content, indent=2, ensure_ascii=False)
     (staging / CONFIG).write_text(f"{text}\n", encoding="utf-8")
+    write_decoder(staging, manifest, graph)
 
 
 def _describe(bundle: Path, manifest: Manifest, info: GraphInfo) -> dict[str, Any]:

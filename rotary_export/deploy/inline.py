@@ -22,6 +22,7 @@ from rotary_export.bundle.manifest import (
     hash_file,
 )
 from rotary_export.deploy.example import make_example, run_by_position
+from rotary_export.deploy.signature import write_decoder
 from rotary_export.errors import CheckFailedError, RotaryExportError, first_line
 from rotary_export.op.onnx_graph import list_graphs
 from rotary_export.proof.sample_inputs import fit_shapes
@@ -53,6 +54,7 @@ def prepare_openvino(staging: Path, manifest: Manifest, graph: str) -> None:
         )
     model = _prepare_nodes(_read(staging, manifest, graph))
     _write(model, staging, manifest, graph)
+    write_decoder(staging, manifest, graph)
 
 
 def prepare_tract(staging: Path, manifest: Manifest, graph: str) -> None:

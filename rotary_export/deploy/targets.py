@@ -30,14 +30,14 @@ class Target:
             checked by this package's own session.
         check: Refuses a bundle that the target can't run, before anything is written.
         prepare: Writes the files that depend on the bundle into the folder, if there are any.
-        shared: A folder of `kits/shared/`, whose files are copied too.
+        shared: Folders of `kits/shared/`, whose files are copied too.
     """
 
     what: str
     runs: str
     format: str
     prepare: Step | None = None
-    shared: str | None = None
+    shared: tuple[str, ...] = ()
     also: str | None = None
     has_windows: bool = False
     check: Step | None = None
@@ -58,55 +58,57 @@ TARGETS: dict[str, Target] = {
         "a C++ program, ONNX Runtime",
         "our kernel, or the function body",
         "onnx",
-        _find("cpp_onnxruntime", "copy_op_library"),
+        _find("cpp_onnxruntime", "prepare_cpp_onnxruntime"),
+        shared=("cpp",),
     ),
     "cpp-libtorch": Target(
         "a C++ program, libtorch",
         "TorchScript",
         "torchscript",
         _find("signature", "write_signature"),
-        shared="libtorch",
+        shared=("cpp", "libtorch"),
     ),
     "cpp-aoti": Target(
         "a C++ program, libtorch",
         "code compiled by AOTInductor",
         "aoti",
         _find("signature", "write_signature"),
-        shared="libtorch",
+        shared=("cpp", "libtorch"),
     ),
     "node": Target(
         "a program for Node.js, onnxruntime-node",
         "the function body",
         "onnx",
         _find("transformers_js", "arrange_for_transformers_js"),
-        shared="javascript",
+        shared=("javascript",),
     ),
     "browser": Target(
         "a page, onnxruntime-web",
         "the function body",
         "onnx",
         _find("transformers_js", "arrange_for_transformers_js"),
-        shared="javascript",
+        shared=("javascript",),
     ),
     "openvino": Target(
         "a Python program, OpenVINO",
         "the function body, fused to OpenVINO's own RoPE",
         "onnx",
         _find("inline", "prepare_openvino"),
-        shared="python",
+        shared=("python",),
     ),
     "tract": Target(
         "a Python program, tract",
         "primitives of opset 18",
         "onnx",
         _find("inline", "prepare_tract"),
-        shared="python",
+        shared=("python",),
     ),
     "genai": Target(
-        "a folder for onnxruntime-genai, and a Python program",
+        "a folder for onnxruntime-genai, and programs in Python and C++",
         "the function body, or our kernel",
         "onnx",
         _find("genai", "write_genai"),
+        shared=("cpp",),
         check=_find("genai", "check_genai"),
     ),
     "triton": Target(

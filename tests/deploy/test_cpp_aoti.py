@@ -19,7 +19,6 @@ from helpers.bundles import check_refused, get_bundle, make_arrays, run_eager, t
 from helpers.cpp_kits import AOTI, FILES, MISTAKES, build_kit, check_example, run_kit
 from helpers.oracles import assert_same_bits
 from helpers.target_runs import get_model, require
-from helpers.tiny_models import make_inputs
 
 import rotary_export
 from rotary_export import load
@@ -139,15 +138,15 @@ def test_rotate_is_equal_to_eager(kit, program, tmp_path):
     AOTI.check_rotate(program, kit, "plain", SHAPES, tmp_path)
 
 
-def test_a_whole_model_is_equal_to_eager(program, tmp_path, capfd):
-    model = get_model()
+def test_a_whole_model_is_equal_to_eager_and_generates(program, tmp_path, capfd):
     bundle = rotary_export.export_model(
-        model, make_inputs(model), tmp_path / "llama", formats=["program", "aoti"]
+        get_model(), None, tmp_path / "llama", cache="full", formats=["program", "aoti"], quick=True
     )
     assert "torch/" not in capfd.readouterr().err  # nothing is logged on the way
     assert "AOTInductor" in {row.runtime for row in bundle.report.rows}
     kit = deploy("cpp-aoti", bundle, tmp_path / "kit", allow_code=True)
     AOTI.check_model(program, kit, tmp_path)
+    AOTI.check_generates(program, [kit], "full cache")
 
 
 @pytest.mark.parametrize("mistake", [*FILES, *MISTAKES])

@@ -24,7 +24,7 @@ def target(monkeypatch, tmp_path):
     (kits / "shared" / "language" / "lib.txt").write_text("shared")
     monkeypatch.setattr("rotary_export.deploy.deploy.KITS", kits)
     monkeypatch.setitem(
-        TARGETS, "some", Target("some machine", "our kernel", "onnx", shared="language")
+        TARGETS, "some", Target("some machine", "our kernel", "onnx", shared=("language",))
     )
 
 
@@ -45,11 +45,12 @@ def test_every_target_has_a_kit_with_a_page():
 
 
 def test_every_shared_folder_is_used_and_hides_no_file_of_a_kit():
-    used = {target.shared for target in TARGETS.values() if target.shared is not None}
+    used = {folder for target in TARGETS.values() for folder in target.shared}
     assert list_folders(KITS / SHARED) == used
     for name, target in TARGETS.items():
-        if target.shared is not None:
-            assert not list_files(KITS / name) & list_files(KITS / SHARED / target.shared)
+        folders = [KITS / name, *(KITS / SHARED / folder for folder in target.shared)]
+        found = [list_files(folder) for folder in folders]
+        assert len(set().union(*found)) == sum(map(len, found))
 
 
 # Of any bundle: AOTInductor's is compiled first, and others need a decoder.
@@ -62,8 +63,8 @@ def test_every_target_deploys_its_own_and_its_shared_files(name, tmp_path):
     files = list_files(out)
     assert {"README.md", "kit.json", "bundle/manifest.json"} <= files
     assert list_files(KITS / name) <= files | {"model.py"}  # Triton's moves
-    if TARGETS[name].shared is not None:
-        assert list_files(KITS / SHARED / TARGETS[name].shared) <= files
+    for folder in TARGETS[name].shared:
+        assert list_files(KITS / SHARED / folder) <= files
     assert list_own_imports(out) <= files
 
 

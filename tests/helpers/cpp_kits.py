@@ -14,11 +14,16 @@ from helpers.bundles import make_arrays, run_eager, to_numpy
 from helpers.target_runs import (
     TargetRun,
     compare,
+    get_model,
     get_model_allowed,
     make_model_arrays,
     record,
     run_model_eager,
 )
+from helpers.text_decoders import NUM_TOKENS, PROMPTS, generate_rows
+
+from rotary_export.bundle.dims import is_past
+from rotary_export.bundle.manifest import read_manifest
 
 VERSION = torch.__version__.partition("+")[0]
 MODEL_SHAPES = ((1, 1), (3, 17), (2, 40))  # batch_size, seq_len; none was traced
@@ -73,18 +78,46 @@ class CppKit:
         self.record("rotate", str(case["query"].dtype), shapes, 0.0, exact=True)
 
     def check_model(self, program: Path, kit: Path, folder: Path) -> None:
-        """Run the small whole model: it is within tolerance of eager."""
+        """Run the small whole model: it is within tolerance of eager. A cache is empty."""
         cases = [make_model_arrays(b, s) for b, s in MODEL_SHAPES]
-        folders = [write_folder(folder / str(i), case) for i, case in enumerate(cases)]
+        caches = [
+            i for i in read_manifest(kit / "bundle").graphs["model"].inputs if is_past(i.name)
+        ]
+        folders = []
+        for case in cases:
+            sizes = {"batch_size": len(case["input_ids"]), "past_seq_len": 0}
+            shapes = {i.name: [sizes.get(dim, dim) for dim in i.shape] for i in caches}
+            empty = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+            folders.append(write_folder(folder / str(len(folders)), case | empty))
         done = run_kit(program, kit, f"model{self.suffix}", *folders)
         assert done.returncode == 0, done.stderr
         allowed = get_model_allowed()
         results = []
         for each, case in zip(folders, cases, strict=True):
             want = run_model_eager(case)
-            results.append(compare(read_folder(each, want), want, allowed))
+            got = {"logits": read_folder(each, want)["logits"]}
+            results.append(compare(got, want, allowed))
         worst, exact = max(r[0] for r in results), all(r[1] for r in results)
         self.record("model", "float32", MODEL_SHAPES, worst, exact)
+
+    def check_generates(self, program: Path, kits: Sequence[Path], note: str) -> None:
+        """Generate with decoders of the small model: the tokens are those of transformers."""
+        expected = [generate_rows(get_model(), [prompt], NUM_TOKENS)[0] for prompt in PROMPTS]
+        words = ["--generate", str(NUM_TOKENS), *(",".join(map(str, row)) for row in PROMPTS)]
+        for kit in kits:
+            done = run_kit(program, kit, f"model{self.suffix}", *words)
+            assert done.returncode == 0, done.stderr
+            rows = [[int(word) for word in line.split(",")] for line in done.stdout.splitlines()]
+            assert rows == expected
+            assert "tokens/s" in done.stderr
+        shapes = [f"1x{len(prompt)}" for prompt in PROMPTS]
+        note = f"{NUM_TOKENS} tokens, all those of model.generate; {note}"
+        version = f"torch {VERSION}"
+        record(
+            TargetRun(
+                self.row, version, "decoder", "ran", self.path, ["float32"], shapes, note=note
+            )
+        )
 
     def check_mistake(self, program: Path, kit: Path, mistake: str, folder: Path) -> None:
         """Run one of MISTAKES or FILES: the error is one line, and nothing is written."""

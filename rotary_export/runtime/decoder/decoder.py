@@ -10,7 +10,7 @@ import numpy as np
 
 from rotary_export.bundle.dims import PAST, SEQ
 from rotary_export.errors import RotaryExportError
-from rotary_export.runtime.decoder.graph import DecoderGraph
+from rotary_export.runtime.decoder.graph import DecoderGraph, find_room
 from rotary_export.runtime.decoder.prompts import (
     Prompts,
     align_left,
@@ -50,11 +50,8 @@ class Decoder:
     ) -> None:
         facts = config.get("decoder", {})
         self.session, self.encoder = session, encoder
-        self.max_positions: int | None = facts.get("max_positions", config.get("max_positions"))
+        self.max_positions, self._holder = find_room(config)
         self._slots: int | None = facts.get("max_cache_len")
-        self._holder = "model"  # of the positions, for errors
-        if self._slots is not None and self._slots <= (self.max_positions or self._slots):
-            self.max_positions, self._holder = self._slots, "cache"
         self._graph = DecoderGraph(session, self._slots, embed)
         self._generation = generation
         self.eos_token_ids = read_ends(generation)

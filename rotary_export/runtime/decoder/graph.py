@@ -51,10 +51,10 @@ class DecoderGraph:
         self._session, self._embed = session, embed
         self.has_mask = any(info.name == MASK for info in graph.inputs)
         self._has_positions = any(info.name == POSITIONS for info in graph.inputs)
-        self._tokens = _find_tokens(graph, embed)
-        self._logits = _find_logits(graph)
-        _check_growth(graph)
-        self.num_tokens = _count_tokens(
+        self._tokens = find_tokens(graph, embed)
+        self._logits = find_logits(graph)
+        check_growth(graph)
+        self.num_tokens = count_tokens(
             embed.graph.inputs[0] if embed else self._tokens, self._logits
         )
         caches = [info for info in graph.inputs if is_past(info.name)]
@@ -161,8 +161,12 @@ class DecoderGraph:
             self._binder.bind_input(MASK, *self._binder.device, *form)
 
 
-def _find_tokens(graph: GraphInfo, embed: OrtSession | None) -> TensorInfo:
-    """Return the input of the token ids, or of their embeddings."""
+def find_tokens(graph: GraphInfo, embed: OrtSession | None = None) -> TensorInfo:
+    """Return the input of the token ids, or of their embeddings.
+
+    Raises:
+        RotaryExportError: The graph has no cache, or inputs that a loop can't fill.
+    """
     caches = [info for info in graph.inputs if is_past(info.name)]
     others = [info for info in graph.inputs if info not in caches]
     others = [info for info in others if info.name not in (MASK, POSITIONS)]
@@ -188,8 +192,12 @@ def _find_tokens(graph: GraphInfo, embed: OrtSession | None) -> TensorInfo:
     return others[0]
 
 
-def _find_logits(graph: GraphInfo) -> TensorInfo:
-    """Return the output of the logits."""
+def find_logits(graph: GraphInfo) -> TensorInfo:
+    """Return the output of the logits.
+
+    Raises:
+        RotaryExportError: There are other outputs, besides the cache.
+    """
     presents = {name_output(info.name) for info in graph.inputs if is_past(info.name)}
     others = [info for info in graph.outputs if info.name not in presents]
     if len(others) != 1 or len(others[0].shape) != 3 or len(graph.outputs) != len(presents) + 1:
@@ -200,8 +208,12 @@ def _find_logits(graph: GraphInfo) -> TensorInfo:
     return others[0]
 
 
-def _check_growth(graph: GraphInfo) -> None:
-    """Refuse a graph whose runs append another number of positions than they have tokens."""
+def check_growth(graph: GraphInfo) -> None:
+    """Refuse a graph whose runs append another number of positions than they have tokens.
+
+    Raises:
+        RotaryExportError: It is one.
+    """
     shapes = {info.name: info.shape for info in graph.outputs}
     for info in graph.inputs:
         name = name_output(info.name)
@@ -212,11 +224,32 @@ def _check_growth(graph: GraphInfo) -> None:
             )
 
 
-def _count_tokens(tokens: TensorInfo, logits: TensorInfo) -> int:
-    """Return how many tokens the model knows."""
+def count_tokens(tokens: TensorInfo, logits: TensorInfo) -> int:
+    """Return how many tokens the model knows.
+
+    Raises:
+        RotaryExportError: The graph does not tell.
+    """
     size = logits.shape[2]
     if tokens.limits is not None:
         return tokens.limits[1] + 1
     if not isinstance(size, int):
         raise RotaryExportError(f"{logits.name} must have a fixed number of tokens, got {size!r}")
     return size
+
+
+def find_room(config: Mapping[str, Any]) -> tuple[int | None, str]:
+    """Return how many tokens a row may have, and what has so many positions: model or cache.
+
+    Args:
+        config: Of a bundle's manifest.
+
+    Returns:
+        The number, None: any; and "model" or "cache", for errors.
+    """
+    facts = config.get("decoder", {})
+    most: int | None = facts.get("max_positions", config.get("max_positions"))
+    slots: int | None = facts.get("max_cache_len")
+    if slots is not None and slots <= (most or slots):
+        return slots, "cache"
+    return most, "model"

@@ -1,9 +1,11 @@
 // Run a graph of a rotary_export bundle that AOTInductor compiled.
 //
 //   run GRAPH.aoti.pt2 signature.txt FOLDER...
+//   run GRAPH.aoti.pt2 signature.txt --generate MAX_NEW_TOKENS IDS...
 //
 // NAME.npy in each FOLDER are the inputs. Outputs go to FOLDER/out/NAME.npy and are compared with
-// FOLDER/expected/NAME.npy, where that file exists.
+// FOLDER/expected/NAME.npy, where that file exists. A decoder generates after prompts of
+// token ids, as 5,6,7.
 #include <ATen/Version.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
@@ -34,7 +36,7 @@ void CheckMachine(const std::string& package) {
 }
 
 int main(int argc, char** argv) {
-  return RunFolders(argc, argv, "GRAPH.aoti.pt2", [](const std::string& path) {
+  return RunProgram(argc, argv, "GRAPH.aoti.pt2", [](const std::string& path) {
     CheckMachine(path);
     auto loader = std::make_shared<AOTIModelPackageLoader>(path);
     return [loader](const std::vector<at::Tensor>& inputs) { return loader->run(inputs); };

@@ -1,9 +1,11 @@
 // Run a graph of a rotary_export bundle with libtorch.
 //
 //   run GRAPH.pt signature.txt FOLDER...
+//   run GRAPH.pt signature.txt --generate MAX_NEW_TOKENS IDS...
 //
 // NAME.npy in each FOLDER are the inputs. Outputs go to FOLDER/out/NAME.npy and are compared with
-// FOLDER/expected/NAME.npy, where that file exists.
+// FOLDER/expected/NAME.npy, where that file exists. A decoder generates after prompts of
+// token ids, as 5,6,7.
 #include <torch/script.h>
 
 #include <string>
@@ -27,7 +29,8 @@ std::vector<at::Tensor> Run(torch::jit::Module& module, const std::vector<at::Te
 }
 
 int main(int argc, char** argv) {
-  return RunFolders(argc, argv, "GRAPH.pt", [](const std::string& path) {
+  torch::jit::setGraphExecutorOptimize(false);  // It would specialise the graph again and again.
+  return RunProgram(argc, argv, "GRAPH.pt", [](const std::string& path) {
     return [module = Load(path)](const std::vector<at::Tensor>& inputs) mutable {
       return Run(module, inputs);
     };

@@ -1,4 +1,5 @@
-// Runs a graph on folders of .npy files: inputs from a folder, outputs into its folder out/.
+// The command line. A graph runs on folders of .npy files: inputs from a folder, outputs into its
+// folder out/. Or a decoder generates.
 #ifndef ROTARY_EXPORT_FOLDER_H_
 #define ROTARY_EXPORT_FOLDER_H_
 
@@ -9,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "generate.h"
 #include "npy.h"
 #include "signature.h"
 
@@ -45,16 +47,29 @@ inline std::string Describe(const c10::Error& error) {
   return "torch: " + text.substr(0, text.find('\n'));
 }
 
-// The program `run GRAPH signature.txt FOLDER...`. `load` accepts the path of the graph and returns
-// a function from inputs to outputs. Returns the exit code.
+// The program `run`. `load` accepts the path of the graph and returns a function from inputs to
+// outputs. Returns the exit code.
 template <typename Load>
-int RunFolders(int argc, char** argv, const std::string& graph, Load load) {
-  if (argc < 4) {
-    std::cerr << "usage: run " << graph << " signature.txt FOLDER...\n";
+int RunProgram(int argc, char** argv, const std::string& graph, Load load) {
+  const bool is_generate = argc > 3 && std::string(argv[3]) == "--generate";
+  if (argc < (is_generate ? 6 : 4)) {
+    std::cerr << "usage: run " << graph << " signature.txt FOLDER...\n       run " << graph
+              << " signature.txt --generate MAX_NEW_TOKENS IDS...\n";
     return 2;
   }
   try {
     const Signature signature = ReadSignature(argv[2]);
+    if (is_generate) {
+      const auto file = std::filesystem::path(argv[2]).replace_filename("decoder.txt");
+      const Decoder decoder = ReadDecoder(file.string());
+      const Request request = ReadRequest(decoder, {argv + 4, argv + argc});
+      DecoderGraph decoder_graph(signature, decoder, load(std::string(argv[1])));
+      const c10::InferenceMode guard;
+      GenerateRows(request, [&](Ids* row) {
+        Generate(decoder, row, request.max_new_tokens, decoder_graph);
+      });
+      return 0;
+    }
     auto run = load(std::string(argv[1]));
     for (int i = 3; i < argc; ++i) {
       const std::vector<at::Tensor> inputs = ReadInputs(signature, argv[i]);

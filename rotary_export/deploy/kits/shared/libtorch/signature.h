@@ -11,6 +11,12 @@
 #include <string>
 #include <vector>
 
+inline const std::map<std::string, at::ScalarType> kDtypes = {
+    {"float32", at::kFloat},     {"float64", at::kDouble}, {"float16", at::kHalf},
+    {"bfloat16", at::kBFloat16}, {"int64", at::kLong},     {"int32", at::kInt},
+    {"bool", at::kBool},
+};
+
 struct Input {
   std::string name, dtype, shape;  // shape: "(batch_size, 4, seq_len, 24)"
   std::vector<std::string> dims;
@@ -89,12 +95,7 @@ inline void CheckLimits(const Input& input, const at::Tensor& value) {
 inline void CheckInput(const Input& input, const at::Tensor& value,
                        std::map<std::string, int64_t>& sizes) {
   std::ostringstream text;
-  const std::map<std::string, at::ScalarType> types = {
-      {"float32", at::kFloat},     {"float64", at::kDouble}, {"float16", at::kHalf},
-      {"bfloat16", at::kBFloat16}, {"int64", at::kLong},     {"int32", at::kInt},
-      {"bool", at::kBool},
-  };
-  if (types.at(input.dtype) != value.scalar_type()) {
+  if (kDtypes.at(input.dtype) != value.scalar_type()) {
     text << " must be " << input.dtype << ", got " << value.scalar_type();
     throw std::invalid_argument(input.name + text.str());
   }
