@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Compute angles and tables in float32 where the model computes them in a half type.",
 )
+@click.option(
+    "--operators",
+    type=click.Choice(["onnx"]),
+    help="Also write attention and norms in ai.onnx's own operators, of opset 23; without it, only "
+    "rotary embeddings are replaced.",
+)
 @click.option("--dry-run", is_flag=True, help="Run nothing and write nothing; no OUT.onnx needed.")
 @click.option(
     "--shape",
@@ -55,6 +61,7 @@ def fuse(
     out: Path | None,
     why: str | None,
     float32_tables: bool,
+    operators: str | None,
     dry_run: bool,
     shapes: tuple[tuple[int, int, int], ...],
     bundle: Path | None,
@@ -83,8 +90,8 @@ def fuse(
         with terminal.progress() as progress:
             progress("import onnx")
             result = rotary_export.fuse(
-                source, shapes=shapes or None, float32_tables=float32_tables, dry_run=dry_run,
-                examine=[why] if why else [], progress=progress,
+                source, shapes=shapes or None, float32_tables=float32_tables, operators=operators,
+                dry_run=dry_run, examine=[why] if why else [], progress=progress,
             )  # fmt: skip
     except NothingFusedError as error:
         _print_why(terminal, why, error.why)

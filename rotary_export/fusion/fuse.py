@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
@@ -21,6 +21,7 @@ from rotary_export.fusion.half_tables import (
     widen_tables,
 )
 from rotary_export.fusion.normalize import normalize
+from rotary_export.fusion.operators.apply import MINIMUM_OPSET, write_operators
 from rotary_export.fusion.read import (
     SMALL,
     Model,
@@ -48,6 +49,7 @@ def fuse(
     shapes: Sequence[tuple[int, int, int]] | None = None,
     inputs: Sequence[Mapping[str, Array]] = (),
     float32_tables: bool = False,
+    operators: str | None = None,
     dry_run: bool = False,
     examine: Sequence[str] = (),
     progress: Callable[[str], None] | None = None,
@@ -65,6 +67,8 @@ def fuse(
             given is random.
         float32_tables: Compute positions, angles and tables in float32 where the model computes
             them in a half type. The model before is then the same one with that part in float32.
+        operators: "onnx": attention reads the cache and groups of heads as they are, and norms are
+            one node, in operators of ai.onnx 23. None: only rotary embeddings are replaced.
         dry_run: Find the rotary embeddings and stop: nothing runs, and the result can't be saved.
         examine: Nodes, by their name or that of an output, that `FuseResult.why` includes although
             they do not look like a rotary embedding.
@@ -83,8 +87,15 @@ def fuse(
     tried = SHAPES if shapes is None else _read_shapes(shapes)
     if not isinstance(inputs, Sequence) or not all(isinstance(given, Mapping) for given in inputs):
         raise RotaryExportError("inputs must be a sequence of dicts by input name")
+    if operators not in (None, "onnx"):
+        raise RotaryExportError(f"operators must be 'onnx' or None, got {operators!r}")
     report_progress("read the model")
     source = read_model(model)
+    opset = source.graph.opset_imports.get("", 0)
+    if operators and opset < MINIMUM_OPSET:
+        raise RotaryExportError(
+            f"operators='onnx' requires a model of opset >= {MINIMUM_OPSET}, got opset {opset}"
+        )
     register_schema()
     with tempfile.TemporaryDirectory(prefix="rotary_export.") as temporary:
         folder = _find_folder(model, source)
@@ -100,13 +111,13 @@ def fuse(
             after = source.clone()
         report_progress("find the rotary embedding")
         with explain(model, "can't be fused"):
-            found = replace_rotations(after, examine)
+            found = _rewrite(after, examine, operators)
             half = left = find_half_tables(source, after, found.fused)
             notes: list[str] = []
             if half.types and float32_tables:
                 source, notes = widen_tables(source, half.turns)
                 after = source.clone()
-                found = replace_rotations(after, examine)
+                found = _rewrite(after, examine, operators)
                 left = find_half_tables(source, after, found.fused)
             if not dry_run:
                 _check_tables(left, len(found.fused), float32_tables)
@@ -122,6 +133,7 @@ def fuse(
                 source, proto, list(found.fused), folder, tried, inputs, narrowest
             )
             check.notes += [FLOAT32_TABLES] if half.types else []
+        check.notes += [f"{count} {what}" for what, count in found.operators.items() if count]
         check.notes += notes
         if was_inline and folder is not None:
             proto = _load_weights(proto, folder)
@@ -138,6 +150,12 @@ class _Replaced:
     nodes: int
     fused: Mapping[str, str]
     why: tuple[NotReplaced, ...]
+    operators: Mapping[str, int] = field(default_factory=dict)  # as of `write_operators`
+
+
+def _rewrite(model: ir.Model, examine: Sequence[str], operators: str | None) -> _Replaced:
+    found = replace_rotations(model, examine)
+    return replace(found, operators=write_operators(model)) if operators else found
 
 
 def replace_rotations(model: ir.Model, examine: Sequence[str]) -> _Replaced:

@@ -235,6 +235,30 @@ def test_a_decoder_with_a_cache(tmp_path, dynamo):
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5 * largest)
 
 
+def test_operators_of_onnx(tmp_path):
+    file = tmp_path / "in.onnx"
+    _, names = write_decoder(file, dynamo=True)
+    plain = rotary_export.fuse(file)
+    assert plain.check.notes == []
+    result = rotary_export.fuse(file, operators="onnx")
+    assert result.check.notes == [  # torch.onnx writes the norms and reshapes so by itself
+        "2 attentions with groups of heads",
+        "2 attentions that read the cache",
+    ]
+    feeds = {n: t.numpy() for n, t in zip(names, make_step(), strict=True)}
+    for ours, theirs in zip(run(result.model, feeds), run(plain.model, feeds), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_operators_of_onnx_need_their_opset(tmp_path):
+    file = tmp_path / "in.onnx"
+    write_decoder(file, dynamo=False)
+    with pytest.raises(RotaryExportError, match="requires a model of opset >= 23, got opset 18"):
+        rotary_export.fuse(file, operators="onnx")
+    with pytest.raises(RotaryExportError, match="must be 'onnx' or None, got 'ort'"):
+        rotary_export.fuse(file, operators="ort")
+
+
 @EXPORTERS
 @pytest.mark.parametrize("keep_io_types", [True, False], ids=["float32 in and out", "float16"])
 def test_a_decoder_that_onnx_runtime_s_converter_made_float16(tmp_path, dynamo, keep_io_types):
