@@ -42,7 +42,7 @@ def get_bundle(kind: str) -> Path:
     if kind == "full":
         return bundle
     options = {"cache": "static", "max_cache_len": 48, "last_logits": True}
-    return export_decoder(model, make_folder() / "static", **options)
+    return export_decoder(model, make_folder() / "token-ids-static", **options)
 
 
 @functools.cache
