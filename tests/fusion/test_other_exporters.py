@@ -18,6 +18,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import Tensor, nn
 
 import rotary_export
+from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import CheckFailedError, RotaryExportError
 
@@ -119,7 +120,7 @@ def write_rotation(kind: type[Attention], file: Path) -> nn.Module:
     model = kind().eval()
     names = ["input_ids", "position_ids"]
     ids, positions = torch.ones(2, 5, dtype=torch.int64), torch.arange(5).repeat(2, 1)
-    with quiet_torch():
+    with quiet_torch(), reuse_translations():
         torch.onnx.export(
             model, (ids, positions), file, dynamo=False, opset_version=18, input_names=names,
             dynamic_axes={name: {0: "batch_size", 1: "sequence_length"} for name in names},
@@ -187,7 +188,7 @@ def write_decoder(file: Path, dynamo: bool) -> tuple[nn.Module, list[str]]:
     inputs = (torch.ones(2, 3, dtype=torch.int64), mask, torch.arange(5, 8).repeat(2, 1), *past)
     caches = [f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}" for i in range(4)]
     names = ["input_ids", "attention_mask", "position_ids", *caches]
-    with quiet_torch():
+    with quiet_torch(), reuse_translations():
         if dynamo:
             batch, seq, rows = (torch.export.Dim(name) for name in ("batch", "seq", "past"))
             shapes = [{0: batch, 1: seq}, {0: batch, 1: torch.export.Dim.DYNAMIC}]

@@ -10,6 +10,7 @@ from helpers.fuse_graphs import find_rotary, run
 from torch import Tensor, nn
 
 import rotary_export
+from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_torch
 
 N, NKV, D = 4, 2, 16
@@ -80,7 +81,7 @@ def test_torch_s_export_is_fused_and_runs_at_any_shape(
     model = Decoder(interleaved, rotary_dim, factor).eval()
     file = tmp_path / "in.onnx"
     dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seq")}
-    with quiet_torch():
+    with quiet_torch(), reuse_translations():
         program = torch.onnx.export(
             model, (torch.ones(2, 5, dtype=torch.int64),), dynamo=True, opset_version=opset,
             dynamic_shapes=(dims,), verbose=False,
@@ -149,7 +150,7 @@ def test_the_old_exporter_s_file_without_shapes_is_fused(
     model, file = Heads(interleaved, rotary_dim, gathered).eval(), tmp_path / "in.onnx"
     names = ["input_ids", "position_ids"]
     ids, positions = torch.ones(2, 5, dtype=torch.int64), torch.arange(10).view(2, 5)
-    with quiet_torch():
+    with quiet_torch(), reuse_translations():
         torch.onnx.export(
             model, (ids, positions), file, dynamo=False, opset_version=18, input_names=names,
             dynamic_axes={name: {0: "batch", 1: "seq"} for name in names},

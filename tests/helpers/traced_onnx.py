@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rotary_export.bundle.manifest import TensorInfo
-from rotary_export.compat.quiet import quiet_torch
+from rotary_export.compat.onnx_export import skip_needless_work
 from rotary_export.models.trace.program import trace_program
 
 
@@ -32,7 +32,7 @@ def trace(module, tensors, dims):
 
 def write(program, opset=23):
     """Return the ONNX model of a program."""
-    with quiet_torch():
+    with skip_needless_work():
         return torch.onnx.export(
             program, (), dynamo=True, opset_version=opset, optimize=True, verbose=False
         ).model_proto

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.models.trace.adapt.floor_division import translate_floor_division
 
@@ -34,7 +35,7 @@ class Divide(nn.Module):
 @pytest.mark.parametrize("case", DIVISIONS.values(), ids=DIVISIONS)
 def test_floor_division_is_that_of_python(case):
     function, may_be_negative = case
-    with quiet_torch():
+    with quiet_torch(), reuse_translations():
         exported = torch.onnx.export(
             Divide(function),
             (torch.ones(7),),

@@ -19,6 +19,7 @@ from helpers.rope_cases import (
     sweep,
 )
 
+from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.rope import ScaledRotaryEmbedding, read_rope
 from rotary_export.rope.scaled_embedding import compute_length
@@ -151,7 +152,7 @@ def test_exports_as_a_program(case):
 def export_onnx(module, *inputs, shapes):
     import onnxruntime
 
-    with quiet_torch():
+    with quiet_torch(), reuse_translations():
         program = torch.onnx.export(
             module, inputs, dynamo=True, dynamic_shapes=shapes, opset_version=23, verbose=False
         )

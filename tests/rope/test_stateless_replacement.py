@@ -9,6 +9,7 @@ from helpers.oracles import assert_same_bits
 from helpers.rope_cases import IN_TRANSFORMERS, LENGTH_DEPENDENT, RopeCase, sweep
 from torch import nn
 
+from rotary_export.compat.onnx_translations import reuse_translations
 from rotary_export.compat.quiet import quiet_torch
 from rotary_export.errors import RotaryExportError
 from rotary_export.rope.stateless_replacement import is_stateful, replace_stateful
@@ -119,7 +120,7 @@ def test_exports(case, model_type):
     x = torch.zeros(1)
     batch, seq = torch.export.Dim("batch"), torch.export.Dim("seq")
     shapes = {"x": None, "position_ids": {0: batch, 1: seq}}
-    with quiet_torch():
+    with quiet_torch(), reuse_translations():
         program = torch.export.export(
             replacement, (x, make_ids(7)), dynamic_shapes=shapes, strict=False
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rotary_export.compat.x_transformers import is_layer_cache, list_layers, make_layer_cache
 from rotary_export.errors import RotaryExportError
 from rotary_export.models.decoder.options import FULL, STATIC, DecoderOptions
+from rotary_export.models.error_text import describe_error
 
 
 def is_cache(value: Any) -> bool:
@@ -117,10 +118,20 @@ def find_stateful_layer(model: Any) -> str:
 
     transformers chooses the kind of each layer by the config: full, with a window, a recurrent
     state, none of its own.
+
+    Raises:
+        RotaryExportError: transformers can't read the layers from the config.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    for layer in DynamicCache(config=model.config).layers:
+    try:
+        cache = DynamicCache(config=model.config)
+    except Exception as error:  # whatever transformers raises
+        raise RotaryExportError(
+            f"transformers has no cache for {type(model).__name__}: {describe_error(error)}; pass "
+            "cache='none' (--cache none)"
+        ) from error
+    for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return type(layer).__name__
     return ""

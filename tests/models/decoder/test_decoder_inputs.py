@@ -133,3 +133,10 @@ def test_refused(case):
     inputs, make, options, message = REFUSED[case]
     with pytest.raises(RotaryExportError, match=message):
         prepare(inputs, None if make is None else make(), **options)
+
+
+def test_a_config_that_does_not_describe_its_layers():
+    model = make_model("llama", num_hidden_layers=1)
+    model.config = transformers.BltConfig()  # of three models
+    with pytest.raises(RotaryExportError, match=r"no cache for LlamaForCausalLM: .*cache='none'"):
+        prepare_inputs(model, None, DecoderOptions("full"))
