@@ -151,6 +151,27 @@ def test_heads_that_are_joined_are_no_cache():
     assert count(model)["Concat"] == 2
 
 
+def test_a_mask_that_is_made_of_the_values_keeps_them_joined():
+    """As in Doge: with present_value as an output of attention, the graph would be a cycle."""
+    model = make(
+        {
+            "past_value, value)\n": (
+                "past_value, value)\n"
+                "    sums = ReduceSum<keepdims = 0>(present_value, ends)\n"
+                "    rows = Unsqueeze(sums, middle)\n"
+                "    own_mask = Add(mask, rows)\n"
+            ),
+            "many_values, mask)": "many_values, own_mask)",
+            "int64[1] axis = {2}": "int64[2] ends = {1, 3}, int64[2] middle = {1, 2}, "
+            "int64[1] axis = {2}",
+        }
+    )
+    before = run(model)
+    write_operators(model)
+    assert (count(model)["Expand"], count(model)["Concat"]) == (0, 2)
+    assert_same(model, before)
+
+
 # ---- of exported models
 
 

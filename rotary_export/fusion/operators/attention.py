@@ -7,6 +7,7 @@ what `repeat_kv` repeats, and `present_key` is what Concat joins.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from onnxscript import ir
@@ -98,6 +99,9 @@ class GrowingCacheRule(pattern.RewriteRuleClassBase):
         joined = (_get_node(present_key), _get_node(present_value))
         if any(read_int_attribute(each, "axis") not in _LENGTH for each in joined):
             return pattern.MatchResult().fail("positions are not joined", y)
+        others = [node.inputs[0], *node.inputs[3:], key, past_key, value, past_value]
+        if _depend_on(others, {present_key, present_value}):
+            return pattern.MatchResult().fail("its mask depends on what it would return", y)
         return pattern.MatchResult()
 
     def rewrite(
@@ -120,6 +124,21 @@ def _get_node(value: ir.Value) -> ir.Node:
     node = value.producer()
     assert node is not None
     return node
+
+
+def _depend_on(values: Sequence[ir.Value | None], sources: set[ir.Value]) -> bool:
+    """Whether one of these values is computed from one of those."""
+    queue, seen = list(values), set()
+    while queue:
+        value = queue.pop()
+        if value is None or value in seen:
+            continue
+        if value in sources:
+            return True
+        seen.add(value)
+        node = value.producer()
+        queue += [] if node is None else node.inputs
+    return False
 
 
 def _is_repeated(few: ir.Value, wide: ir.Value, many: ir.Value) -> bool:
