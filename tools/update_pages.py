@@ -15,6 +15,7 @@ TOOLS = ("bench", "coverage", "matrix", "real", "soak", "targets", "teeth", "whe
 sys.path += [str(ROOT / "tools" / folder) for folder in TOOLS]
 
 import coverage_report
+import decoders_report
 import libraries_report
 import matrix_report
 import measure_real
@@ -340,6 +341,8 @@ DOCUMENTS = {
     },
     "tools/coverage/README.md": {
         "coverage": write_coverage,
+        "decoders": lambda: decoders_report.describe_summary(_read_result("decoders")),
+        "decoders_families": table(decoders_report.tabulate, "decoders"),
         "libraries": write_libraries,
         "libraries_models": write_library_models,
         "libraries_refusals": write_library_refusals,
