@@ -4,9 +4,12 @@ import logging
 import warnings
 from collections import OrderedDict
 
+import onnx
 import pytest
 import sympy
 import torch
+from onnxscript import ir
+from onnxscript.rewriter.pattern import RewriteRuleSet
 from torch import nn
 
 from rotary_export.compat import archives, inductor, modules, programs, pytree, script, sizes
@@ -15,6 +18,7 @@ from rotary_export.compat import x_transformers as x_transformers_names
 from rotary_export.compat.dispatch import DispatchMode, is_in_place
 from rotary_export.compat.einx import broadcast_with_symbols
 from rotary_export.compat.export_dims import GivenDim, read_dim
+from rotary_export.compat.onnx_rewriter import list_norm_rules
 from rotary_export.compat.quiet import quiet_loaders, quiet_torch
 
 
@@ -300,3 +304,22 @@ def test_sizes_stay_symbols_in_einx():
             Masked(), inputs, dynamic_shapes=({0: size, 1: size}, {0: size, 1: size})
         )
     assert program.module()(torch.ones(6, 7, 5), torch.zeros(6, 7) > 1).sum() == 0
+
+
+def test_onnxscript_writes_a_norm_as_one_node():
+    text = """
+    <ir_version: 10, opset_import: ["" : 23]>
+    norm (float[B,8] x, float[8] weight) => (float[B,8] y)
+    < float two = {2.0}, float epsilon = {1e-6}, int64[1] axes = {-1} > {
+        square = Pow(x, two)
+        mean = ReduceMean<keepdims = 1, noop_with_empty_axes = 0>(square, axes)
+        sum = Add(mean, epsilon)
+        root = Sqrt(sum)
+        scale = Reciprocal(root)
+        normal = Mul(x, scale)
+        y = Mul(weight, normal)
+    }
+    """
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    RewriteRuleSet(list_norm_rules()).apply_to_model(model)
+    assert [node.op_type for node in model.graph] == ["RMSNormalization"]

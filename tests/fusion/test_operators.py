@@ -51,6 +51,11 @@ TILED = {
     ),
 }
 UNNAMED = {"float[B,4,T,8] many_keys, float[B,4,T,8] many_values,": ""}
+OF_ALL_POSITIONS = (
+    "float[B,2,1,T,8] one_key, float[B,2,1,T,8] one_value",
+    "float[B,2,2,T,8] wide_key, float[B,2,2,T,8] wide_value",
+    "float[B,4,T,8] many_keys, float[B,4,T,8] many_values",
+)
 NOT_GROUPED = {"tiled": TILED, "of unknown heads": UNNAMED}
 SIZES = ((2, 3, 5), (3, 1, 7), (1, 4, 0))  # batch_size, seq_len, past
 
@@ -169,6 +174,30 @@ def test_a_mask_that_is_made_of_the_values_keeps_them_joined():
     before = run(model)
     write_operators(model)
     assert (count(model)["Expand"], count(model)["Concat"]) == (0, 2)
+    assert_same(model, before)
+
+
+def test_heads_stay_repeated_where_a_cache_holds_them_so():
+    model = make(
+        {
+            "float[B,2,P,8] past_key, float[B,2,P,8] past_value": (
+                "float[B,4,P,8] past_key, float[B,4,P,8] past_value"
+            ),
+            "float[B,2,T,8] present_key, float[B,2,T,8] present_value": (
+                "float[B,4,T,8] present_key, float[B,4,T,8] present_value"
+            ),
+            "    result = Attention": "    result, present_key, present_value = Attention",
+            "    present_key = Concat<axis = -2>(past_key, key)\n": "",
+            "    present_value = Concat<axis = -2>(past_value, value)\n": "",
+            "Unsqueeze(present_key, axis)": "Unsqueeze(key, axis)",
+            "Unsqueeze(present_value, axis)": "Unsqueeze(value, axis)",
+            "many_values, mask)": "many_values, mask, past_key, past_value)",
+        }
+        | {old: old.replace("T", "S") for old in OF_ALL_POSITIONS}
+    )
+    before = run(model)
+    write_operators(model)
+    assert count(model)["Expand"] == 2
     assert_same(model, before)
 
 

@@ -44,6 +44,8 @@ class RepeatedHeadsRule(pattern.RewriteRuleClassBase):
     def check(
         self, context: Any, y: ir.Value, key_axis: ir.Value, value_axis: ir.Value, **found: Any
     ) -> Result:
+        if any(each is not None for each in _get_node(y).inputs[4:]):
+            return pattern.MatchResult().fail("its cache has a head for each query head", y)
         for axis, names in (
             (key_axis, ("key", "wide_key", "many_keys")),
             (value_axis, ("value", "wide_value", "many_values")),

@@ -12,7 +12,7 @@ from rotary_export.fusion.values import read_dims
 
 
 class SameShapeRule(pattern.RewriteRuleClassBase):
-    """A reshape to the shape that the tensor has: at most one size has no name."""
+    """A reshape to the shape that the tensor has already: all sizes are known or have names."""
 
     def pattern(self, op: Op, x: Any, shape: Any) -> Any:
         return op.Reshape(x, shape, _outputs=["y"])
